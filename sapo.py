@@ -95,7 +95,6 @@ def _wide(x):
 
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of each next-token distribution, in nats: H_t = -sum_v pi(v) log pi(v) (Eq. 11).
-
     logits (..., V) -> (...), in float32 or better. A banned token (logit -inf) contributes 0."""
     logp = _wide(logits).log_softmax(-1)
     return -(logp.exp() * logp.masked_fill(logp == -math.inf, 0.0)).sum(-1)
@@ -217,8 +216,8 @@ def segment_gae(rewards: Tensor, values: Tensor, ends: Tensor, mask: Tensor, gam
     (advantages, returns), (B, T) each, one number per segment, 0 off the mask. value_at: see `boundaries`; at "end" the
     baseline depends on the segment's own tokens, hence a biased gradient."""
     _check(mask, rewards=rewards, values=values, ends=ends)
-    for name, x in (("gamma", gamma), ("lam", lam)):
-        _require(0 <= x <= 1, name, x, "a number in [0, 1]")
+    _require(0 <= gamma <= 1, "gamma", gamma, "a number in [0, 1]")
+    _require(0 <= lam <= 1, "lam", lam, "a number in [0, 1]")
     index = (boundaries(ends, mask).long().cumsum(1) - 1).masked_fill(~mask, 0)  # (B, T): 0 .. M_b - 1, without gaps
     r = _sums(rewards, index, mask)                                              # (B, M)
     v = _sums(values, index, boundaries(ends, mask, value_at))                   # (B, M), 0 after the last segment
@@ -327,8 +326,8 @@ def credit(rollout: Rollout, config: SAPOConfig) -> tuple[Tensor, Tensor | None,
         advantages, returns = segment_gae(rewards, rollout.values, rollout.ends, mask, config.gamma, config.lam,
                                           config.value_at)
     reads = boundaries(rollout.ends, mask, config.value_at)
-    spread, mean = torch.std_mean(advantages[mask], correction=0)
-    metrics = {"advantage_mean": mean.item(), "advantage_std": spread.item(),
+    std, mean = torch.std_mean(advantages[mask], correction=0)
+    metrics = {"advantage_mean": mean.item(), "advantage_std": std.item(),
                "segments_per_response": reads.sum().item() / len(mask),
                "tokens_per_segment": (mask.sum() / reads.sum()).item()}
     if returns is not None:  # 0 when all returns are equal: there is nothing to explain
@@ -337,9 +336,8 @@ def credit(rollout: Rollout, config: SAPOConfig) -> tuple[Tensor, Tensor | None,
     return advantages, returns, metrics
 
 def _learn(rows, loss_of, counted, optimizer, config, name):
-    """One optimizer step on a minibatch's rows, skipped if a number is not finite. -> stats.
-
-    A micro-batch weighs as much as it holds (responses, or `counted` positions), so the split changes nothing."""
+    """One optimizer step on some rows, skipped if a number is not finite. -> stats. A micro-batch weighs as much as it
+    holds of the minibatch (responses, or `counted` positions), so that the split changes nothing."""
     stats, by_row = defaultdict(float), config.average == "response"
     for part in rows.split(config.micro_batch or len(rows)):
         held = len(part) / len(rows) if by_row else (counted[part].sum() / counted[rows].sum()).item()
@@ -395,7 +393,7 @@ def sapo_update(rollout: Rollout, score, value, actor_optimizer, critic_optimize
             finite = all(map(math.isfinite, stats.values()))
             steps, skipped = steps + [stats] * finite, skipped + (not finite)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            if skipped_in_a_row == 3:
+            if skipped_in_a_row >= 3:
                 raise FloatingPointError(f"three minibatches in a row were not finite, the last: {dict(stats)}; lower "
                                          "the learning rates and resume from the last checkpoint")
         means = {key: sum(s[key] for s in steps) / len(steps) for key in (steps[0] if steps else {})}

@@ -1,0 +1,469 @@
+"""Train a vision-language model with SAPO (arXiv:2605.01327), or with PPO or GRPO beside it.
+
+    python train.py                                          # DiceSum, tiny model built on the spot, two CPU cores
+    python train.py --method ppo --seed 1                    # the same with tokens for segments
+    python train.py --env SAPO/ArrowPath-v0 --env_args length=12 grid=5 --cut causal
+    python train.py --resume runs/DiceSum-sapo-topk-seed0    # go on where it was cut
+
+One iteration: reset one Gymnasium environment per response; the policy writes whole responses; they are scored, judged
+by the critic, cut into segments, and replayed segment by segment through `env.step`; `sapo.sapo_update` learns. (The
+environments are a plain list: a vector environment resets finished episodes by itself, and ours differ in length.)
+
+Left out on purpose: several devices, mixed rollout and training processes, learning-rate schedules for RL.
+Files under runs/<name>/: config.json, metrics.jsonl, samples.jsonl, summary.json, checkpoint/ (Hugging Face format and
+trainer.pt), learning_curve.png, credit.html, credit.svg. The README's table explains each metric.
+"""
+
+import base64
+import copy
+import hashlib
+import inspect
+import io
+import json
+import math
+import resource
+import shutil
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tqdm import tqdm
+
+import baselines
+import env
+import sapo
+import vlm
+from sapo import setting
+
+HERE = Path(__file__).parent
+STATEFUL = ("critic", "actor_optimizer", "critic_optimizer")  # what a checkpoint holds beside the policy
+STOP = "</answer>"  # writing on after the answer earns nothing: the episode is over
+
+
+@dataclass
+class Settings:
+    """Everything that is not the algorithm's (that is sapo.SAPOConfig)."""
+    method: Literal["sapo", "ppo", "grpo"] = setting("sapo", "sapo, or a neighbour of it (baselines.py)")
+    cut: Literal["topk", "causal"] = setting("topk", "SAPO's cut: top-k of the response, or last batch's threshold")
+    env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
+    env_args: list[str] = field(default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"})
+    model: str = setting("tiny", "'tiny', or a checkpoint: a directory or a hub name")
+    device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
+    dtype: str = setting("float32", "dtype of the weights: float32 or bfloat16")
+    seed: int = setting(0, "of the weights, the demonstrations, the sampling and the shuffling")
+    name: str = setting("", "the run's folder under --runs; made from the settings when empty")
+    runs: str = setting("runs", "folder of all runs and of the warm-start cache")
+    resume: str = setting("", "folder of a run to continue; flags given beside it change its settings")
+    iterations: int = setting(120, "rollouts to learn from")
+    batch: int = setting(256, "responses per rollout")
+    group: int = setting(8, "GRPO: responses per prompt")
+    max_new_tokens: int = setting(64, "longest response, in tokens")
+    temperature: float = setting(1.0, "of sampling and scoring in training")
+    warm_start_steps: int = setting(400, "supervised steps on noisy demonstrations before RL; 0 for none")
+    warm_start_batch: int = setting(128, "demonstrations per step")
+    warm_start_lr: float = setting(2e-3, "peak learning rate of the warm start")
+    error_rate: float = setting(0.1, "probability that a demonstrated step is wrong")
+    eval_every: int = setting(20, "iterations between held-out evaluations at temperature 1")
+    eval_episodes: int = setting(512, "held-out episodes per evaluation")
+    checkpoint_every: int = setting(20, "iterations between checkpoints")
+    tensorboard: bool = setting(False, "also write TensorBoard event files")
+
+
+def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
+    """The command line -> settings. --resume starts from that run's config.json, and --method from its own defaults."""
+    parser = transformers.HfArgumentParser((Settings, sapo.SAPOConfig), description=__doc__.split("\n\n")[0])
+    known, _ = parser.parse_known_args(argv)
+    if known.resume:
+        config = Path(known.resume) / "config.json"
+        if not config.is_file():
+            raise SystemExit(f"--resume {known.resume}: no config.json there; give the folder of a run, runs/<name>")
+        stored = json.loads(config.read_text())
+        parser.set_defaults(**{**stored["settings"], **stored["config"], "resume": known.resume})
+    else:
+        parser.set_defaults(**baselines.SETTINGS[known.method])
+    settings, config = parser.parse_args_into_dataclasses(argv)
+    if not settings.name:
+        detail = ("-" + settings.cut) * (settings.method == "sapo") + "".join(f"-{a}" for a in settings.env_args)
+        settings.name = f"{settings.env.split('/')[-1].split('-')[0]}-{settings.method}{detail}-seed{settings.seed}"
+    return settings, config
+
+
+def make_env(settings):
+    """One environment, from --env and --env_args."""
+    try:
+        keywords = {k: json.loads(v) for k, v in (a.split("=", 1) for a in settings.env_args)}
+    except ValueError:
+        raise SystemExit(f"--env_args {' '.join(settings.env_args)}: expected name=number pairs, such as n=9") from None
+    return gym.make(settings.env, disable_env_checker=True, **keywords)
+
+
+# -------------------------------------------------------------------------------------------------------- warm start
+def warm_start(settings, directory):
+    """A tiny model that has read noisy demonstrations, saved in `directory`: it knows the format, and slips.
+
+    Every demonstrated step was wrong with probability error_rate and then carried on consistently, so the model learns
+    to make such slips. They are what RL can take away again.
+    """
+    task = make_env(settings).unwrapped.task
+    image = task.example_at(0).image
+    model = vlm.load(vlm.build_tiny(directory, image.size[0] if image else 16, seed=settings.seed), settings.device)
+    rng, steps = np.random.default_rng(settings.seed), settings.warm_start_steps
+    optimizer = torch.optim.Adam(model.model.parameters(), lr=settings.warm_start_lr, eps=1e-5)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.warm_start_lr, total_steps=steps + 1)
+    for _ in (bar := tqdm(range(steps), "warm start", disable=None)):
+        examples = [task.example_at(int(i)) for i in rng.integers(2**31, size=settings.warm_start_batch)]
+        texts = [task.demonstrate(example, rng, settings.error_rate) for example in examples]
+        inputs = vlm.encode(model, [e.question for e in examples], [e.image for e in examples])
+        tokens, mask = vlm.encode_responses(model, texts)
+        loss = -vlm.score(model, inputs, tokens, mask)[0].sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"{loss.item():.3f} nats per token", refresh=False)
+    model.model.save_pretrained(directory)
+
+
+def digest(folder):
+    """{file: sha256} of everything in a folder but the manifest itself."""
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())
+            if f.name != "manifest.json"}
+
+
+def cached_warm_start(settings) -> Path:
+    """The warm start's folder, made when it is missing or damaged. Its name is a hash of everything that shaped it."""
+    shaped = [settings.env, settings.env_args, settings.seed, settings.warm_start_steps, settings.warm_start_batch,
+              settings.warm_start_lr, settings.error_rate, settings.device, torch.__version__, transformers.__version__,
+              (HERE / "env.py").read_text(), (HERE / "vlm.py").read_text(), inspect.getsource(warm_start)]
+    folder = Path(settings.runs) / "cache" / hashlib.sha256(json.dumps(shaped).encode()).hexdigest()[:16]
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        try:
+            if json.loads(manifest.read_text()) == digest(folder):
+                return folder
+        except ValueError:
+            pass
+        warnings.warn(f"the cached warm start {folder} is damaged: building it again", stacklevel=2)
+    with replacing(folder) as aside:
+        warm_start(settings, aside)
+        (aside / "manifest.json").write_text(json.dumps(digest(aside)))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+class replacing:
+    """`with replacing(folder) as aside`: write `aside`; it takes the folder's place at the end, whole or not at all.
+
+    Between the two renames only `folder.old` exists, and `newest` finds it: a kill at any moment leaves a whole one.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.aside, self.old = (Path(f"{folder}{end}") for end in ("", ".new", ".old"))
+
+    def __enter__(self):
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.aside.mkdir(parents=True)
+        return self.aside
+
+    def __exit__(self, failed, *_):
+        if failed:
+            return
+        if self.folder.exists():
+            shutil.rmtree(self.old, ignore_errors=True)
+            self.folder.rename(self.old)
+        self.aside.rename(self.folder)
+        shutil.rmtree(self.old, ignore_errors=True)
+
+
+def newest(folder) -> Path:
+    """The whole checkpoint of a run folder: `checkpoint`, or `checkpoint.old` after a kill between two renames."""
+    for name in ("checkpoint", "checkpoint.old"):
+        if (Path(folder) / name / "trainer.pt").is_file():
+            return Path(folder) / name
+    raise SystemExit(f"{folder}: no checkpoint there yet; start the run again without --resume")
+
+
+def save(run):
+    """Write the checkpoint: policy and processor in Hugging Face format, the rest in trainer.pt."""
+    with replacing(run.folder / "checkpoint") as aside:
+        run.policy.model.save_pretrained(aside)
+        run.policy.processor.save_pretrained(aside)
+        state = {part: getattr(run, part) and getattr(run, part).state_dict() for part in STATEFUL}
+        torch.save({**state, "progress": run.progress, "rng": torch.get_rng_state(),
+                    "cuda_rng": torch.cuda.get_rng_state_all()}, aside / "trainer.pt")
+
+
+def build(settings, config):
+    """The run: models, optimizers, environments and progress; fresh, or from the newest checkpoint with --resume."""
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(settings.resume or f"{settings.runs}/{settings.name}")
+    run = SimpleNamespace(settings=settings, config=config, folder=folder)
+    torch.manual_seed(settings.seed)
+    started = time.time()
+    start = cached_warm_start(settings) if settings.model == "tiny" else settings.model
+    run.progress = {"iteration": 0, "episodes": 0, "generated_tokens": 0, "seconds": 0.0, "threshold": None,
+                    "skipped_in_a_row": 0, "warm_start_seconds": time.time() - started}
+    stored = newest(run.folder) if settings.resume else None
+    run.policy = vlm.load(stored or start, settings.device, settings.dtype)
+    run.reference = vlm.load(start, settings.device, settings.dtype) if config.kl_coef else None
+    adam = lambda module, lr: torch.optim.Adam(module.parameters(), lr=lr, eps=1e-5)  # at 1e-8 noise gets unit steps
+    run.actor_optimizer, run.critic, run.critic_optimizer = adam(run.policy.model, config.actor_lr), None, None
+    if settings.method != "grpo":
+        run.critic = sapo.SegmentCritic(copy.deepcopy(run.policy.model.base_model)).to(settings.device)
+        run.critic_optimizer = adam(run.critic, config.critic_lr)
+    if stored:
+        saved = torch.load(stored / "trainer.pt", weights_only=True)
+        for part in STATEFUL:
+            if saved[part]:
+                getattr(run, part).load_state_dict(saved[part])
+        run.progress = saved["progress"]
+        torch.set_rng_state(saved["rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+    run.envs = [make_env(settings) for _ in range(settings.batch)]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.json").write_text(json.dumps(
+        {"method": settings.method, "env": settings.env, "seed": settings.seed,
+         "settings": asdict(settings), "config": asdict(config)}, indent=1))
+    for name in ("metrics.jsonl", "samples.jsonl"):  # what came after the checkpoint will be written again
+        keep_until(run.folder / name, run.progress["iteration"] if stored else -1)
+    return run
+
+
+def keep_until(file, iteration):
+    """Cut a log of JSON lines back to an iteration; a line torn by a kill goes too."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    file.write_text("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["iteration"] <= iteration))
+
+
+# ----------------------------------------------------------------------------------------------------------- rollout
+def write(run, indices, split, temperature, top_p=1.0):
+    """Reset an environment per index and let the policy answer. -> (envs, inputs, tokens, mask, texts per token)."""
+    envs = run.envs[:len(indices)]
+    seen = [e.reset(options={"index": int(i), "split": split})[0] for e, i in zip(envs, indices, strict=True)]
+    pictures = [Image.fromarray(o["image"]) if "image" in o else None for o in seen]
+    inputs = vlm.encode(run.policy, [o["prompt"] for o in seen], pictures)
+    tokens, mask = vlm.generate(run.policy, inputs, run.settings.max_new_tokens, temperature, top_p, STOP)
+    return envs, inputs, tokens, mask, vlm.token_texts(run.policy, tokens, mask, env.END)
+
+
+def cut(run, entropy, mask):
+    """The segments of a rollout, under --method and --cut."""
+    if run.settings.method != "sapo":
+        return sapo.token_ends(mask) if run.settings.method == "ppo" else sapo.response_ends(mask)
+    if run.settings.cut == "topk":
+        return sapo.entropy_ends(entropy, mask, run.config.top_k)
+    return sapo.threshold_ends(entropy, mask, run.progress["threshold"])
+
+
+def replay(envs, texts, ends, mask):
+    """Pass each segment to its environment. -> rewards (B, T), each on its segment's last token; mask; last infos.
+
+    Tokens that an environment no longer took, because the episode was over, leave the mask.
+    """
+    rewards, mask, infos = torch.zeros(mask.shape), mask.cpu().clone(), []
+    for row, (e, pieces, cuts) in enumerate(zip(envs, texts, ends.tolist(), strict=True)):
+        first, over = 0, False
+        for last in [t for t in range(len(pieces)) if cuts[t]]:
+            if over:
+                mask[row, first:] = False
+                break
+            _, rewards[row, last], terminated, truncated, info = e.step("".join(pieces[first:last + 1]))
+            first, over = last + 1, terminated or truncated
+        infos.append(info)
+    return rewards, mask, infos
+
+
+@torch.no_grad()
+def collect(run, indices, split="train"):
+    """One batch of responses, scored, judged, cut and replayed. -> a namespace with a sapo.Rollout and what made it."""
+    temperature, policy = run.settings.temperature, run.policy
+    envs, inputs, tokens, mask, texts = write(run, indices, split, temperature)
+    logp, entropy = vlm.score(policy, inputs, tokens, mask, temperature)
+    ref_logp = vlm.score(run.reference, inputs, tokens, mask, temperature)[0] if run.reference else None
+    values = vlm.prefix_values(run.critic, inputs, tokens, mask) if run.critic else None
+    if run.settings.cut == "causal" and run.progress["threshold"] is None:  # a first threshold needs a batch of its own
+        run.progress["threshold"] = sapo.entropy_quantile(entropy, mask, run.config.top_k)
+        return collect(run, indices, split)
+    ends = cut(run, entropy, mask)
+    rewards, used, infos = replay(envs, texts, ends, mask)
+    rewards, used = rewards.to(mask.device), used.to(mask.device)
+    advantages = None
+    if run.critic is None:
+        advantages = baselines.group_advantages(rewards.sum(1), run.settings.group)[:, None] * used
+    rollout = sapo.Rollout(used, ends & used, logp, rewards, values, ref_logp, advantages)
+    return SimpleNamespace(rollout=rollout, inputs=inputs, tokens=tokens, texts=texts, entropy=entropy, infos=infos,
+                           envs=envs)
+
+
+def train_indices(settings, iteration):
+    """Which training examples iteration 1, 2, ... sees: fresh ones each time; GRPO asks each of them `group` times."""
+    per = settings.group if settings.method == "grpo" else 1
+    count = settings.batch // per
+    return np.repeat(np.arange(count) + count * (iteration - 1), per)
+
+
+def step(run) -> dict:
+    """One iteration: collect, update. -> metrics of the last epoch."""
+    progress, settings = run.progress, run.settings
+    progress["iteration"] += 1
+    batch = collect(run, train_indices(settings, progress["iteration"]))
+    rollout = batch.rollout
+    if settings.cut == "causal":
+        progress["threshold"] = sapo.entropy_quantile(batch.entropy, rollout.mask, run.config.top_k)
+    part = lambda rows: (vlm.take(batch.inputs, rows), batch.tokens[rows], rollout.mask[rows])
+    history = sapo.sapo_update(
+        rollout, lambda rows: vlm.score(run.policy, *part(rows), settings.temperature),
+        run.critic and (lambda rows: vlm.prefix_values(run.critic, *part(rows))),
+        run.actor_optimizer, run.critic_optimizer, run.config, skipped_in_a_row=progress["skipped_in_a_row"])
+    progress["skipped_in_a_row"] = history[-1]["skipped_in_a_row"]
+    progress["episodes"] += len(rollout.mask)
+    progress["generated_tokens"] += int(rollout.mask.sum())
+    return {"accuracy": np.mean([i["correct"] for i in batch.infos]).item(),
+            "reward": rollout.rewards.sum(1).mean().item(),
+            "response_tokens": rollout.mask.sum(1).float().mean().item(), **history[-1],
+            "episodes": progress["episodes"], "generated_tokens": progress["generated_tokens"]}
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+def wilson(right, n, z=1.96):
+    """95% interval of a share (Wilson's score interval). -> (low, high)."""
+    centre, spread = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
+    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
+
+
+def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
+    """Accuracy on the first eval_episodes held-out examples, with its 95% interval."""
+    right, n = 0, run.settings.eval_episodes
+    for first in range(0, n, len(run.envs)):
+        envs, _, _, _, texts = write(run, range(first, min(n, first + len(run.envs))), "eval", temperature, top_p)
+        right += sum(e.step("".join(text))[4]["correct"] for e, text in zip(envs, texts, strict=True))
+    low, high = wilson(right, n)
+    return {"eval_accuracy": right / n, "eval_low": low, "eval_high": high}
+
+
+def samples(run, count=16):
+    """Held-out responses with their credit, token by token, for figures.credit_map."""
+    group = run.settings.group if run.critic is None else 1
+    batch = collect(run, np.repeat(np.arange(count), group)[:len(run.envs)], "eval")
+    advantages = sapo.credit(batch.rollout, run.config)[0]
+    for row, e in list(enumerate(batch.envs))[::group]:
+        example, task, info = e.unwrapped.example, e.unwrapped.task, batch.infos[row]
+        n = int(batch.rollout.mask[row].sum())
+        tokens = batch.texts[row][:n]
+        token_of = [t for t, text in enumerate(tokens) for _ in text]  # character -> token
+        response = "".join(tokens)
+        spans = zip(task.step_spans(response), task.check_steps(example, response), strict=True)
+        row_of = lambda x: None if x is None else [round(float(v), 4) for v in x[row, :n]]  # noqa: B023
+        yield {"iteration": run.progress["iteration"], "example_id": info["example_id"], "method": run.settings.method,
+               "cut": run.settings.cut, "prompt": example.question, "image": as_png(example.image),
+               "answer": example.answer, "predicted": info["predicted"],
+               "reward": float(batch.rollout.rewards[row].sum()), "tokens": tokens, "entropy": row_of(batch.entropy),
+               "values": row_of(batch.rollout.values), "advantages": row_of(advantages),
+               "ends": batch.rollout.ends[row, :n].tolist(),
+               "steps": [[token_of[a], token_of[b - 1], right] for (a, b), right in spans if b > a]}
+
+
+def as_png(image):
+    """A PIL image as base64 text; None stays None."""
+    if image is None:
+        return None
+    image.save(file := io.BytesIO(), "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+def log(run, name, *rows):
+    """Append JSON lines to a file of the run."""
+    with open(run.folder / name, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def train(run) -> bool:
+    """The loop. -> True when it came to its end, False after Ctrl-C; the checkpoint is written either way."""
+    settings, progress, stop = run.settings, run.progress, []
+    board = open_tensorboard(run) if settings.tensorboard else None
+    previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, previous)))
+    if progress["iteration"] == 0:
+        progress |= {f"warm_start_{k}": v for k, v in evaluate(run).items()}
+        log(run, "metrics.jsonl", {"iteration": 0, **{k: progress[f"warm_start_{k}"] for k in
+                                                      ("eval_accuracy", "eval_low", "eval_high")}})
+        save(run)
+    started = time.time() - progress["seconds"]
+    bar = tqdm(total=settings.iterations, initial=progress["iteration"], desc=settings.method, disable=None)
+    try:
+        while progress["iteration"] < settings.iterations and not stop:
+            row = {"iteration": progress["iteration"] + 1, **step(run)}
+            progress["seconds"] = row["seconds"] = time.time() - started
+            if row["iteration"] % settings.eval_every == 0 or row["iteration"] == settings.iterations:
+                row |= evaluate(run)
+                log(run, "samples.jsonl", *samples(run))
+            log(run, "metrics.jsonl", row)
+            for key, x in row.items() if board else ():
+                board.add_scalar(key, x, row["iteration"])
+            bar.set_postfix_str(f"accuracy {row['accuracy']:.2f}, entropy {row['entropy']:.3f}", refresh=False)
+            bar.update()
+            if row["iteration"] % settings.checkpoint_every == 0 and row["iteration"] < settings.iterations:
+                save(run)
+        save(run)
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, previous)
+    return not stop
+
+
+def open_tensorboard(run):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SystemExit("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    return SummaryWriter(run.folder)
+
+
+def finish(run):
+    """Final evaluations, summary.json, pictures, and the table on the terminal."""
+    settings, progress = run.settings, run.progress
+    kinds = {"temperature 1": (1.0, 1.0), "temperature 0.6, top-p 0.95": (0.6, 0.95), "greedy": (0.0, 1.0)}
+    found = {kind: evaluate(run, *how) for kind, how in kinds.items()}
+    final = found["temperature 1"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    summary = {"method": settings.method, "seed": settings.seed,
+               "warm_start_accuracy": progress["warm_start_eval_accuracy"], "accuracy": final["eval_accuracy"],
+               "accuracy_low": final["eval_low"], "accuracy_high": final["eval_high"],
+               "episodes": progress["episodes"], "generated_tokens": progress["generated_tokens"],
+               "seconds": progress["seconds"], "warm_start_seconds": progress["warm_start_seconds"],
+               "peak_rss_mb": peak, "evaluations": found}
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(f"\n{settings.method} on {settings.env}, seed {settings.seed}: {settings.eval_episodes} held-out episodes")
+    start = {k: progress[f"warm_start_{k}"] for k in final}
+    for kind, x in {"before, temperature 1": start, **found}.items():
+        print(f"  {kind:<30}{x['eval_accuracy']:7.1%}   95% interval {x['eval_low']:.1%} to {x['eval_high']:.1%}")
+    print(f"  {progress['seconds']:.0f} s of training, {progress['warm_start_seconds']:.0f} s of warm start, "
+          f"{peak:.0f} MB at most; files in {run.folder}")
+    try:
+        import figures
+        figures.learning_curve(run.folder), figures.credit_map(run.folder)
+    except ImportError as missing:
+        print(missing)
+
+
+def main(argv=None):
+    run = build(*parse(argv))
+    if not train(run):
+        print(f"stopped at iteration {run.progress['iteration']}; go on with: python train.py --resume {run.folder}")
+        return
+    finish(run)
+
+
+if __name__ == "__main__":
+    main()
