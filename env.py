@@ -15,16 +15,15 @@ itself wrote before. So the slip that spoilt a response is known, and credit ass
     observation, info = episode.reset(seed=0)                   # or options={"index": 7, "split": "eval"}
     observation, reward, terminated, truncated, info = episode.step("<see>352614263</see>")
 
-`SyncVectorEnv` works; `AsyncVectorEnv` needs `shared_memory=False`, or Gymnasium corrupts the texts (shared memory pads
-them, and knows a fixed alphabet only). TextSum has no "image" in its observations: it is the text-only branch. Left out
-on purpose: partial credit, which would give away what SAPO has to find out, and torch.
+`AsyncVectorEnv` needs `shared_memory=False`, or Gymnasium corrupts the texts (it pads them, within a fixed alphabet).
+TextSum has no "image" in its observations: it is the text-only branch. Left out on purpose: torch, and partial credit,
+which would give away what SAPO has to find out.
 """
 import functools
 import math
 import re
-import string
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gymnasium as gym
 import numpy as np
@@ -36,12 +35,10 @@ SPLITS = ("train", "eval")
 CELL = 16  # pixels: the tiny vision model has one image token per 16 x 16 block, so one per die or arrow
 MOVES = {"R": (1, 0), "D": (0, 1), "L": (-1, 0), "U": (0, -1)}  # (columns, rows), row 1 at the top
 _SEE, _THINK, _ITEM = re.compile("<see>([^<]*)"), re.compile("<think>([^<]*)"), re.compile("[^;]+")
-_FORM = re.compile("(<see>[^<]+</see>)?<think>[^<]*</think><answer>[^<]+</answer>")
-_NUMBER = re.compile("[0-9]{1,12}")  # bounded: int() raises beyond 4300 digits
-_RESULT = re.compile(r"(?:(?<![0-9])[0-9]{1,12}|[A-I][1-9])\Z")  # what a move ends in: a sum or a cell
+_RESULT = re.compile(r"(?:(?<![0-9])[0-9]{1,12}|[A-I][1-9])\Z")  # what a move ends in; int() raises beyond 4300 digits
 
 
-# ------------------------------------------------------------------------------------- where a response ends
+# --------------------------------------------------------------------------------------- where a response ends
 def cut(text):
     """`(response, reason)`: the text up to and with its first end. Reason "answer": an `<answer>` was closed; "end":
     `END` came first; "": it goes on."""
@@ -59,47 +56,47 @@ def read_answer(text):
     if reason != "answer" or text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
     before, _, rest = response.partition("<answer>")
-    if any(before.rfind(f"<{block}>") > before.rfind(f"</{block}>") for block in ("see", "think")):
-        return None
-    return rest[:-len("</answer>")].strip(" \t\r\n")
+    nested = any(before.rfind(f"<{block}>") > before.rfind(f"</{block}>") for block in ("see", "think"))
+    return None if nested else rest[:-len("</answer>")].strip(" \t\r\n")
 
 
-# ----------------------------------------------------------------------------------------------- the tasks
+# --------------------------------------------------------------------------------------------------- the tasks
 @dataclass(frozen=True)
 class Example:
-    """A picture (or None), its question, the true answer and steps; `content` is what was drawn at random (numbers; or
-    arrows and start), `key` identifies it and decides the split."""
+    """A picture (or None), its question, the true answer and steps. `content` is what was drawn at random, first of all
+    the tuple of true reads (or numbers to add); `key` identifies it and decides the split."""
     image: Image.Image | None
     question: str
-    answer: str
-    steps: tuple[str, ...]
     key: str
     content: tuple
+    answer: str = ""
+    steps: tuple[str, ...] = ()
 
 
 class Task:
     """A chain of small decisions: reads off the picture, moves, each from the result of the last, and the answer.
 
-    A subclass draws the content, presents it, and says what is true of it (`_known`), which move is right (`_move`)
-    and what may be taken for a right step (`_slips`). True steps, demonstrations and checks all follow from these."""
+    A subclass draws the content, presents it, and says which move is right (`_move`) and what may be mistaken for a
+    right step (`_slips`). True steps, demonstrations and checks all follow from these."""
     side = 0       # cells along the picture's edge; 0: no picture
     read_size = 0  # characters of one read inside <see>; 0: nothing to read, the question says what is known
-    image_shape = property(lambda self: (self.side * CELL, self.side * CELL, 3) if self.side else None)  # (H, W, 3)
+    form = property(lambda it: "<see>[^<]+</see>" * (it.read_size > 0) + "<think>[^<]*</think><answer>[^<]+</answer>")
 
     def __post_init__(self):
-        _check_integers(**{name: (getattr(self, name), *bounds) for name, bounds in self.ranges.items()})
-
-    def split_of(self, key):
-        """"train" or "eval" (1 in 5), decided by the content: the splits never share an example."""
-        return SPLITS[zlib.crc32(key.encode()) % 5 == 0]
+        for name, (low, high) in self.ranges.items():
+            if type(getattr(self, name)) is not int or not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not valid; expected an integer {low} to {high}")
 
     def sample(self, rng, split=None):
-        """An `Example` drawn with `rng`, a numpy Generator, from one split or either. ValueError if there is none."""
+        """An `Example` drawn with `rng`, a numpy Generator, from one split or either. ValueError if there is none. The
+        content alone decides the split, 1 in 5 being "eval": the two never share an example."""
         for _ in range(4000):
-            content = self._draw(rng)
-            if split is None or self.split_of(repr(content)) == split:
-                reads, moves, answer = self._write(content, lambda right, last: right)
-                return Example(*self._present(content, rng), answer, (*reads, *moves, answer), repr(content), content)
+            key = repr(content := self._draw(rng))
+            if split is None or split == SPLITS[zlib.crc32(key.encode()) % 5 == 0]:
+                example = Example(*self._present(content, rng), key, content)
+                text = self.demonstrate(example, rng)
+                steps = tuple(text[start:end] for start, end in self.step_spans(text))
+                return replace(example, answer=steps[-1], steps=steps)
         raise ValueError(f"{self} is too small: none of its few possible examples falls into the {split!r} split")
 
     def example_at(self, index, split="train"):
@@ -108,16 +105,6 @@ class Task:
             raise ValueError(f"index={index!r}, split={split!r}: expected an integer >= 0 and one of {SPLITS}")
         return self.sample(np.random.default_rng((zlib.crc32(repr(self).encode()), SPLITS.index(split), index)), split)
 
-    def _write(self, content, pick):
-        known, moves = self._known(content), []
-        if self.read_size:
-            known = [pick(right, None) for right in known]
-        last = known[0]
-        for i in range(self.moves):
-            moves.append(pick(self._move(content, known, i, last), last))
-            last = _RESULT.search(moves[-1])[0]
-        return known if self.read_size else [], moves, pick(last, last)
-
     def demonstrate(self, example, rng, error_rate=0.0):
         """A canonical response whose every step is wrong with probability `error_rate`, with a plausible wrong value,
         and then carried on consistently."""
@@ -125,24 +112,26 @@ class Task:
             slips = self._slips(right, last) if rng.random() < error_rate else [right]
             return slips[int(rng.random() * len(slips))]
 
-        reads, moves, answer = self._write(example.content, pick)
-        see = f"<see>{''.join(reads)}</see>" if self.read_size else ""
-        return f"{see}<think>{';'.join(moves)}</think><answer>{answer}</answer>"
+        known = [pick(right, None) for right in example.content[0]] if self.read_size else example.content[0]
+        last, moves = known[0], []
+        for i in range(self.moves):
+            moves.append(pick(self._move(example.content, known, i, last), last))
+            last = _RESULT.search(moves[-1])[0]
+        see = f"<see>{''.join(known)}</see>" if self.read_size else ""
+        return f"{see}<think>{';'.join(moves)}</think><answer>{pick(last, last)}</answer>"
 
     def _parse(self, response):
         # (reads, moves, answers): spans of the complete steps, left to right, so that a longer response only adds some
         response, reason = cut(response)
-        opened, size, reads, moves = response.find("<answer>"), self.read_size, [], []
-        limit = opened if opened >= 0 else len(response)
+        limit, size, reads, moves = len(response.partition("<answer>")[0]), self.read_size, [], []
         think = _THINK.search(response, 0, limit)
         see = _SEE.search(response, 0, think.start() if think else limit) if size else None
         if see:
             start, end = see.span(1)
-            stop = end if end < len(response) else end - size + 1
-            reads = [(at, min(at + size, end)) for at in range(start, stop, size)]
+            reads = [(at, min(at + size, end)) for at in range(start, end - (end == len(response)) * (size - 1), size)]
         if think:  # an item at the very end may still grow, "3+5=1" to "3+5=10": not complete
             moves = [item.span() for item in _ITEM.finditer(response, *think.span(1)) if item.end() < len(response)]
-        return reads, moves, [(opened + len("<answer>"), len(response) - len("</answer>"))] * (reason == "answer")
+        return reads, moves, [(limit + len("<answer>"), len(response) - len("</answer>"))] * (reason == "answer")
 
     def step_spans(self, response):
         """(start, end) in characters of every complete step in a response, any string."""
@@ -153,25 +142,19 @@ class Task:
         consistent continuation is right. The answer is right if it repeats the last result of a finished chain.
         All right, the answer among them, means reward 1; not the reverse, as two slips can cancel."""
         reads, moves, answers = ([response[a:b] for a, b in spans] for spans in self._parse(response))
-        true = self._known(example.content)
+        true = example.content[0]
         known = reads if self.read_size else true
         right = [i < len(true) and read == true[i] for i, read in enumerate(reads)]
         last = known[0] if known else ""
         for i, move in enumerate(moves):
             right.append(i < self.moves and move == self._move(example.content, known, i, last))
-            result = _RESULT.search(move)
-            last = result[0] if result else last
+            last = (_RESULT.search(move) or [last])[0]
         done = len(known) == len(true) and len(moves) == self.moves
         return right + [done and read_answer(cut(response)[0]) == last for _ in answers]
 
     def grade(self, example, response):
         """1.0 if `read_answer` equals the true answer, character by character ("016" is not "16"), else 0.0."""
         return float(read_answer(response) == example.answer)
-
-    def well_formed(self, response):
-        """Whether the response is its blocks in order and nothing else: what the format term pays for."""
-        form = _FORM.fullmatch(response)
-        return form is not None and bool(form[1]) == bool(self.read_size)
 
 
 @dataclass(frozen=True)
@@ -183,16 +166,13 @@ class TextSum(Task):
     moves = property(lambda self: self.n - 1)
 
     def _draw(self, rng):
-        return tuple(rng.integers(1, self.largest + 1, self.n).tolist())
+        return tuple(str(number) for number in rng.integers(1, self.largest + 1, self.n)),
 
     def _present(self, content, rng):
-        return None, f"Add {' '.join(self._known(content))}."
-
-    def _known(self, content):
-        return [str(number) for number in content]
+        return None, f"Add {' '.join(content[0])}."
 
     def _move(self, content, known, i, last):
-        if i + 1 < len(known) and _NUMBER.fullmatch(last) and _NUMBER.fullmatch(known[i + 1]):
+        if i + 1 < len(known) and last.isdecimal() and known[i + 1].isdecimal():
             return f"{last}+{known[i + 1]}={int(last) + int(known[i + 1])}"
 
     def _slips(self, right, last):
@@ -208,7 +188,7 @@ class DiceSum(TextSum):
     side = property(lambda self: math.isqrt(self.n - 1) + 1)  # ceil(sqrt(n))
 
     def _present(self, content, rng):
-        return _picture([_DICE[face] for face in content], self.side, (58, 104, 96), rng), "Sum the dice."
+        return _picture([_DICE[face] for face in content[0]], self.side, (58, 104, 96), rng), "Sum the dice."
 
     def _slips(self, right, last):
         return super()._slips(right, last) if last else [face for face in "123456" if face != right]
@@ -216,8 +196,8 @@ class DiceSum(TextSum):
 
 @dataclass(frozen=True)
 class ArrowPath(Task):
-    """A grid of arrows: from the golden cell follow `length` of them; one slip ruins the rest. Cells are named by column
-    letter and row digit, A1 at the top left; a move is the arrow read and the cell reached, "RC2"."""
+    """A grid of arrows: from the golden cell follow `length` of them; one slip ruins the rest. A cell is a column
+    letter and a row digit, A1 at the top left; a move is the arrow read and the cell reached, "RC2"."""
     length: int = 8
     grid: int = 4
     read_size, ranges = 2, {"length": (1, 256), "grid": (2, 9)}
@@ -231,49 +211,35 @@ class ArrowPath(Task):
                 for (x, y), cell in cells.items()}
 
     def _draw(self, rng):
-        # Random arrows alone soon end in a two-cell ping-pong, so a walk through fresh cells is laid first (of a few
-        # tries). The arrows beside it are random too, or a glance at the field would give the path away.
-        arrows, wanted, walk = {}, min(self.length, self.grid**2 - 1), {}
-        for cell, draw in zip(self.roads, rng.random(self.grid**2).tolist(), strict=True):
-            arrows[cell] = list(self.roads[cell])[int(draw * len(self.roads[cell]))]
+        # Random arrows alone soon end in a two-cell ping-pong, so a walk through fresh cells is laid over them (8 tries
+        # for a whole one); where it must end too early, it closes its longest loop. The other arrows stay random, or a
+        # glance at the field would give the path away.
+        arrows = {cell: list(roads)[int(rng.random() * len(roads))] for cell, roads in self.roads.items()}
+        wanted, walk = min(self.length, self.grid**2 - 1), {}
         for _ in range(8):
             if len(walk) < wanted:
-                start = cell = list(self.roads)[rng.integers(self.grid**2)]
-                walk = {}
+                cell, walk = list(self.roads)[rng.integers(self.grid**2)], {}
             while len(walk) < wanted and (fresh := [a for a, to in self.roads[cell].items() if to not in walk]):
                 walk[cell] = fresh[int(rng.random() * len(fresh))]
                 cell = self.roads[cell][walk[cell]]
-        return "".join((arrows | walk).values()), start
+        if len(walk) < self.length:
+            walk[cell] = min(self.roads[cell], key=lambda arrow: list(walk).index(self.roads[cell][arrow]))
+        return (next(iter(walk)),), arrows | walk
 
     def _present(self, content, rng):
-        arrows, start = content
-        glyphs = [(_GOLDEN if cell == start else _ARROWS)[arrow] for cell, arrow in zip(self.roads, arrows, strict=True)]
+        glyphs = [_ARROWS[arrow, cell == content[0][0]] for cell, arrow in content[1].items()]
         return _picture(glyphs, self.grid, (66, 78, 104), rng), f"Follow {self.length} arrows."
-
-    def _known(self, content):
-        return [content[1]]
 
     def _move(self, content, known, i, last):
         if last in self.roads:
-            arrow = content[0][list(self.roads).index(last)]
-            return arrow + self.roads[last][arrow]
+            return content[1][last] + self.roads[last][content[1][last]]
 
     def _slips(self, right, last):
-        if len(right) == 3:
-            return [arrow + cell for arrow, cell in self.roads[last].items() if arrow != right[0]]
-        return [cell for cell in self.roads if cell != right]
+        moves = [arrow + cell for arrow, cell in self.roads.get(last, {}).items()]
+        return [slip for slip in (moves if right in moves else self.roads) if slip != right]
 
 
-TASKS = {task.__name__: task for task in (DiceSum, ArrowPath, TextSum)}
-
-
-def _check_integers(**settings):
-    for name, (value, low, high) in settings.items():
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"{name}={value!r} is not valid; expected an integer from {low} to {high}")
-
-
-# ---------------------------------------------------------------------------------------------- the pictures
+# ------------------------------------------------------------------------------------------------ the pictures
 def _glyph(tile, *boxes):  # one cell of colour numbers: 0 the ground, 1 a tile, 2 ink, 3 a golden tile
     glyph = Image.new("P", (CELL, CELL))
     ImageDraw.Draw(glyph).rounded_rectangle((1, 1, 14, 14), 2, tile)
@@ -282,16 +248,13 @@ def _glyph(tile, *boxes):  # one cell of colour numbers: 0 the ground, 1 a tile,
     return glyph
 
 
-def _arrows(tile):  # a shaft and a head of ever shorter columns: exactly symmetric, and so are its three turns
-    right = _glyph(tile, (3, 6, 7, 9), *((8 + k, 3 + k, 8 + k, 12 - k) for k in range(5)))
-    return {arrow: right.rotate(angle) for arrow, angle in (("R", 0), ("U", 90), ("L", 180), ("D", 270))}
-
-
 _SPOTS = [(x, y, x + 1, y + 1) for y in (3, 7, 11) for x in (3, 7, 11)]  # where a die may have a pip, row by row
 _DICE = {face: _glyph(1, *(_SPOTS[int(spot)] for spot in spots))
-         for face, spots in enumerate(("4", "08", "048", "0268", "02468", "023568"), start=1)}
-_ARROWS, _GOLDEN = _arrows(1), _arrows(3)
-# For rendering, light and strong Okabe-Ito colours, which all eyes tell apart: segments tinted in turn, steps underlined.
+         for face, spots in zip("123456", ("4", "08", "048", "0268", "02468", "023568"), strict=True)}
+_RIGHTWARD = (3, 6, 7, 9), *((8 + k, 3 + k, 8 + k, 12 - k) for k in range(5))  # a shaft, then ever shorter columns
+_ARROWS = {(arrow, start): _glyph(3 if start else 1, *_RIGHTWARD).rotate(90 * turns)
+           for turns, arrow in enumerate("RULD") for start in (False, True)}
+# For rendering, light and strong Okabe-Ito colours, which all eyes tell apart: tints of segments, underlines of steps
 _TINTS, _GREY = ((186, 220, 244), (255, 222, 158), (184, 230, 208), (240, 204, 226)), (226, 226, 226)
 _INK, _RIGHT, _WRONG = (24, 24, 32), (0, 114, 178), (213, 94, 0)
 
@@ -306,27 +269,20 @@ def _picture(glyphs, side, ground, rng):
     return picture.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------- the environment
+# --------------------------------------------------------------------------------------------- the environment
 class AnyText(gym.spaces.Text):
     """Any string of at most `max_length` characters. Gymnasium's own `Text` rejects most of Unicode, and "" too."""
 
-    def __init__(self, max_length):
-        super().__init__(max_length, min_length=0, charset=string.printable)
-
     def contains(self, x):
         return isinstance(x, str) and len(x) <= self.max_length
-
-    def sample(self, mask=None, probability=None):  # short: a whole response's worth would truncate the episode at once
-        return super().sample(mask, probability)[:self.np_random.integers(17)]
 
 
 class SegmentEnv(gym.Env):
     """One response, written segment by segment. `task`, `example`, `response` and `segments` may be read at any time.
 
-    task           a `Task`, or the name of one ("DiceSum") with its settings as further keywords (n=9)
-    max_segments   actions until the episode is truncated: generous, as one token per action is a legal cut too
-    max_chars      characters until the episode is truncated
-    format_reward  paid at the end, beside the answer's 1, if the response has exactly the form of its task"""
+    task                      a `Task`, or the name of one ("DiceSum") with its settings as further keywords (n=9)
+    max_segments, max_chars   end it as truncated; generous, as one token per action is a legal cut too
+    format_reward             paid besides, at the end, if the response is its blocks in order (`task.form`), no more"""
     metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 2}
 
     def __init__(self, task="DiceSum", max_segments=512, max_chars=2048, format_reward=0.0, render_mode=None, **kwargs):
@@ -334,14 +290,15 @@ class SegmentEnv(gym.Env):
             raise ValueError(f"render_mode={render_mode!r} is unknown; expected one of {self.metadata['render_modes']}")
         if not isinstance(task, Task) and task not in TASKS:
             raise ValueError(f"task={task!r} is unknown; expected one of {tuple(TASKS)} or a Task")
-        _check_integers(max_segments=(max_segments, 1, 10**6), max_chars=(max_chars, 1, 10**6))
+        if min(max_segments, max_chars) < 1:
+            raise ValueError(f"max_segments={max_segments}, max_chars={max_chars}: expected both to be at least 1")
         self.task = TASKS[task](**kwargs) if isinstance(task, str) else task
         self.max_segments, self.max_chars, self.format_reward = max_segments, max_chars, float(format_reward)
         self.render_mode, self.end_reason = render_mode, "not reset"
-        spaces = {"image": gym.spaces.Box(0, 255, self.task.image_shape, np.uint8)} if self.task.side else {}
-        spaces |= {"prompt": AnyText(512), "response": AnyText(max_chars)}
-        self.observation_space = gym.spaces.Dict({**spaces, "segment_index": gym.spaces.Discrete(max_segments + 1)})
-        self.action_space = AnyText(max_chars)
+        size, segments = self.task.side * CELL, gym.spaces.Discrete(max_segments + 1)
+        spaces = {"image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8)} if size else {}
+        spaces |= {"prompt": AnyText(512), "response": AnyText(max_chars), "segment_index": segments}
+        self.observation_space, self.action_space = gym.spaces.Dict(spaces), AnyText(max_chars)
 
     def reset(self, *, seed=None, options=None):
         """options: "index" (the i-th example of the split; by default drawn from `np_random`), "split" ("train" or
@@ -369,37 +326,29 @@ class SegmentEnv(gym.Env):
         before = len(self.response)
         self.response, self.end_reason = cut((self.response + action)[:self.max_chars])
         self.segments.append(self.response[before:])
-        terminated = bool(self.end_reason)
-        if terminated:
-            self.reward_terms = {"answer": self.task.grade(self.example, self.response),
-                                 "format": self.format_reward * self.task.well_formed(self.response)}
-        elif len(self.response) == self.max_chars:
-            self.end_reason = "max_chars"
-        elif len(self.segments) == self.max_segments:
-            self.end_reason = "max_segments"
+        if terminated := bool(self.end_reason):
+            bonus = self.format_reward if re.fullmatch(self.task.form, self.response) else 0.0
+            self.reward_terms = {"answer": self.task.grade(self.example, self.response), "format": bonus}
+        elif len(self.response) == self.max_chars or len(self.segments) == self.max_segments:
+            self.end_reason = "max_chars" if len(self.response) == self.max_chars else "max_segments"
         observation, info = self._report()
         return observation, sum(self.reward_terms.values()), terminated, not terminated and bool(self.end_reason), info
 
     def _report(self):
-        index, response = len(self.segments), self.response
-        observation = {"prompt": self.example.question, "response": response, "segment_index": index}
+        observation = {"prompt": self.example.question, "response": self.response, "segment_index": len(self.segments)}
         if self.task.side:
             observation["image"] = self._pixels.copy()  # (H, W, 3), a copy: who writes on it spoils only his own
-        info = {"example_id": self.example_id, "answer": self.example.answer, "predicted": read_answer(response),
-                "correct": self.reward_terms["answer"] == 1, "segment_index": index,
+        info = {"example_id": self.example_id, "answer": self.example.answer, "predicted": read_answer(self.response),
+                "correct": self.reward_terms["answer"] == 1, "segment_index": len(self.segments),
                 "segment_text": self.segments[-1] if self.segments else "", "reward_terms": dict(self.reward_terms),
-                "end_reason": self.end_reason, "steps_correct": self.task.check_steps(self.example, response)}
+                "end_reason": self.end_reason, "steps_correct": self.task.check_steps(self.example, self.response)}
         if self.render_mode == "human":
-            self.render()
+            print(self._terminal())
         return observation, info
 
     def render(self):
-        """A string ("ansi"), an (H, W, 3) uint8 array ("rgb_array"), or None after printing ("human")."""
-        if self.render_mode == "rgb_array":
-            return self._frame()
-        if self.render_mode == "human":
-            print(self._terminal())
-        return self._terminal() if self.render_mode == "ansi" else None
+        """A string ("ansi"), an (H, W, 3) uint8 array ("rgb_array"), or None ("human": every step prints itself)."""
+        return {"ansi": self._terminal, "rgb_array": self._frame}.get(self.render_mode, lambda: None)()
 
     def _pieces(self):  # (tint, shown characters) of the prefix and of every segment, control characters spelled out
         pieces = [(_GREY, self.prefix), *((_TINTS[i % 4], segment) for i, segment in enumerate(self.segments))]
@@ -419,13 +368,13 @@ class SegmentEnv(gym.Env):
 
     def _frame(self):
         canvas = Image.new("RGB", (960, 384), (252, 252, 250))
-        draw, font, left = ImageDraw.Draw(canvas), ImageFont.load_default(21), 32
+        draw, font, small, left = ImageDraw.Draw(canvas), ImageFont.load_default(21), ImageFont.load_default(16), 32
         if self.task.side:
             canvas.paste(self.example.image.resize((320, 320), Image.Resampling.NEAREST), (32, 32))
             left = 384
         draw.text((left, 32), self.example.question, _INK, font)
-        steps = zip(self.task.step_spans(self.response), self.task.check_steps(self.example, self.response), strict=True)
-        marks = {at: _RIGHT if right else _WRONG for span, right in steps for at in range(*span)}
+        spans, checks = self.task.step_spans(self.response), self.task.check_steps(self.example, self.response)
+        marks = {at: (_WRONG, _RIGHT)[right] for span, right in zip(spans, checks, strict=True) for at in range(*span)}
         x, y, placed = left, 80, []
         for tint, shown in self._pieces():
             for glyph in shown:
@@ -434,16 +383,18 @@ class SegmentEnv(gym.Env):
                 placed.append((x, y, x + width, glyph, tint, marks.get(len(placed), tint)))
                 x += width
             x += 4
-        scroll = max(0, y - 270)  # of a long response the latest lines are shown
+        scroll = max(0, y - 232)  # of a long response the latest lines are shown
         for x, y, end, glyph, tint, mark in placed:
             if y - scroll >= 80:
                 draw.rectangle((x, y - scroll, end, y - scroll + 26), tint)
                 draw.rectangle((x, y - scroll + 27, end, y - scroll + 30), mark)
                 draw.text((x, y - scroll), glyph, _INK, font)
-        draw.text((left, 330), self._verdict(), _INK, ImageFont.load_default(16))
-        return np.asarray(canvas)  # (H, W, 3)
+        legend = "underlined in blue: a right step, in orange: a wrong one"
+        draw.text((left, 306), f"{legend}\n{self._verdict()}", _INK, small, spacing=8)
+        return np.array(canvas)  # (H, W, 3)
 
 
+TASKS = {task.__name__: task for task in (DiceSum, ArrowPath, TextSum)}
 for _name in TASKS:
     if f"SAPO/{_name}-v0" not in gym.registry:
         gym.register(f"SAPO/{_name}-v0", f"{__name__}:SegmentEnv", kwargs={"task": _name})

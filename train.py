@@ -36,6 +36,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
@@ -148,16 +149,18 @@ def cached_warm_start(settings) -> Path:
               (HERE / "env.py").read_text(), (HERE / "vlm.py").read_text(), inspect.getsource(warm_start)]
     folder = Path(settings.runs) / "cache" / hashlib.sha256(json.dumps(shaped).encode()).hexdigest()[:16]
     manifest = folder / "manifest.json"
-    if manifest.is_file():
-        try:
-            if json.loads(manifest.read_text()) == digest(folder):
-                return folder
-        except ValueError:
-            pass
-        warnings.warn(f"the cached warm start {folder} is damaged: building it again", stacklevel=2)
-    with replacing(folder) as aside:
-        warm_start(settings, aside)
-        (aside / "manifest.json").write_text(json.dumps(digest(aside)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # runs side by side wait for the one that makes it
+        if manifest.is_file():
+            try:
+                if json.loads(manifest.read_text()) == digest(folder):
+                    return folder
+            except ValueError:
+                pass
+            warnings.warn(f"the cached warm start {folder} is damaged: building it again", stacklevel=2)
+        with replacing(folder) as aside:
+            warm_start(settings, aside)
+            (aside / "manifest.json").write_text(json.dumps(digest(aside)))
     return folder
 
 
