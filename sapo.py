@@ -90,8 +90,8 @@ def _wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # ---------------------------------------------------------------------------------------------------------- segments
-# A response is y = z_1 || ... || z_M (Eq. 5). A cut is the bool tensor `ends`; the rest of the file sees nothing else
-# of it. A response's last policy token, and the last one before a hole, end a segment under every cut.
+# y = z_1 || ... || z_M (Eq. 5). A cut is the bool tensor `ends`; the rest of the file knows nothing else of it. The
+# "always-ends": a response's last policy token, and the last one before a hole, end a segment under every cut.
 
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of each next-token distribution, in nats: H_t = -sum_v pi(v) log pi(v) (Eq. 11).
@@ -196,13 +196,13 @@ class SegmentCritic(nn.Module):
     def __init__(self, backbone: nn.Module, hidden_size: int | None = None):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(hidden_size or backbone.config.get_text_config().hidden_size, 1)
+        self.head = nn.Linear(hidden_size or getattr(backbone.config, "text_config", backbone.config).hidden_size, 1)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)  # no opinion yet: the first advantages are the plain returns
 
     def forward(self, *args, **kwargs) -> Tensor:
         output = self.backbone(*args, **kwargs)
-        hidden = output if isinstance(output, Tensor) else output.last_hidden_state
+        hidden = getattr(output, "last_hidden_state", output)
         return F.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)  # (B, L)
 
 # -------------------------------------------------------------------------------------------------------- advantages

@@ -41,10 +41,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the command above, which pytest does without
+
 import sapo
 
 VOCABULARY, STEPS, STOP = 3, 4, 2
 SEEDS = range(20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On tensors this small threads only wait for one another, for long if the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # --------------------------------------------------------------------------------------------- every response there is
@@ -217,8 +228,8 @@ def main():
               f"[{row['min']:.2g}, {row['max']:.2g}]  {row['angle']:.0f} deg")
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({
-        "what": "Relative error of SAPO's expected policy gradient against the gradient of the expected reward, exact "
-                "by enumeration: 3 tokens, 4 steps (stops: token 2 ends a response), lambda = gamma = 1. angle: degrees.",
+        "what": "Relative error of SAPO's expected policy gradient against the gradient of the expected reward; exact, "
+                "by enumeration of 3 tokens, 4 steps (stops: token 2 ends a response); lambda = gamma = 1. angle: deg.",
         "command": "python tests/test_unbiased.py", "date": date.today().isoformat(), "seeds": list(SEEDS),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "rows": rows}, indent=1) + "\n")
     print(f"written to {out}")
