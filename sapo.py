@@ -75,14 +75,14 @@ def _require(right, name, seen, expected):
     if not right:
         raise ValueError(f"{name}: {seen!r}, expected {expected}")
 
-def _check(mask, **tensors):
+def _check(mask, called="mask", /, **tensors):
     """Raise ValueError, naming the argument, on an empty or ill-typed mask, a wrong shape, a NaN on a policy token."""
-    _require(mask.dtype == torch.bool and mask.dim() == 2 and mask.numel() > 0, "mask",
+    _require(mask.dtype == torch.bool and mask.dim() == 2 and mask.numel() > 0, called,
              (mask.dtype, tuple(mask.shape)), "a bool tensor (B, T) with B and T at least 1")
     for name, x in tensors.items():
         _require(x.shape == mask.shape, name, tuple(x.shape), f"the mask's shape {tuple(mask.shape)}")
         _require(x.dtype == torch.bool or name not in ("ends", "is_delimiter"), name, x.dtype, "torch.bool")
-        if (bad := torch.isnan(x) & mask).any():
+        if torch.isnan(x.sum()) and (bad := torch.isnan(x) & mask).any():  # a sum is quicker than a search
             raise NaNError(f"{name}: NaN on a policy token (row, position: {bad.nonzero()[0].tolist()})")
 
 def _wide(x):
@@ -111,7 +111,6 @@ def token_ends(mask: Tensor) -> Tensor:
 
 def entropy_ends(entropy: Tensor, mask: Tensor, top_k: float = 0.30) -> Tensor:
     """SAPO's cut: the top_k share of a response's tokens, those of highest entropy, end a segment (Eq. 11, k = 30%).
-
     Of n policy tokens, max(1, ceil(top_k n)) (ties: the earlier token), and the always-ends. entropy (B, T) in nats
     -> bool (B, T). It ranks the whole response, so it looks ahead: that biases the gradient (tutorial.md)."""
     _check(mask, entropy=entropy)
@@ -122,16 +121,14 @@ def entropy_ends(entropy: Tensor, mask: Tensor, top_k: float = 0.30) -> Tensor:
 
 def threshold_ends(entropy: Tensor, mask: Tensor, threshold: float) -> Tensor:
     """The causal cut (ours): a token whose entropy exceeds `threshold` (nats) ends a segment, and the always-ends.
-
     H_t is known before y_t is drawn: with a threshold set beforehand the cut does not look ahead, V at a segment's
     start is a true baseline, and the gradient is unbiased. entropy (B, T) -> bool (B, T)."""
     _check(mask, entropy=entropy)
     _require(not math.isnan(threshold), "threshold", threshold, "nats (entropy_quantile gives one)")
-    return mask & (entropy > threshold) | response_ends(mask)
+    return mask & (_wide(entropy) > threshold) | response_ends(mask)
 
 def entropy_quantile(entropy: Tensor, mask: Tensor, top_k: float = 0.30) -> float:
     """The threshold (nats) that would have cut the top_k share of this batch's policy tokens: use the last batch's.
-
     Of N policy tokens ceil(top_k N) exceed it (fewer on ties). entropy (B, T); the mask needs a policy token."""
     _check(mask, entropy=entropy)
     _require(0 < top_k <= 1, "top_k", top_k, "a share in (0, 1]")
@@ -147,17 +144,17 @@ def delimiter_ends(is_delimiter: Tensor, mask: Tensor) -> Tensor:
 
 def low_prob_ends(logp: Tensor, mask: Tensor, threshold: float = 0.9, every: int = 5) -> Tensor:
     """SPO-chain's cut (arXiv:2505.23564): every `every`-th token of probability below `threshold`, and the always-ends.
-
     logp (B, T): log pi_old of each token, in nats. -> bool (B, T)."""
     _check(mask, logp=logp)
     _require(0 < threshold <= 1, "threshold", threshold, "a probability in (0, 1]")
     _require(every >= 1, "every", every, "at least 1")
-    cutpoint = mask & (logp < math.log(threshold))
+    cutpoint = mask & (_wide(logp) < math.log(threshold))
     return cutpoint & (cutpoint.cumsum(1) % every == 0) | response_ends(mask)
 
 def segment_index(ends: Tensor) -> Tensor:
     """Which segment a token is in: how many ends stand before it. bool (B, T) -> long (B, T)."""
-    return ends.long().cumsum(1) - ends.long()
+    _check(ends, "ends")
+    return F.pad(ends.cumsum(1), (1, -1))
 
 def boundaries(ends: Tensor, mask: Tensor, value_at: str = "start") -> Tensor:
     """Where V(s_m) is read: each segment's first policy token ("start", the paper) or last ("end"). -> bool (B, T)."""
@@ -183,13 +180,14 @@ def segment_sum(x: Tensor, ends: Tensor, mask: Tensor) -> Tensor:
 
 def segment_mean(x: Tensor, ends: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the policy tokens of each segment, given back to each of them; 0 off the mask. (B, T)."""
-    total = segment_sum(x, ends, mask)
-    return total / segment_sum(torch.ones_like(total), ends, mask).clamp(min=1)
+    _check(mask, x=x, ends=ends)
+    index = segment_index(ends)
+    means = _sums(x, index, mask) / _sums(mask, index, mask).clamp(min=1)  # (B, M)
+    return torch.where(mask, means.gather(1, index), 0.0)
 
 # ------------------------------------------------------------------------------------------------------------ critic
 class SegmentCritic(nn.Module):
     """V of every prefix: a backbone's last hidden states -> a float32 value per position, zero before training.
-
     forward hands its arguments to the backbone: hidden states (B, L, H) -> values (B, L). Position p has read the
     tokens up to *and including* p, so V before response token t, after a prompt of P tokens, is at P + t - 1."""
 
@@ -197,8 +195,7 @@ class SegmentCritic(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(hidden_size or getattr(backbone.config, "text_config", backbone.config).hidden_size, 1)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)  # no opinion yet: the first advantages are the plain returns
+        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)  # the first advantages are the plain returns
 
     def forward(self, *args, **kwargs) -> Tensor:
         output = self.backbone(*args, **kwargs)
@@ -218,9 +215,11 @@ def segment_gae(rewards: Tensor, values: Tensor, ends: Tensor, mask: Tensor, gam
     _check(mask, rewards=rewards, values=values, ends=ends)
     _require(0 <= gamma <= 1, "gamma", gamma, "a number in [0, 1]")
     _require(0 <= lam <= 1, "lam", lam, "a number in [0, 1]")
-    index = (boundaries(ends, mask).long().cumsum(1) - 1).masked_fill(~mask, 0)  # (B, T): 0 .. M_b - 1, without gaps
+    starts = boundaries(ends, mask)
+    index = (starts.cumsum(1) - 1).clamp(min=0)                                  # (B, T): 0 .. M_b - 1, without gaps
+    reads = starts if value_at == "start" else boundaries(ends, mask, value_at)
     r = _sums(rewards, index, mask)                                              # (B, M)
-    v = _sums(values, index, boundaries(ends, mask, value_at))                   # (B, M), 0 after the last segment
+    v = _sums(values, index, reads)                                              # (B, M), 0 after the last segment
     delta = r + gamma * F.pad(v[:, 1:], (0, 1)) - v
     running, steps = 0.0, []
     for delta_m in reversed(delta.T.contiguous().unbind()):                      # (B,) each
@@ -257,9 +256,8 @@ def segment_ratio(logp: Tensor, old_logp: Tensor, ends: Tensor, mask: Tensor) ->
     return segment_mean(_log_ratio(logp, old_logp, mask), ends, mask).exp()
 
 def approx_kl(logp: Tensor, old_logp: Tensor, mask: Tensor) -> float:
-    """KL(pi_old || pi) in nats per token, from tokens of pi_old: mean of e^d - 1 - d, d = log pi - log pi_old.
-
-    Schulman's "k3" estimator: unbiased, never negative. (B, T) each -> float, 0 without policy tokens."""
+    """KL(pi_old || pi) in nats per token, from tokens of pi_old: mean of e^d - 1 - d, d = log pi - log pi_old
+    (Schulman's "k3": unbiased, never negative). (B, T) each -> float, 0 without policy tokens."""
     d = _log_ratio(logp.detach(), old_logp, mask)
     return _average(torch.expm1(d) - d, mask, "token").item()
 
@@ -276,9 +274,8 @@ def policy_loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float
 
         J = E[ 1/T sum_t min(s_t A_t, clip(s_t, 1 - clip_low, 1 + clip_high) A_t) ]
 
-    ratio, advantages (B, T) -> (scalar, {"clip_fraction": share of policy tokens that a clip leaves without gradient}).
-    average: "response" is the paper's, "token" the released code's. dual_clip=c > 1 bounds the loss of a negative
-    advantage at -c A. A response without policy tokens counts as a 0."""
+    ratio, advantages (B, T) -> (scalar, {"clip_fraction": share of policy tokens that this clip leaves without
+    gradient}). dual_clip=c > 1 bounds the loss of a negative A at -c A. An empty response counts as a 0."""
     _check(mask, ratio=ratio, advantages=advantages)
     advantages = torch.where(mask, advantages, 0.0)  # off the mask may stand a NaN, and 0 * NaN is NaN
     _require(dual_clip is None or dual_clip > 1, "dual_clip", dual_clip, "a number above 1, or None")
@@ -292,7 +289,6 @@ def value_loss(values: Tensor, returns: Tensor, ends: Tensor, mask: Tensor, valu
                old_values: Tensor | None = None, value_clip: float | None = None,
                average: str = "response") -> tuple[Tensor, dict]:
     """Squared error of the critic, only where V(s_m) is read: 1/M sum_m (V(s_m) - R_m)^2 (Eq. 10). No factor 0.5.
-
     values, returns (B, T) -> (scalar, {"value_clip_fraction"}). With value_clip, the larger of the plain error and the
     error of the values kept within +-value_clip of old_values (B, T)."""
     _check(mask, values=values, returns=returns, ends=ends)
@@ -320,6 +316,8 @@ class Rollout:
 def credit(rollout: Rollout, config: SAPOConfig) -> tuple[Tensor, Tensor | None, dict]:
     """(advantages, returns, metrics) of a rollout: KL penalty (k1) into the rewards, then segment GAE. Not whitened."""
     mask, rewards, advantages, returns = rollout.mask, rollout.rewards, rollout.advantages, None
+    _require(rollout.values is not None or advantages is not None, "values", None, "values (B, T), or advantages")
+    _check(mask, **{name: x for name, x in vars(rollout).items() if x is not None and name != "mask"})
     if rollout.ref_logp is not None:
         rewards = rewards - config.kl_coef * _log_ratio(rollout.logp, rollout.ref_logp, mask)
     if advantages is None:
@@ -338,16 +336,17 @@ def credit(rollout: Rollout, config: SAPOConfig) -> tuple[Tensor, Tensor | None,
 def _learn(rows, loss_of, counted, optimizer, config, name):
     """One optimizer step on some rows, skipped if a number is not finite. -> stats. A micro-batch weighs as much as it
     holds of the minibatch (responses, or `counted` positions), so that the split changes nothing."""
-    stats, by_row = defaultdict(float), config.average == "response"
+    stats = defaultdict(float)
     for part in rows.split(config.micro_batch or len(rows)):
-        held = len(part) / len(rows) if by_row else (counted[part].sum() / counted[rows].sum()).item()
+        share = (counted[part].sum() / counted[rows].sum().clamp(min=1)).item()  # metrics are means over these
+        held = len(part) / len(rows) if config.average == "response" else share
         try:
             loss, found = loss_of(part)
             (held * loss).backward()
         except NaNError:  # the model gives NaN: the same as a loss that is not finite
             loss, found = torch.tensor(math.nan), {}
-        for key, x in {f"{name}_loss": loss.item(), **found}.items():
-            stats[key] += held * x
+        stats[f"{name}_loss"] += held * loss.item()
+        stats.update({key: stats[key] + share * x for key, x in found.items()})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     stats[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if all(map(math.isfinite, stats.values())):
@@ -358,13 +357,13 @@ def _learn(rows, loss_of, counted, optimizer, config, name):
 def sapo_update(rollout: Rollout, score, value, actor_optimizer, critic_optimizer, config: SAPOConfig,
                 generator: torch.Generator | None = None, skipped_in_a_row: int = 0) -> list[dict]:
     """Learn from one rollout: `config.epochs` passes of shuffled minibatches (Algorithm 1). -> metrics of each epoch.
-
     `score(rows)` gives (logp, entropy), (len(rows), T) each, of the current policy on those rows of the rollout;
     `value(rows)` the critic's values, or value=None without a critic. Cut and advantages are made once and kept. A
     non-finite loss or gradient skips its step and is counted (`skipped_steps`); three minibatches in a row with one
     raise FloatingPointError: hand the last epoch's `skipped_in_a_row` to the next call so that the count goes on."""
     advantages, returns, metrics = credit(rollout, config)
     mask, ends = rollout.mask, rollout.ends
+    _require(config.ratio in ("segment", "token"), "ratio", config.ratio, "'segment' or 'token'")
     advantages = whiten(advantages, mask) if config.whiten_advantages else advantages
     advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
     unit, reads = ends if config.ratio == "segment" else token_ends(mask), boundaries(ends, mask, config.value_at)
