@@ -22,6 +22,7 @@ import io
 import json
 import math
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -49,7 +50,6 @@ from sapo import setting
 HERE = Path(__file__).parent
 STATEFUL = ("critic", "actor_optimizer", "critic_optimizer")  # what a checkpoint holds beside the policy
 STOP = "</answer>"  # writing on after the answer earns nothing: the episode is over
-
 
 @dataclass
 class Settings:
@@ -79,7 +79,6 @@ class Settings:
     checkpoint_every: int = setting(20, "iterations between checkpoints")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
-
 def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     """The command line -> settings. --resume starts from that run's config.json, and --method from its own defaults."""
     parser = transformers.HfArgumentParser((Settings, sapo.SAPOConfig), description=__doc__.split("\n\n")[0])
@@ -98,7 +97,6 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
         settings.name = f"{settings.env.split('/')[-1].split('-')[0]}-{settings.method}{detail}-seed{settings.seed}"
     return settings, config
 
-
 def make_env(settings):
     """One environment, from --env and --env_args."""
     try:
@@ -106,7 +104,6 @@ def make_env(settings):
     except ValueError:
         raise SystemExit(f"--env_args {' '.join(settings.env_args)}: expected name=number pairs, such as n=9") from None
     return gym.make(settings.env, disable_env_checker=True, **keywords)
-
 
 # -------------------------------------------------------------------------------------------------------- warm start
 def warm_start(settings, directory):
@@ -135,12 +132,10 @@ def warm_start(settings, directory):
         bar.set_postfix_str(f"{loss.item():.3f} nats per token", refresh=False)
     model.model.save_pretrained(directory)
 
-
 def digest(folder):
     """{file: sha256} of everything in a folder but the manifest itself."""
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())
             if f.name != "manifest.json"}
-
 
 def cached_warm_start(settings) -> Path:
     """The warm start's folder, made when it is missing or damaged. Its name is a hash of everything that shaped it."""
@@ -162,7 +157,6 @@ def cached_warm_start(settings) -> Path:
             warm_start(settings, aside)
             (aside / "manifest.json").write_text(json.dumps(digest(aside)))
     return folder
-
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 class replacing:
@@ -188,14 +182,12 @@ class replacing:
         self.aside.rename(self.folder)
         shutil.rmtree(self.old, ignore_errors=True)
 
-
 def newest(folder) -> Path:
     """The whole checkpoint of a run folder: `checkpoint`, or `checkpoint.old` after a kill between two renames."""
     for name in ("checkpoint", "checkpoint.old"):
         if (Path(folder) / name / "trainer.pt").is_file():
             return Path(folder) / name
     raise SystemExit(f"{folder}: no checkpoint there yet; start the run again without --resume")
-
 
 def save(run):
     """Write the checkpoint: policy and processor in Hugging Face format, the rest in trainer.pt."""
@@ -205,7 +197,6 @@ def save(run):
         state = {part: getattr(run, part) and getattr(run, part).state_dict() for part in STATEFUL}
         torch.save({**state, "progress": run.progress, "rng": torch.get_rng_state(),
                     "cuda_rng": torch.cuda.get_rng_state_all()}, aside / "trainer.pt")
-
 
 def build(settings, config):
     """The run: models, optimizers, environments and progress; fresh, or from the newest checkpoint with --resume."""
@@ -242,12 +233,10 @@ def build(settings, config):
         keep_until(run.folder / name, run.progress["iteration"] if stored else -1)
     return run
 
-
 def keep_until(file, iteration):
     """Cut a log of JSON lines back to an iteration; a line torn by a kill goes too."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     file.write_text("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["iteration"] <= iteration))
-
 
 # ----------------------------------------------------------------------------------------------------------- rollout
 def write(run, indices, split, temperature, top_p=1.0):
@@ -259,7 +248,6 @@ def write(run, indices, split, temperature, top_p=1.0):
     tokens, mask = vlm.generate(run.policy, inputs, run.settings.max_new_tokens, temperature, top_p, STOP)
     return envs, inputs, tokens, mask, vlm.token_texts(run.policy, tokens, mask, env.END)
 
-
 def cut(run, entropy, mask):
     """The segments of a rollout, under --method and --cut."""
     if run.settings.method != "sapo":
@@ -267,7 +255,6 @@ def cut(run, entropy, mask):
     if run.settings.cut == "topk":
         return sapo.entropy_ends(entropy, mask, run.config.top_k)
     return sapo.threshold_ends(entropy, mask, run.progress["threshold"])
-
 
 def replay(envs, texts, ends, mask):
     """Pass each segment to its environment. -> rewards (B, T), each on its segment's last token; mask; last infos.
@@ -308,13 +295,11 @@ def collect(run, indices, split="train"):
     return SimpleNamespace(rollout=rollout, inputs=inputs, tokens=tokens, texts=texts, entropy=entropy, infos=infos,
                            envs=envs)
 
-
 def train_indices(settings, iteration):
     """Which training examples iteration 1, 2, ... sees: fresh ones each time; GRPO asks each of them `group` times."""
     per = settings.group if settings.method == "grpo" else 1
     count = settings.batch // per
     return np.repeat(np.arange(count) + count * (iteration - 1), per)
-
 
 def step(run) -> dict:
     """One iteration: collect, update. -> metrics of the last epoch."""
@@ -337,13 +322,11 @@ def step(run) -> dict:
             "response_tokens": rollout.mask.sum(1).float().mean().item(), **history[-1],
             "episodes": progress["episodes"], "generated_tokens": progress["generated_tokens"]}
 
-
 # -------------------------------------------------------------------------------------------------------- evaluation
 def wilson(right, n, z=1.96):
     """95% interval of a share (Wilson's score interval). -> (low, high)."""
     centre, spread = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
     return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
-
 
 def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
     """Accuracy on the first eval_episodes held-out examples, with its 95% interval."""
@@ -353,7 +336,6 @@ def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
         right += sum(e.step("".join(text))[4]["correct"] for e, text in zip(envs, texts, strict=True))
     low, high = wilson(right, n)
     return {"eval_accuracy": right / n, "eval_low": low, "eval_high": high}
-
 
 def samples(run, count=16):
     """Held-out responses with their credit, token by token, for figures.credit_map."""
@@ -369,21 +351,17 @@ def samples(run, count=16):
         spans = zip(task.step_spans(response), task.check_steps(example, response), strict=True)
         row_of = lambda x: None if x is None else [round(float(v), 4) for v in x[row, :n]]  # noqa: B023
         yield {"iteration": run.progress["iteration"], "example_id": info["example_id"], "method": run.settings.method,
-               "cut": run.settings.cut, "prompt": example.question, "image": as_png(example.image),
-               "answer": example.answer, "predicted": info["predicted"],
+               "cut": run.settings.cut, "prompt": example.question, "answer": example.answer,
+               "image": example.image and as_png(example.image), "predicted": info["predicted"],
                "reward": float(batch.rollout.rewards[row].sum()), "tokens": tokens, "entropy": row_of(batch.entropy),
                "values": row_of(batch.rollout.values), "advantages": row_of(advantages),
                "ends": batch.rollout.ends[row, :n].tolist(),
                "steps": [[token_of[a], token_of[b - 1], right] for (a, b), right in spans if b > a]}
 
-
 def as_png(image):
-    """A PIL image as base64 text; None stays None."""
-    if image is None:
-        return None
+    """A PIL image as base64 text."""
     image.save(file := io.BytesIO(), "PNG")
     return base64.b64encode(file.getvalue()).decode()
-
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 def log(run, name, *rows):
@@ -391,16 +369,14 @@ def log(run, name, *rows):
     with open(run.folder / name, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
-
 def train(run) -> bool:
     """The loop. -> True when it came to its end, False after Ctrl-C; the checkpoint is written either way."""
     settings, progress, stop = run.settings, run.progress, []
     board = open_tensorboard(run) if settings.tensorboard else None
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, previous)))
     if progress["iteration"] == 0:
-        progress |= {f"warm_start_{k}": v for k, v in evaluate(run).items()}
-        log(run, "metrics.jsonl", {"iteration": 0, **{k: progress[f"warm_start_{k}"] for k in
-                                                      ("eval_accuracy", "eval_low", "eval_high")}})
+        progress["before"] = evaluate(run)
+        log(run, "metrics.jsonl", {"iteration": 0, **progress["before"]})
         save(run)
     started = time.time() - progress["seconds"]
     bar = tqdm(total=settings.iterations, initial=progress["iteration"], desc=settings.method, disable=None)
@@ -424,7 +400,6 @@ def train(run) -> bool:
         signal.signal(signal.SIGINT, previous)
     return not stop
 
-
 def open_tensorboard(run):
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -432,24 +407,25 @@ def open_tensorboard(run):
         raise SystemExit("--tensorboard needs a package that is not installed: pip install tensorboard") from None
     return SummaryWriter(run.folder)
 
-
 def finish(run):
     """Final evaluations, summary.json, pictures, and the table on the terminal."""
     settings, progress = run.settings, run.progress
-    kinds = {"temperature 1": (1.0, 1.0), "temperature 0.6, top-p 0.95": (0.6, 0.95), "greedy": (0.0, 1.0)}
-    found = {kind: evaluate(run, *how) for kind, how in kinds.items()}
+    found = {"temperature 1": evaluate(run), "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95),
+             "greedy": evaluate(run, 0.0)}
     final = found["temperature 1"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    summary = {"method": settings.method, "seed": settings.seed,
-               "warm_start_accuracy": progress["warm_start_eval_accuracy"], "accuracy": final["eval_accuracy"],
+    summary = {"command": run.command, "date": time.strftime("%Y-%m-%d"), "method": settings.method,
+               "env": settings.env, "seed": settings.seed, "threads": torch.get_num_threads(),
+               "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                            "transformers": transformers.__version__},
+               "warm_start_accuracy": progress["before"]["eval_accuracy"], "accuracy": final["eval_accuracy"],
                "accuracy_low": final["eval_low"], "accuracy_high": final["eval_high"],
                "episodes": progress["episodes"], "generated_tokens": progress["generated_tokens"],
                "seconds": progress["seconds"], "warm_start_seconds": progress["warm_start_seconds"],
                "peak_rss_mb": peak, "evaluations": found}
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     print(f"\n{settings.method} on {settings.env}, seed {settings.seed}: {settings.eval_episodes} held-out episodes")
-    start = {k: progress[f"warm_start_{k}"] for k in final}
-    for kind, x in {"before, temperature 1": start, **found}.items():
+    for kind, x in {"before, temperature 1": progress["before"], **found}.items():
         print(f"  {kind:<30}{x['eval_accuracy']:7.1%}   95% interval {x['eval_low']:.1%} to {x['eval_high']:.1%}")
     print(f"  {progress['seconds']:.0f} s of training, {progress['warm_start_seconds']:.0f} s of warm start, "
           f"{peak:.0f} MB at most; files in {run.folder}")
@@ -459,10 +435,14 @@ def finish(run):
     except ImportError as missing:
         print(missing)
 
-
 def main(argv=None):
     run = build(*parse(argv))
-    if not train(run):
+    run.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        finished = train(run)
+    except FloatingPointError as error:  # the last checkpoint is from before it
+        raise SystemExit(f"iteration {run.progress['iteration']}: {error}") from None
+    if not finished:
         print(f"stopped at iteration {run.progress['iteration']}; go on with: python train.py --resume {run.folder}")
         return
     finish(run)
