@@ -9,12 +9,13 @@ One iteration: reset one Gymnasium environment per response; the policy writes w
 by the critic, cut into segments, and replayed segment by segment through `env.step`; `sapo.sapo_update` learns. (The
 environments are a plain list: a vector environment resets finished episodes by itself, and ours differ in length.)
 
-Left out on purpose: several devices, mixed rollout and training processes, learning-rate schedules for RL.
+Left out on purpose: several devices, rollout and training in separate processes.
 Files under runs/<name>/: config.json, metrics.jsonl, samples.jsonl, summary.json, checkpoint/ (Hugging Face format and
 trainer.pt), learning_curve.png, credit.html, credit.svg. The README's table explains each metric.
 """
 
 import base64
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -65,7 +66,7 @@ class Settings:
     name: str = setting("", "the run's folder under --runs; made from the settings when empty")
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
     resume: str = setting("", "folder of a run to continue; flags given beside it change its settings")
-    iterations: int = setting(120, "rollouts to learn from")
+    iterations: int = setting(150, "rollouts to learn from")
     batch: int = setting(256, "responses per rollout")
     group: int = setting(8, "GRPO: responses per prompt")
     max_new_tokens: int = setting(64, "longest response, in tokens")
@@ -73,10 +74,10 @@ class Settings:
     warm_start_steps: int = setting(400, "supervised steps on noisy demonstrations before RL; 0 for none")
     warm_start_batch: int = setting(128, "demonstrations per step")
     warm_start_lr: float = setting(2e-3, "peak learning rate of the warm start")
-    error_rate: float = setting(0.1, "probability that a demonstrated step is wrong")
-    eval_every: int = setting(20, "iterations between held-out evaluations at temperature 1")
+    error_rate: float = setting(0.05, "probability that a demonstrated step is wrong")
+    eval_every: int = setting(25, "iterations between held-out evaluations at temperature 1")
     eval_episodes: int = setting(512, "held-out episodes per evaluation")
-    checkpoint_every: int = setting(20, "iterations between checkpoints")
+    checkpoint_every: int = setting(25, "iterations between checkpoints")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
 def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
@@ -134,8 +135,8 @@ def warm_start(settings, directory):
 
 def digest(folder):
     """{file: sha256} of everything in a folder but the manifest itself."""
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())
-            if f.name != "manifest.json"}
+    files = [file for file in sorted(folder.iterdir()) if file.name != "manifest.json"]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 def cached_warm_start(settings) -> Path:
     """The warm start's folder, made when it is missing or damaged. Its name is a hash of everything that shaped it."""
@@ -159,28 +160,21 @@ def cached_warm_start(settings) -> Path:
     return folder
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
-class replacing:
+@contextlib.contextmanager
+def replacing(folder):
     """`with replacing(folder) as aside`: write `aside`; it takes the folder's place at the end, whole or not at all.
 
     Between the two renames only `folder.old` exists, and `newest` finds it: a kill at any moment leaves a whole one.
     """
-
-    def __init__(self, folder):
-        self.folder, self.aside, self.old = (Path(f"{folder}{end}") for end in ("", ".new", ".old"))
-
-    def __enter__(self):
-        shutil.rmtree(self.aside, ignore_errors=True)
-        self.aside.mkdir(parents=True)
-        return self.aside
-
-    def __exit__(self, failed, *_):
-        if failed:
-            return
-        if self.folder.exists():
-            shutil.rmtree(self.old, ignore_errors=True)
-            self.folder.rename(self.old)
-        self.aside.rename(self.folder)
-        shutil.rmtree(self.old, ignore_errors=True)
+    folder, aside, old = (Path(f"{folder}{end}") for end in ("", ".new", ".old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside  # an exception in the block ends it here
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 def newest(folder) -> Path:
     """The whole checkpoint of a run folder: `checkpoint`, or `checkpoint.old` after a kill between two renames."""
@@ -203,6 +197,8 @@ def build(settings, config):
     transformers.utils.logging.disable_progress_bar()
     folder = Path(settings.resume or f"{settings.runs}/{settings.name}")
     run = SimpleNamespace(settings=settings, config=config, folder=folder)
+    if folder.exists() and not settings.resume:  # an earlier run of the same name is kept, under its date
+        folder.rename(time.strftime(f"{folder}-%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime)))
     torch.manual_seed(settings.seed)
     started = time.time()
     start = cached_warm_start(settings) if settings.model == "tiny" else settings.model

@@ -1,0 +1,53 @@
+"""What README.md and tutorial.md promise: examples that run, flags that exist, numbers that stand under results/."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README, TUTORIAL = ((ROOT / name).read_text() for name in ("README.md", "tutorial.md"))
+COMMANDS = sorted({line.split("#")[0].strip() for line in (README + TUTORIAL).splitlines()
+                   if line.startswith("python train.py ") and "--help" not in line and "--resume" not in line})
+RUNS = [json.loads((ROOT / "results" / f"dicesum-sapo-seed{seed}.json").read_text()) for seed in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_examples_run(block):
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    settings, _ = train.parse(shlex.split(command)[2:])
+    train.make_env(settings)
+
+
+def test_the_main_run_meets_its_bars_on_every_seed():
+    for run in RUNS:
+        assert run["warm_start_accuracy"] <= 0.55 and run["accuracy"] >= 0.90 and run["peak_rss_mb"] < 2048
+
+
+def test_the_table_of_runs_is_what_results_hold():
+    for run in RUNS:
+        row = (f"| {run['seed']} | {run['warm_start_accuracy']:.3f} | {run['accuracy']:.3f} "
+               f"({run['accuracy_low']:.3f} to {run['accuracy_high']:.3f}) | ")
+        assert row in README, f"README.md lacks the row {row!r}"
+
+
+def test_the_speed_of_the_mathematics_is_what_results_hold():
+    ratio = json.loads((ROOT / "results" / "bench_math.json").read_text())["ratio"]
+    assert ratio["torch slices"] >= 100
+    assert all(f"{x:.0f} times" in README for x in ratio.values()), f"README.md lacks one of {ratio}"
+
+
+def test_line_bounds():
+    bounds = {"sapo.py": 400, "env.py": 400, "vlm.py": 300, "train.py": 450}
+    assert {name: n for name, n in bounds.items() if len((ROOT / name).read_text().splitlines()) > n} == {}
