@@ -4,7 +4,6 @@
     GRPO   a whole response is a segment:  ends = sapo.response_ends(mask), token ratio, the group's mean for a critic
 """
 
-import torch
 from torch import Tensor
 
 # What a method changes in SAPOConfig. The paper runs PPO at lambda 0.95 and SAPO at 0.99: --lam undoes that confound.
@@ -21,5 +20,6 @@ def group_advantages(rewards: Tensor, group: int) -> Tensor:
         raise ValueError(f"group: {group} for rewards of shape {tuple(rewards.shape)}, expected (B,) with B a multiple "
                          "of the group, and at least 2 responses per group")
     grouped = rewards.view(-1, group)  # (B / group, group)
+    grouped = grouped - grouped[:, :1]  # equal rewards become exact zeros, whatever their size
     centred = grouped - grouped.mean(1, keepdim=True)
-    return (centred / (grouped.std(1, keepdim=True) + 1e-6)).where(centred != 0, torch.zeros(())).flatten()
+    return (centred / (grouped.std(1, keepdim=True) + 1e-6)).flatten()

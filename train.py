@@ -48,7 +48,6 @@ import sapo
 import vlm
 from sapo import setting
 
-HERE = Path(__file__).parent
 STATEFUL = ("critic", "actor_optimizer", "critic_optimizer")  # what a checkpoint holds beside the policy
 STOP = "</answer>"  # writing on after the answer earns nothing: the episode is over
 
@@ -142,16 +141,16 @@ def cached_warm_start(settings) -> Path:
     """The warm start's folder, made when it is missing or damaged. Its name is a hash of everything that shaped it."""
     shaped = [settings.env, settings.env_args, settings.seed, settings.warm_start_steps, settings.warm_start_batch,
               settings.warm_start_lr, settings.error_rate, settings.device, torch.__version__, transformers.__version__,
-              (HERE / "env.py").read_text(), (HERE / "vlm.py").read_text(), inspect.getsource(warm_start)]
+              (Path(__file__).parent / "env.py").read_text(), (Path(__file__).parent / "vlm.py").read_text(), inspect.getsource(warm_start)]
     folder = Path(settings.runs) / "cache" / hashlib.sha256(json.dumps(shaped).encode()).hexdigest()[:16]
     manifest = folder / "manifest.json"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # runs side by side wait for the one that makes it
-        if manifest.is_file():
+        if folder.exists():
             try:
                 if json.loads(manifest.read_text()) == digest(folder):
                     return folder
-            except ValueError:
+            except (ValueError, OSError):
                 pass
             warnings.warn(f"the cached warm start {folder} is damaged: building it again", stacklevel=2)
         with replacing(folder) as aside:
@@ -195,16 +194,19 @@ def save(run):
 def build(settings, config):
     """The run: models, optimizers, environments and progress; fresh, or from the newest checkpoint with --resume."""
     transformers.utils.logging.disable_progress_bar()
+    if settings.method == "grpo" and settings.batch % settings.group:
+        raise SystemExit(f"--batch {settings.batch}: GRPO needs a multiple of --group {settings.group}")
     folder = Path(settings.resume or f"{settings.runs}/{settings.name}")
     run = SimpleNamespace(settings=settings, config=config, folder=folder)
-    if folder.exists() and not settings.resume:  # an earlier run of the same name is kept, under its date
-        folder.rename(time.strftime(f"{folder}-%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime)))
     torch.manual_seed(settings.seed)
-    started = time.time()
-    start = cached_warm_start(settings) if settings.model == "tiny" else settings.model
+    started, stored = time.time(), newest(folder) if settings.resume else None
+    start = settings.model
+    if start == "tiny" and (config.kl_coef or not stored):
+        start = cached_warm_start(settings)
+    if folder.exists() and not stored:  # an earlier run of the same name is kept, under the time of the move
+        folder.rename(f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}")
     run.progress = {"iteration": 0, "episodes": 0, "generated_tokens": 0, "seconds": 0.0, "threshold": None,
                     "skipped_in_a_row": 0, "warm_start_seconds": time.time() - started}
-    stored = newest(run.folder) if settings.resume else None
     run.policy = vlm.load(stored or start, settings.device, settings.dtype)
     run.reference = vlm.load(start, settings.device, settings.dtype) if config.kl_coef else None
     adam = lambda module, lr: torch.optim.Adam(module.parameters(), lr=lr, eps=1e-5)  # at 1e-8 noise gets unit steps
@@ -386,7 +388,7 @@ def train(run) -> bool:
             log(run, "metrics.jsonl", row)
             for key, x in row.items() if board else ():
                 board.add_scalar(key, x, row["iteration"])
-            bar.set_postfix_str(f"accuracy {row['accuracy']:.2f}, entropy {row['entropy']:.3f}", refresh=False)
+            bar.set_postfix_str(f"accuracy {row['accuracy']:.2f}, entropy {row.get('entropy', 0):.3f}", refresh=False)
             bar.update()
             if row["iteration"] % settings.checkpoint_every == 0 and row["iteration"] < settings.iterations:
                 save(run)

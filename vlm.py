@@ -27,7 +27,7 @@ TAGS = ("<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}\n{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
 )
 
 @dataclass
@@ -91,8 +91,12 @@ def load(name_or_directory, device: str = "cpu", dtype: str = "float32") -> VLM:
     Raises ImportError when its processor needs a package that is missing (torchvision, for the Qwen-VL families), and
     OSError when there is no such checkpoint.
     """
+    if not Path(name_or_directory).exists() and str(name_or_directory).count("/") != 1:  # a hub name is owner/name
+        raise OSError(f"{name_or_directory}: neither a folder nor a hub name (owner/name)")
     try:
         processor = AutoProcessor.from_pretrained(name_or_directory)
+    except ValueError as error:
+        raise OSError(f"{name_or_directory}: no checkpoint there ({error})") from None
     except ImportError as error:
         what = "torchvision" if "torchvision" in str(error).lower() else str(error).strip().splitlines()[0]
         raise ImportError(f"{name_or_directory}: its processor needs {what}, which is not installed") from None
@@ -102,6 +106,8 @@ def load(name_or_directory, device: str = "cpu", dtype: str = "float32") -> VLM:
     tokenizer, generation = processor.tokenizer, model.generation_config
     eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     eos_ids = [eos] if isinstance(eos, int) else list(eos)
+    # a checkpoint's repetition penalty, min-p and the like would reach sampling but not scoring
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=eos_ids[0])
     banned = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
     banned[len(tokenizer):] = True  # rows that only fill the embedding up to a round size
     banned[tokenizer.all_special_ids] = True
@@ -148,8 +154,9 @@ class _Stop(StoppingCriteria):
         V = len(vlm.banned)
         self.eos = torch.zeros(V, dtype=torch.bool)
         self.eos[vlm.eos_ids] = True
-        tokens = vlm.tokenizer.convert_ids_to_tokens(range(min(V, len(vlm.tokenizer))))
-        self.may_stop = torch.tensor([bool(stop) and t is not None and stop[-1] in t for t in tokens] + [False] * V)[:V]
+        tokens = vlm.tokenizer.batch_decode([[i] for i in range(min(V, len(vlm.tokenizer)))])
+        may_stop = [bool(stop) and (stop[-1] in t or "\ufffd" in t) for t in tokens]  # U+FFFD: a part of a character
+        self.may_stop = torch.tensor(may_stop + [False] * (V - len(tokens)))
 
     def __call__(self, input_ids, scores, **kwargs):
         written = input_ids[:, self.prompt_tokens:].cpu()
@@ -199,6 +206,9 @@ def token_texts(vlm: VLM, tokens: Tensor, mask: Tensor, end: str) -> list[list[s
         stream, texts = decoders.DecodeStream(skip_special_tokens=False), []
         for i in ids:
             texts.append(end if i in vlm.eos_ids else stream.step(vlm.tokenizer.backend_tokenizer, i) or "")
+        written = len(ids) - bool(ids and ids[-1] in vlm.eos_ids)
+        if written:  # a character left unfinished at the end still shows, as U+FFFD
+            texts[written - 1] += vlm.tokenizer.decode(ids[:written])[len("".join(texts[:written])):]
         rows.append(texts)
     return rows
 
@@ -206,7 +216,10 @@ def token_texts(vlm: VLM, tokens: Tensor, mask: Tensor, end: str) -> list[list[s
 def _joined(inputs, tokens, mask):
     """Prompt and response as one input. Everything after a response's length is hidden from attention."""
     attention = torch.cat([inputs["attention_mask"], mask.to(inputs["attention_mask"].dtype)], 1)  # (B, P + T)
-    return {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1), "attention_mask": attention}
+    joined = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1), "attention_mask": attention}
+    if "mm_token_type_ids" in inputs:  # 0 marks text
+        joined["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], 1)
+    return joined
 
 def score(vlm: VLM, inputs: dict, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of each token written, and the entropy of the distribution it came from: (B, T) each, nats.

@@ -358,10 +358,13 @@ def test_fresh_examples_every_iteration_and_groups_side_by_side():
     assert seen == [[0] * 4 + [1] * 4 + [2] * 4, [3] * 4 + [4] * 4 + [5] * 4]
 
 
-@pytest.mark.parametrize("flags", [["--method", "grpo", "--group", "4"], ["--cut", "causal"], ["--method", "ppo"], []],
-                         ids=["grpo", "causal", "ppo", "topk"])
-def test_a_collected_batch_is_what_the_method_promises(runs, flags):
-    run = build(runs, "--name", "collected", "--batch", "32", "--kl_coef", "0.1", *flags)
+METHODS = {"topk": [], "causal": ["--cut", "causal"], "ppo": ["--method", "ppo"],
+           "grpo": ["--method", "grpo", "--group", "4"]}
+
+
+@pytest.mark.parametrize("which", METHODS)
+def test_a_collected_batch_is_what_the_method_promises(runs, which):
+    run = build(runs, *METHODS[which], "--name", f"collected-{which}", "--batch", "32", "--kl_coef", "0.1")
     batch = train.collect(run, train.train_indices(run.settings, 1))
     rollout, mask = batch.rollout, batch.rollout.mask
     logp, entropy = vlm.score(run.policy, batch.inputs, batch.tokens, mask)
@@ -425,7 +428,7 @@ def test_wilson_against_known_values():
 @pytest.mark.parametrize("episodes", [5, 16, 21])
 def test_evaluation_counts_held_out_episodes(runs, episodes):
     """Also when they are no multiple of the batch. Greedy, so that a second look must agree."""
-    run = build(runs, "--name", "counted", "--eval_episodes", str(episodes))
+    run = build(runs, "--name", f"counted-{episodes}", "--eval_episodes", str(episodes))
     found = train.evaluate(run, temperature=0.0)
     right = 0
     for i in range(episodes):
@@ -555,6 +558,15 @@ def test_a_kill_between_the_two_renames_costs_nothing(runs):
     assert train.newest(folder) == folder / "checkpoint"
     train.save(resumed)
     assert sorted(f.name for f in folder.glob("checkpoint*")) == ["checkpoint"]
+
+
+def test_earlier_runs_of_the_same_name_are_kept(runs):
+    """Also when they follow each other within a second."""
+    for number in range(3):
+        run = build(runs, "--name", "again", "--seed", "0")
+        assert not (run.folder / "mine").exists()
+        (run.folder / "mine").write_text(str(number))
+    assert sorted(f.read_text() for f in runs.glob("again*/mine")) == ["0", "1", "2"]
 
 
 def test_a_write_that_fails_leaves_the_old_folder(tmp_path):
