@@ -52,7 +52,7 @@ class SAPOConfig:
     epochs: int = setting(1, "passes over a rollout; the cut stays the same in all of them")
     minibatch: int = setting(128, "responses per optimizer step")
     micro_batch: int = setting(0, "responses per backward pass, 0: the whole minibatch; changes memory, not numbers")
-    actor_lr: float = setting(1.5e-4, "Adam learning rate of the policy")
+    actor_lr: float = setting(2e-4, "Adam learning rate of the policy")
     critic_lr: float = setting(4e-4, "Adam learning rate of the critic")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
 

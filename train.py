@@ -65,7 +65,7 @@ class Settings:
     name: str = setting("", "the run's folder under --runs; made from the settings when empty")
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
     resume: str = setting("", "folder of a run to continue; flags given beside it change its settings")
-    iterations: int = setting(150, "rollouts to learn from")
+    iterations: int = setting(180, "rollouts to learn from")
     batch: int = setting(256, "responses per rollout")
     group: int = setting(8, "GRPO: responses per prompt")
     max_new_tokens: int = setting(64, "longest response, in tokens")
@@ -74,9 +74,9 @@ class Settings:
     warm_start_batch: int = setting(128, "demonstrations per step")
     warm_start_lr: float = setting(2e-3, "peak learning rate of the warm start")
     error_rate: float = setting(0.05, "probability that a demonstrated step is wrong")
-    eval_every: int = setting(25, "iterations between held-out evaluations at temperature 1")
+    eval_every: int = setting(30, "iterations between held-out evaluations at temperature 1")
     eval_episodes: int = setting(512, "held-out episodes per evaluation")
-    checkpoint_every: int = setting(25, "iterations between checkpoints")
+    checkpoint_every: int = setting(30, "iterations between checkpoints")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
 def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
@@ -139,9 +139,10 @@ def digest(folder):
 
 def cached_warm_start(settings) -> Path:
     """The warm start's folder, made when it is missing or damaged. Its name is a hash of everything that shaped it."""
+    sources = [(Path(__file__).parent / name).read_text() for name in ("env.py", "vlm.py")]
     shaped = [settings.env, settings.env_args, settings.seed, settings.warm_start_steps, settings.warm_start_batch,
               settings.warm_start_lr, settings.error_rate, settings.device, torch.__version__, transformers.__version__,
-              (Path(__file__).parent / "env.py").read_text(), (Path(__file__).parent / "vlm.py").read_text(), inspect.getsource(warm_start)]
+              *sources, inspect.getsource(warm_start)]
     folder = Path(settings.runs) / "cache" / hashlib.sha256(json.dumps(shaped).encode()).hexdigest()[:16]
     manifest = folder / "manifest.json"
     folder.parent.mkdir(parents=True, exist_ok=True)
