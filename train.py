@@ -343,8 +343,7 @@ def samples(run, count=16):
     advantages = sapo.credit(batch.rollout, run.config)[0]
     for row, e in list(enumerate(batch.envs))[::group]:
         example, task, info = e.unwrapped.example, e.unwrapped.task, batch.infos[row]
-        n = int(batch.rollout.mask[row].sum())
-        tokens = batch.texts[row][:n]
+        tokens = batch.texts[row][:(n := int(batch.rollout.mask[row].sum()))]
         token_of = [t for t, text in enumerate(tokens) for _ in text]  # character -> token
         response = "".join(tokens)
         spans = zip(task.step_spans(response), task.check_steps(example, response), strict=True)

@@ -17,15 +17,6 @@ close = torch.testing.assert_close  # float64: relative 1e-7, absolute 1e-7
 exact = lambda a, b: close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small threads only wait for one another, for long if the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def segments(ends, mask):
     """The segments of each response, as lists of positions of policy tokens; in the order of the text."""
     responses = []

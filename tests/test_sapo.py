@@ -24,15 +24,6 @@ close = torch.testing.assert_close
 exact = partial(close, rtol=1e-9, atol=1e-9)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small threads only wait for one another, for long if the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ------------------------------------------------------------------------------------- what the released code computes
 CASES = json.loads((Path(__file__).parent / "released_public.json").read_text())["cases"]
 

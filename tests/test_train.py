@@ -40,15 +40,6 @@ TASK = ["--env", "SAPO/TextSum-v0", "--env_args", "n=1", "largest=99", "--max_ne
 SHORT = [*TASK, "--batch", "16", "--eval_episodes", "16", "--actor_lr", "1e-3", "--minibatch", "8"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """One folder of runs for the whole file, so that all of it shares one warm start (about ten seconds)."""

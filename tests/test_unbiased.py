@@ -49,15 +49,6 @@ VOCABULARY, STEPS, STOP = 3, 4, 2
 SEEDS = range(20)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small threads only wait for one another, for long if the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --------------------------------------------------------------------------------------------- every response there is
 @cache
 def world(seed, stops=False):

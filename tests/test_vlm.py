@@ -26,15 +26,6 @@ PROMPTS = ["Sum the dice.", "?", "Follow 12 arrows, then stop.", "Add 3 5."] * 4
 close = torch.testing.assert_close
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def sharpened(directory):
     """Random weights give nearly uniform distributions, under which few mistakes show: scale the last layer's up."""
     opened = vlm.load(directory)
