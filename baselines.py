@@ -6,11 +6,8 @@
 
 from torch import Tensor
 
-# What train.py changes in SAPOConfig for a method. The paper runs PPO at lambda 0.95 and SAPO at 0.99: --lam undoes
-# that confound. Whitening, as in the released code: a young critic lags behind the policy, and advantages that are
-# negative on average push a tiny model away from all that it does.
-SETTINGS = {"sapo": {"whiten_advantages": True}, "ppo": {"whiten_advantages": True, "ratio": "token", "lam": 0.95},
-            "grpo": {"ratio": "token"}}
+# What a method changes in SAPOConfig. The paper runs PPO at lambda 0.95 and SAPO at 0.99: --lam undoes that confound.
+SETTINGS = {"sapo": {}, "ppo": {"ratio": "token", "lam": 0.95}, "grpo": {"ratio": "token"}}
 
 
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
