@@ -331,6 +331,7 @@ def credit_map(run, count=6):
 
 
 def main():
+    """The command line."""
     parser = argparse.ArgumentParser(description="Draw a run's learning curve and credit map into its folder.")
     parser.add_argument("run", type=Path, help="the folder that train.py wrote: runs/<name>")
     parser.add_argument("--count", type=int, default=6, help="responses on the credit map (default 6)")

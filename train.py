@@ -9,9 +9,8 @@ One iteration: reset one Gymnasium environment per response; the policy writes w
 by the critic, cut into segments, and replayed segment by segment through `env.step`; `sapo.sapo_update` learns. (The
 environments are a plain list: a vector environment resets finished episodes by itself, and ours differ in length.)
 
-Left out on purpose: several devices, rollout and training in separate processes.
-Files under runs/<name>/: config.json, metrics.jsonl, samples.jsonl, summary.json, checkpoint/ (Hugging Face format and
-trainer.pt), learning_curve.png, credit.html, credit.svg. The README's table explains each metric.
+Left out: several devices. Files under runs/<name>/: config.json, metrics.jsonl, samples.jsonl, summary.json, checkpoint/,
+learning_curve.png, credit.html, credit.svg; the README explains each, and each metric.
 """
 
 import base64
@@ -399,6 +398,7 @@ def train(run) -> bool:
     return not stop
 
 def open_tensorboard(run):
+    """A TensorBoard writer, or one line that says what to install."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -434,6 +434,7 @@ def finish(run):
         print(missing)
 
 def main(argv=None):
+    """The command line."""
     run = build(*parse(argv))
     run.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     try:
