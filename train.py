@@ -9,7 +9,7 @@ One iteration: reset one Gymnasium environment per response; the policy writes w
 by the critic, cut into segments, and replayed segment by segment through `env.step`; `sapo.sapo_update` learns. (The
 environments are a plain list: a vector environment resets finished episodes by itself, and ours differ in length.)
 
-Left out: several devices. Files under runs/<name>/: config.json, metrics.jsonl, samples.jsonl, summary.json, checkpoint/,
+Left out: several devices. Under runs/<name>/: config.json, metrics.jsonl, samples.jsonl, summary.json, checkpoint/,
 learning_curve.png, credit.html, credit.svg; the README explains each, and each metric.
 """
 
@@ -434,7 +434,6 @@ def finish(run):
         print(missing)
 
 def main(argv=None):
-    """The command line."""
     run = build(*parse(argv))
     run.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     try:
