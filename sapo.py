@@ -37,6 +37,7 @@ class SAPOConfig:
     """Settings of the algorithm. The defaults are the paper's mathematics, at learning rates for a tiny model."""
     gamma: float = setting(1.0, "discount per segment, in [0, 1] (Eq. 6)")
     lam: float = setting(0.99, "GAE's lambda per segment, in [0, 1] (Eq. 7)")
+    critic_lam: float | None = setting(None, "lambda of the critic's returns, if not lam (VC-PPO decouples them)")
     top_k: float = setting(0.30, "share of tokens, those of highest entropy, that end a segment, in (0, 1] (Eq. 11)")
     value_at: Literal["start", "end"] = setting("start", "read V before a segment's first token, or before its last")
     ratio: Literal["segment", "token"] = setting("segment", "unit of the importance ratio: Eq. 8, or PPO's Eq. 2")
@@ -52,7 +53,7 @@ class SAPOConfig:
     epochs: int = setting(1, "passes over a rollout; the cut stays the same in all of them")
     minibatch: int = setting(128, "responses per optimizer step")
     micro_batch: int = setting(0, "responses per backward pass, 0: the whole minibatch; changes memory, not numbers")
-    actor_lr: float = setting(2e-4, "Adam learning rate of the policy")
+    actor_lr: float = setting(3e-4, "Adam learning rate of the policy")
     critic_lr: float = setting(4e-4, "Adam learning rate of the critic")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
 
@@ -190,7 +191,6 @@ class SegmentCritic(nn.Module):
     """V of every prefix: a backbone's last hidden states -> a float32 value per position, zero before training.
     forward hands its arguments to the backbone: hidden states (B, L, H) -> values (B, L). Position p has read the
     tokens up to *and including* p, so V before response token t, after a prompt of P tokens, is at P + t - 1."""
-
     def __init__(self, backbone: nn.Module, hidden_size: int | None = None):
         super().__init__()
         self.backbone = backbone
@@ -321,8 +321,9 @@ def credit(rollout: Rollout, config: SAPOConfig) -> tuple[Tensor, Tensor | None,
     if rollout.ref_logp is not None:
         rewards = rewards - config.kl_coef * _log_ratio(rollout.logp, rollout.ref_logp, mask)
     if advantages is None:
-        advantages, returns = segment_gae(rewards, rollout.values, rollout.ends, mask, config.gamma, config.lam,
-                                          config.value_at)
+        gae = lambda lam: segment_gae(rewards, rollout.values, rollout.ends, mask, config.gamma, lam, config.value_at)
+        advantages, returns = gae(config.lam)
+        returns = returns if config.critic_lam is None else gae(config.critic_lam)[1]
     reads = boundaries(rollout.ends, mask, config.value_at)
     std, mean = torch.std_mean(advantages[mask], correction=0)
     metrics = {"advantage_mean": mean.item(), "advantage_std": std.item(),
@@ -376,7 +377,6 @@ def sapo_update(rollout: Rollout, score, value, actor_optimizer, critic_optimize
         return loss, stats | {"approx_kl": approx_kl(logp, rollout.logp[part], mask[part]),
                               "ratio": _average(ratio.detach(), mask[part], "token").item(),
                               "entropy": _average(entropy.detach(), mask[part], "token").item()}
-
     def critic(part):
         loss, stats = value_loss(value(part), returns[part], ends[part], mask[part], config.value_at,
                                  rollout.values[part], config.value_clip, config.average)

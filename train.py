@@ -64,7 +64,7 @@ class Settings:
     name: str = setting("", "the run's folder under --runs; made from the settings when empty")
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
     resume: str = setting("", "folder of a run to continue; flags given beside it change its settings")
-    iterations: int = setting(180, "rollouts to learn from")
+    iterations: int = setting(160, "rollouts to learn from")
     batch: int = setting(256, "responses per rollout")
     group: int = setting(8, "GRPO: responses per prompt")
     max_new_tokens: int = setting(64, "longest response, in tokens")
@@ -73,9 +73,10 @@ class Settings:
     warm_start_batch: int = setting(128, "demonstrations per step")
     warm_start_lr: float = setting(2e-3, "peak learning rate of the warm start")
     error_rate: float = setting(0.05, "probability that a demonstrated step is wrong")
-    eval_every: int = setting(30, "iterations between held-out evaluations at temperature 1")
+    actor_half_life: float = setting(60, "iterations in which --actor_lr falls by half; inf: it stays")
+    eval_every: int = setting(40, "iterations between held-out evaluations at temperature 1")
     eval_episodes: int = setting(512, "held-out episodes per evaluation")
-    checkpoint_every: int = setting(30, "iterations between checkpoints")
+    checkpoint_every: int = setting(40, "iterations between checkpoints")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
 def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
@@ -200,9 +201,8 @@ def build(settings, config):
     run = SimpleNamespace(settings=settings, config=config, folder=folder)
     torch.manual_seed(settings.seed)
     started, stored = time.time(), newest(folder) if settings.resume else None
-    start = settings.model
-    if start == "tiny" and (config.kl_coef or not stored):
-        start = cached_warm_start(settings)
+    warm = settings.model == "tiny" and (config.kl_coef or not stored)
+    start = cached_warm_start(settings) if warm else settings.model
     if folder.exists() and not stored:  # an earlier run of the same name is kept, under the time of the move
         folder.rename(f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}")
     run.progress = {"iteration": 0, "episodes": 0, "generated_tokens": 0, "seconds": 0.0, "threshold": None,
@@ -271,7 +271,6 @@ def replay(envs, texts, ends, mask):
         infos.append(info)
     return rewards, mask, infos
 
-
 @torch.no_grad()
 def collect(run, indices, split="train"):
     """One batch of responses, scored, judged, cut and replayed. -> a namespace with a sapo.Rollout and what made it."""
@@ -303,6 +302,8 @@ def step(run) -> dict:
     """One iteration: collect, update. -> metrics of the last epoch."""
     progress, settings = run.progress, run.settings
     progress["iteration"] += 1
+    lr = run.config.actor_lr * 0.5 ** ((progress["iteration"] - 1) / settings.actor_half_life)
+    run.actor_optimizer.param_groups[0]["lr"] = lr
     batch = collect(run, train_indices(settings, progress["iteration"]))
     rollout = batch.rollout
     if settings.cut == "causal":
@@ -318,7 +319,7 @@ def step(run) -> dict:
     return {"accuracy": np.mean([i["correct"] for i in batch.infos]).item(),
             "reward": rollout.rewards.sum(1).mean().item(),
             "response_tokens": rollout.mask.sum(1).float().mean().item(), **history[-1],
-            "episodes": progress["episodes"], "generated_tokens": progress["generated_tokens"]}
+            "episodes": progress["episodes"], "generated_tokens": progress["generated_tokens"], "actor_lr": lr}
 
 # -------------------------------------------------------------------------------------------------------- evaluation
 def wilson(right, n, z=1.96):
@@ -393,8 +394,7 @@ def train(run) -> bool:
                 save(run)
         save(run)
     finally:
-        bar.close()
-        signal.signal(signal.SIGINT, previous)
+        bar.close(), signal.signal(signal.SIGINT, previous)
     return not stop
 
 def open_tensorboard(run):
