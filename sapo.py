@@ -325,10 +325,10 @@ def credit(rollout: Rollout, config: SAPOConfig) -> tuple[Tensor, Tensor | None,
         advantages, returns = gae(config.lam)
         returns = returns if config.critic_lam is None else gae(config.critic_lam)[1]
     reads = boundaries(rollout.ends, mask, config.value_at)
-    std, mean = torch.std_mean(advantages[mask], correction=0)
-    metrics = {"advantage_mean": mean.item(), "advantage_std": std.item(),
+    metrics = {"advantage_mean": (mean := _average(advantages, mask, "token")).item(),
+               "advantage_std": _average((advantages - mean).square(), mask, "token").sqrt().item(),
                "segments_per_response": reads.sum().item() / len(mask),
-               "tokens_per_segment": (mask.sum() / reads.sum()).item()}
+               "tokens_per_segment": (mask.sum() / reads.sum().clamp(min=1)).item()}
     if returns is not None:  # 0 when all returns are equal: there is nothing to explain
         spread, left = (x[reads].var(correction=0) for x in (returns, returns - rollout.values))
         metrics["explained_variance"] = (1 - left / spread).item() if spread > 0 else 0.0

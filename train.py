@@ -1,4 +1,4 @@
-"""Train a vision-language model with SAPO (arXiv:2605.01327), or with PPO or GRPO beside it.
+"""Train a vision-language model with SAPO (arXiv:2605.01327), or with one of its neighbours (baselines.py).
 
     python train.py                                          # DiceSum, tiny model built on the spot, two CPU cores
     python train.py --method ppo --seed 1                    # the same with tokens for segments
@@ -9,8 +9,7 @@ One iteration: reset one Gymnasium environment per response; the policy writes w
 by the critic, cut into segments, and replayed segment by segment through `env.step`; `sapo.sapo_update` learns. (The
 environments are a plain list: a vector environment resets finished episodes by itself, and ours differ in length.)
 
-Left out: several devices. Under runs/<name>/: config.json, metrics.jsonl, samples.jsonl, summary.json, checkpoint/,
-learning_curve.png, credit.html, credit.svg; the README explains each, and each metric.
+Left out: several devices. The README explains the files under runs/<name>/, and each metric.
 """
 
 import base64
@@ -31,7 +30,6 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -51,10 +49,8 @@ STATEFUL = ("critic", "actor_optimizer", "critic_optimizer")  # what a checkpoin
 STOP = "</answer>"  # writing on after the answer earns nothing: the episode is over
 
 @dataclass
-class Settings:
+class Settings(baselines.Method):
     """Everything that is not the algorithm's (that is sapo.SAPOConfig)."""
-    method: Literal["sapo", "ppo", "grpo"] = setting("sapo", "sapo, or a neighbour of it (baselines.py)")
-    cut: Literal["topk", "causal"] = setting("topk", "SAPO's cut: top-k of the response, or last batch's threshold")
     env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
     env_args: list[str] = field(default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"})
     model: str = setting("tiny", "'tiny', or a checkpoint: a directory or a hub name")
@@ -65,8 +61,8 @@ class Settings:
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
     resume: str = setting("", "folder of a run to continue; flags given beside it change its settings")
     iterations: int = setting(160, "rollouts to learn from")
+    token_budget: int = setting(0, "stop also when so many tokens were generated, the credit's own included; 0: never")
     batch: int = setting(256, "responses per rollout")
-    group: int = setting(8, "GRPO: responses per prompt")
     max_new_tokens: int = setting(64, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling and scoring in training")
     warm_start_steps: int = setting(400, "supervised steps on noisy demonstrations before RL; 0 for none")
@@ -93,8 +89,8 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
         parser.set_defaults(**baselines.SETTINGS[known.method])
     settings, config = parser.parse_args_into_dataclasses(argv)
     if not settings.name:
-        detail = ("-" + settings.cut) * (settings.method == "sapo") + "".join(f"-{a}" for a in settings.env_args)
-        settings.name = f"{settings.env.split('/')[-1].split('-')[0]}-{settings.method}{detail}-seed{settings.seed}"
+        words = [settings.env.split("/")[-1].split("-")[0], settings.method, settings.cut, *settings.env_args]
+        settings.name = "-".join([*words, f"seed{settings.seed}"])
     return settings, config
 
 def make_env(settings):
@@ -195,10 +191,10 @@ def save(run):
 def build(settings, config):
     """The run: models, optimizers, environments and progress; fresh, or from the newest checkpoint with --resume."""
     transformers.utils.logging.disable_progress_bar()
-    if settings.method == "grpo" and settings.batch % settings.group:
-        raise SystemExit(f"--batch {settings.batch}: GRPO needs a multiple of --group {settings.group}")
+    envs = [make_env(settings) for _ in range(settings.batch + 1)]
+    baselines.check(settings, "image" in envs[0].observation_space.spaces)
     folder = Path(settings.resume or f"{settings.runs}/{settings.name}")
-    run = SimpleNamespace(settings=settings, config=config, folder=folder)
+    run = SimpleNamespace(settings=settings, config=config, folder=folder, written=0, envs=envs[1:], judge=envs[0])
     torch.manual_seed(settings.seed)
     started, stored = time.time(), newest(folder) if settings.resume else None
     warm = settings.model == "tiny" and (config.kl_coef or not stored)
@@ -211,7 +207,7 @@ def build(settings, config):
     run.reference = vlm.load(start, settings.device, settings.dtype) if config.kl_coef else None
     adam = lambda module, lr: torch.optim.Adam(module.parameters(), lr=lr, eps=1e-5)  # at 1e-8 noise gets unit steps
     run.actor_optimizer, run.critic, run.critic_optimizer = adam(run.policy.model, config.actor_lr), None, None
-    if settings.method != "grpo":
+    if settings.credit == "critic":
         run.critic = sapo.SegmentCritic(copy.deepcopy(run.policy.model.base_model)).to(settings.device)
         run.critic_optimizer = adam(run.critic, config.critic_lr)
     if stored:
@@ -220,45 +216,35 @@ def build(settings, config):
             if saved[part]:
                 getattr(run, part).load_state_dict(saved[part])
         run.progress = saved["progress"]
-        torch.set_rng_state(saved["rng"])
-        torch.cuda.set_rng_state_all(saved["cuda_rng"])
-    run.envs = [make_env(settings) for _ in range(settings.batch)]
+        torch.set_rng_state(saved["rng"]), torch.cuda.set_rng_state_all(saved["cuda_rng"])
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.json").write_text(json.dumps(
         {"method": settings.method, "env": settings.env, "seed": settings.seed,
          "settings": asdict(settings), "config": asdict(config)}, indent=1))
-    for name in ("metrics.jsonl", "samples.jsonl"):  # what came after the checkpoint will be written again
-        keep_until(run.folder / name, run.progress["iteration"] if stored else -1)
+    for file in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):
+        # what came after the checkpoint will be written again; a line torn by a kill goes too
+        lines = file.read_text().splitlines(keepends=True) if stored and file.exists() else []
+        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["iteration"] <= run.progress["iteration"]]
+        file.write_text("".join(kept))
     return run
 
-def keep_until(file, iteration):
-    """Cut a log of JSON lines back to an iteration; a line torn by a kill goes too."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    file.write_text("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["iteration"] <= iteration))
-
 # ----------------------------------------------------------------------------------------------------------- rollout
-def write(run, indices, split, temperature, top_p=1.0):
-    """Reset an environment per index and let the policy answer. -> (envs, inputs, tokens, mask, texts per token)."""
+def ask(run, indices, split):
+    """Reset an environment per index. -> (environments, the model's inputs)."""
     envs = run.envs[:len(indices)]
     seen = [e.reset(options={"index": int(i), "split": split})[0] for e, i in zip(envs, indices, strict=True)]
     pictures = [Image.fromarray(o["image"]) if "image" in o else None for o in seen]
-    inputs = vlm.encode(run.policy, [o["prompt"] for o in seen], pictures)
-    tokens, mask = vlm.generate(run.policy, inputs, run.settings.max_new_tokens, temperature, top_p, STOP)
-    return envs, inputs, tokens, mask, vlm.token_texts(run.policy, tokens, mask, env.END)
+    return envs, vlm.encode(run.policy, [o["prompt"] for o in seen], pictures)
 
-def cut(run, entropy, mask):
-    """The segments of a rollout, under --method and --cut."""
-    if run.settings.method != "sapo":
-        return sapo.token_ends(mask) if run.settings.method == "ppo" else sapo.response_ends(mask)
-    if run.settings.cut == "topk":
-        return sapo.entropy_ends(entropy, mask, run.config.top_k)
-    return sapo.threshold_ends(entropy, mask, run.progress["threshold"])
+def write(run, inputs, temperature, top_p=1.0, limit=None):
+    """The policy's answers, of at most `limit` tokens. -> (tokens, mask, texts per token)."""
+    tokens, mask = vlm.generate(run.policy, inputs, limit or run.settings.max_new_tokens, temperature, top_p, STOP)
+    run.written += int(mask.sum())
+    return tokens, mask, vlm.token_texts(run.policy, tokens, mask, env.END)
 
 def replay(envs, texts, ends, mask):
-    """Pass each segment to its environment. -> rewards (B, T), each on its segment's last token; mask; last infos.
-
-    Tokens that an environment no longer took, because the episode was over, leave the mask.
-    """
+    """Pass each segment to its environment. -> rewards (B, T), each on its segment's last token; mask, less the tokens
+    that an environment no longer took because the episode was over; last infos."""
     rewards, mask, infos = torch.zeros(mask.shape), mask.cpu().clone(), []
     for row, (e, pieces, cuts) in enumerate(zip(envs, texts, ends.tolist(), strict=True)):
         first, over = 0, False
@@ -273,49 +259,65 @@ def replay(envs, texts, ends, mask):
 
 @torch.no_grad()
 def collect(run, indices, split="train"):
-    """One batch of responses, scored, judged, cut and replayed. -> a namespace with a sapo.Rollout and what made it."""
-    temperature, policy = run.settings.temperature, run.policy
-    envs, inputs, tokens, mask, texts = write(run, indices, split, temperature)
+    """One batch of responses, scored, cut, replayed and credited. -> a namespace: a sapo.Rollout and what made it."""
+    settings, policy, temperature, tree = run.settings, run.policy, run.settings.temperature, None
+    envs, inputs = ask(run, indices, split)
+    after = lambda rows, prefix, lengths, limit: write(
+        run, vlm.extended(vlm.take(inputs, rows), prefix, lengths), temperature, limit=limit)
+    if settings.credit == "tree":
+        prompt, tokens, mask, tree = baselines.grow(len(indices), settings, after, lambda text: bool(env.cut(text)[1]))
+        indices, texts = indices[prompt.numpy()], vlm.token_texts(policy, tokens, mask, env.END)
+        envs, inputs = ask(run, indices, split)
+    else:
+        tokens, mask, texts = write(run, inputs, temperature)
     logp, entropy = vlm.score(policy, inputs, tokens, mask, temperature)
     ref_logp = vlm.score(run.reference, inputs, tokens, mask, temperature)[0] if run.reference else None
     values = vlm.prefix_values(run.critic, inputs, tokens, mask) if run.critic else None
-    if run.settings.cut == "causal" and run.progress["threshold"] is None:  # a first threshold needs a batch of its own
+    if settings.cut == "causal" and run.progress["threshold"] is None:  # a first threshold needs a batch of its own
         run.progress["threshold"] = sapo.entropy_quantile(entropy, mask, run.config.top_k)
         return collect(run, indices, split)
-    ends = cut(run, entropy, mask)
+    ends = baselines.cut(settings.cut, mask, entropy, logp, texts, run.config.top_k, run.progress["threshold"],
+                         settings.segment_tokens)
     rewards, used, infos = replay(envs, texts, ends, mask)
     rewards, used = rewards.to(mask.device), used.to(mask.device)
-    advantages = None
-    if run.critic is None:
-        advantages = baselines.group_advantages(rewards.sum(1), run.settings.group)[:, None] * used
-    rollout = sapo.Rollout(used, ends & used, logp, rewards, values, ref_logp, advantages)
-    return SimpleNamespace(rollout=rollout, inputs=inputs, tokens=tokens, texts=texts, entropy=entropy, infos=infos,
-                           envs=envs)
+    batch = SimpleNamespace(rollout=sapo.Rollout(used, ends & used, logp, rewards, values, ref_logp), tree=tree,
+                            inputs=inputs, tokens=tokens, mask=mask, texts=texts, entropy=entropy, infos=infos,
+                            envs=envs, indices=indices)
+
+    def judge(row, prefix, text):
+        run.judge.reset(options={"index": int(indices[row]), "split": split, "response": prefix})
+        return run.judge.step(text)[1]
+    baselines.give_credit(
+        batch, settings, run.config, lambda rows, lengths, limit: after(rows, tokens[rows], lengths, limit)[2], judge,
+        lambda mask, noised: vlm.score(policy, vlm.noised(inputs) if noised else inputs, tokens, mask, temperature)[0])
+    return batch
 
 def train_indices(settings, iteration):
-    """Which training examples iteration 1, 2, ... sees: fresh ones each time; GRPO asks each of them `group` times."""
-    per = settings.group if settings.method == "grpo" else 1
+    """Which training examples iteration 1, 2, ... sees: fresh ones each time, each `group` times for a group's mean."""
+    per = baselines.responses_per_prompt(settings)
     count = settings.batch // per
-    return np.repeat(np.arange(count) + count * (iteration - 1), per)
+    return np.repeat(np.arange(count) + count * (iteration - 1), 1 if settings.credit == "tree" else per)
 
 def step(run) -> dict:
     """One iteration: collect, update. -> metrics of the last epoch."""
-    progress, settings = run.progress, run.settings
-    progress["iteration"] += 1
-    lr = run.config.actor_lr * 0.5 ** ((progress["iteration"] - 1) / settings.actor_half_life)
+    progress, settings, before = run.progress, run.settings, run.written
+    age = progress["iteration"] - settings.value_pretraining
+    lr = run.config.actor_lr * 0.5 ** (age / settings.actor_half_life) if age >= 0 else 0.0
     run.actor_optimizer.param_groups[0]["lr"] = lr
+    progress["iteration"] += 1
     batch = collect(run, train_indices(settings, progress["iteration"]))
     rollout = batch.rollout
     if settings.cut == "causal":
         progress["threshold"] = sapo.entropy_quantile(batch.entropy, rollout.mask, run.config.top_k)
-    part = lambda rows: (vlm.take(batch.inputs, rows), batch.tokens[rows], rollout.mask[rows])
+    part = lambda rows: (vlm.take(batch.inputs, rows), batch.tokens[rows], batch.mask[rows])
+    learned = rollout if batch.keep is None else baselines.masked(rollout, batch.keep, run.config)
     history = sapo.sapo_update(
-        rollout, lambda rows: vlm.score(run.policy, *part(rows), settings.temperature),
+        learned, lambda rows: vlm.score(run.policy, *part(rows), settings.temperature),
         run.critic and (lambda rows: vlm.prefix_values(run.critic, *part(rows))),
         run.actor_optimizer, run.critic_optimizer, run.config, skipped_in_a_row=progress["skipped_in_a_row"])
     progress["skipped_in_a_row"] = history[-1]["skipped_in_a_row"]
     progress["episodes"] += len(rollout.mask)
-    progress["generated_tokens"] += int(rollout.mask.sum())
+    progress["generated_tokens"] += run.written - before
     return {"accuracy": np.mean([i["correct"] for i in batch.infos]).item(),
             "reward": rollout.rewards.sum(1).mean().item(),
             "response_tokens": rollout.mask.sum(1).float().mean().item(), **history[-1],
@@ -331,35 +333,34 @@ def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
     """Accuracy on the first eval_episodes held-out examples, with its 95% interval."""
     right, n = 0, run.settings.eval_episodes
     for first in range(0, n, len(run.envs)):
-        envs, _, _, _, texts = write(run, range(first, min(n, first + len(run.envs))), "eval", temperature, top_p)
+        envs, inputs = ask(run, range(first, min(n, first + len(run.envs))), "eval")
+        texts = write(run, inputs, temperature, top_p)[2]
         right += sum(e.step("".join(text))[4]["correct"] for e, text in zip(envs, texts, strict=True))
     low, high = wilson(right, n)
     return {"eval_accuracy": right / n, "eval_low": low, "eval_high": high}
 
 def samples(run, count=16):
     """Held-out responses with their credit, token by token, for figures.credit_map."""
-    group = run.settings.group if run.critic is None else 1
-    batch = collect(run, np.repeat(np.arange(count), group)[:len(run.envs)], "eval")
+    prompts = train_indices(run.settings, 1)  # as many, and as often, as in training; here of the held-out ones
+    batch = collect(run, prompts[prompts < count], "eval")
     advantages = sapo.credit(batch.rollout, run.config)[0]
-    for row, e in list(enumerate(batch.envs))[::group]:
-        example, task, info = e.unwrapped.example, e.unwrapped.task, batch.infos[row]
+    for row in np.unique(batch.indices, return_index=True)[1]:  # the first response to each prompt
+        e, info = batch.envs[row].unwrapped, batch.infos[row]
+        example, task = e.example, e.task
         tokens = batch.texts[row][:(n := int(batch.rollout.mask[row].sum()))]
         token_of = [t for t, text in enumerate(tokens) for _ in text]  # character -> token
-        response = "".join(tokens)
+        response, png = "".join(tokens), io.BytesIO()
+        if example.image:
+            example.image.save(png, "PNG")
         spans = zip(task.step_spans(response), task.check_steps(example, response), strict=True)
         row_of = lambda x: None if x is None else [round(float(v), 4) for v in x[row, :n]]  # noqa: B023
         yield {"iteration": run.progress["iteration"], "example_id": info["example_id"], "method": run.settings.method,
                "cut": run.settings.cut, "prompt": example.question, "answer": example.answer,
-               "image": example.image and as_png(example.image), "predicted": info["predicted"],
+               "image": example.image and base64.b64encode(png.getvalue()).decode(), "predicted": info["predicted"],
                "reward": float(batch.rollout.rewards[row].sum()), "tokens": tokens, "entropy": row_of(batch.entropy),
                "values": row_of(batch.rollout.values), "advantages": row_of(advantages),
                "ends": batch.rollout.ends[row, :n].tolist(),
                "steps": [[token_of[a], token_of[b - 1], right] for (a, b), right in spans if b > a]}
-
-def as_png(image):
-    """A PIL image as base64 text."""
-    image.save(file := io.BytesIO(), "PNG")
-    return base64.b64encode(file.getvalue()).decode()
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 def log(run, name, *rows):
@@ -370,6 +371,7 @@ def log(run, name, *rows):
 def train(run) -> bool:
     """The loop. -> True when it came to its end, False after Ctrl-C; the checkpoint is written either way."""
     settings, progress, stop = run.settings, run.progress, []
+    spent = lambda: 0 < settings.token_budget <= progress["generated_tokens"]
     board = open_tensorboard(run) if settings.tensorboard else None
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, previous)))
     if progress["iteration"] == 0:
@@ -379,10 +381,10 @@ def train(run) -> bool:
     started = time.time() - progress["seconds"]
     bar = tqdm(total=settings.iterations, initial=progress["iteration"], desc=settings.method, disable=None)
     try:
-        while progress["iteration"] < settings.iterations and not stop:
+        while progress["iteration"] < settings.iterations and not stop and not spent():
             row = {"iteration": progress["iteration"] + 1, **step(run)}
             progress["seconds"] = row["seconds"] = time.time() - started
-            if row["iteration"] % settings.eval_every == 0 or row["iteration"] == settings.iterations:
+            if row["iteration"] % settings.eval_every == 0 or row["iteration"] == settings.iterations or spent():
                 row |= evaluate(run)
                 log(run, "samples.jsonl", *samples(run))
             log(run, "metrics.jsonl", row)
@@ -441,10 +443,8 @@ def main(argv=None):
     except FloatingPointError as error:  # the last checkpoint is from before it
         raise SystemExit(f"iteration {run.progress['iteration']}: {error}") from None
     if not finished:
-        print(f"stopped at iteration {run.progress['iteration']}; go on with: python train.py --resume {run.folder}")
-        return
+        return print(f"stopped at iteration {run.progress['iteration']}; python train.py --resume {run.folder} goes on")
     finish(run)
-
 
 if __name__ == "__main__":
     main()

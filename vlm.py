@@ -145,6 +145,30 @@ def take(inputs: dict, rows: Tensor) -> dict:
     """Some rows of the inputs."""
     return {name: x[rows] for name, x in inputs.items()}
 
+def _joined(inputs, tokens, mask):
+    """Prompt and response as one input. Everything after a response's length is hidden from attention."""
+    attention = torch.cat([inputs["attention_mask"], mask.to(inputs["attention_mask"].dtype)], 1)  # (B, P + T)
+    joined = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1), "attention_mask": attention}
+    if "mm_token_type_ids" in inputs:  # 0 marks text
+        joined["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], 1)
+    return joined
+
+def extended(inputs: dict, tokens: Tensor, lengths: Tensor) -> dict:
+    """The inputs with the first lengths[b] tokens of a response as part of the prompt, padded on the left again."""
+    T = tokens.shape[1]
+    joined = _joined(inputs, tokens, torch.arange(T, device=tokens.device) < lengths[:, None])
+    L = joined["input_ids"].shape[1]
+    source = (torch.arange(L, device=tokens.device) - (T - lengths)[:, None]) % L  # (B, L): what is cut off goes left
+    first = L - int(joined["attention_mask"].sum(1).max())
+    rolled = {name: joined[name].gather(1, source)[:, first:]
+              for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in joined}
+    return {**joined, **rolled}
+
+def noised(inputs: dict) -> dict:
+    """The inputs with every picture replaced by Gaussian noise of the pixels' mean and spread."""
+    pixels = inputs["pixel_values"]
+    return {**inputs, "pixel_values": pixels.mean() + pixels.std() * torch.randn_like(pixels)}
+
 # --------------------------------------------------------------------------------------------------------- generate
 class _Stop(StoppingCriteria):
     """Ends a row at an EOS id or at the stop string, and remembers how long the row was: the only trusted length."""
@@ -213,14 +237,6 @@ def token_texts(vlm: VLM, tokens: Tensor, mask: Tensor, end: str) -> list[list[s
     return rows
 
 # ------------------------------------------------------------------------------------------------------------ score
-def _joined(inputs, tokens, mask):
-    """Prompt and response as one input. Everything after a response's length is hidden from attention."""
-    attention = torch.cat([inputs["attention_mask"], mask.to(inputs["attention_mask"].dtype)], 1)  # (B, P + T)
-    joined = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1), "attention_mask": attention}
-    if "mm_token_type_ids" in inputs:  # 0 marks text
-        joined["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], 1)
-    return joined
-
 def score(vlm: VLM, inputs: dict, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of each token written, and the entropy of the distribution it came from: (B, T) each, nats.
 

@@ -117,6 +117,8 @@ def examples():
                 yield field.name, ["false"], False
             elif hint == list[str]:
                 yield field.name, ["n=9", "grid=5"], ["n=9", "grid=5"]
+            elif hint == list[int]:
+                yield field.name, ["6", "2"], [6, 2]
             else:
                 kind = next(t for t in (int, float, str) if t is hint or t in typing.get_args(hint))
                 yield field.name, [{int: "7", float: "0.25", str: "abc"}[kind]], {int: 7, float: 0.25, str: "abc"}[kind]
@@ -147,14 +149,15 @@ def test_what_does_not_parse_is_refused_by_name(flags, capsys):
     assert flags[0].strip("-") in capsys.readouterr().err + str(left.value)
 
 
-@pytest.mark.parametrize("method", ["sapo", "ppo", "grpo"])
+@pytest.mark.parametrize("method", baselines.SETTINGS)
 def test_a_method_sets_its_presets_and_explicit_flags_win(method):
     _, config = train.parse(["--method", method])
-    assert asdict(config) == asdict(sapo.SAPOConfig()) | baselines.SETTINGS[method]
+    presets = {k: x for k, x in baselines.SETTINGS[method].items() if k in asdict(config)}
+    assert asdict(config) == asdict(sapo.SAPOConfig()) | presets
     for flags in (["--method", method, "--lam", "0.5", "--ratio", "segment"],
                   ["--lam=0.5", "--ratio=segment", f"--method={method}"]):
         _, config = train.parse(flags)
-        assert asdict(config) == asdict(sapo.SAPOConfig(lam=0.5, ratio="segment"))
+        assert asdict(config) == asdict(sapo.SAPOConfig()) | presets | {"lam": 0.5, "ratio": "segment"}
 
 
 def test_runs_of_different_settings_get_different_folders():
@@ -423,7 +426,8 @@ def test_evaluation_counts_held_out_episodes(runs, episodes):
     found = train.evaluate(run, temperature=0.0)
     right = 0
     for i in range(episodes):
-        envs, _, _, _, texts = train.write(run, [i], "eval", 0.0)
+        envs, inputs = train.ask(run, [i], "eval")
+        _, _, texts = train.write(run, inputs, 0.0)
         right += envs[0].step("".join(texts[0]))[4]["correct"]
         assert envs[0].unwrapped.example_id == f"eval/{i}"
     assert found["eval_accuracy"] == right / episodes
