@@ -15,15 +15,15 @@ itself wrote before. So the slip that spoilt a response is known, and credit ass
     observation, info = episode.reset(seed=0)                   # or options={"index": 7, "split": "eval"}
     observation, reward, terminated, truncated, info = episode.step("<see>352614263</see>")
 
-`AsyncVectorEnv` needs `shared_memory=False`, or Gymnasium corrupts the texts (it pads them, within a fixed alphabet).
-TextSum has no "image" in its observations: it is the text-only branch. Left out on purpose: torch, and partial credit,
-which would give away what SAPO has to find out.
+Every task has a `verbosity`: so many words that decide nothing stand before each move. `AsyncVectorEnv` needs
+`shared_memory=False`, or Gymnasium corrupts the texts. TextSum has no "image" in its observations: it is the text-only
+branch. Left out on purpose: torch, and partial credit, which would give away what SAPO has to find out.
 """
 import functools
 import math
 import re
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import gymnasium as gym
 import numpy as np
@@ -34,7 +34,8 @@ TAGS = ("<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>")
 SPLITS = ("train", "eval")
 CELL = 16  # pixels: the tiny vision model has one image token per 16 x 16 block, so one per die or arrow
 MOVES = {"R": (1, 0), "D": (0, 1), "L": (-1, 0), "U": (0, -1)}  # (columns, rows), row 1 at the top
-_SEE, _THINK, _ITEM = re.compile("<see>([^<]*)"), re.compile("<think>([^<]*)"), re.compile("[^;]+")
+FILLER = "so now we look at what stands there and go on with the next one"  # words that decide nothing: `verbosity`
+_SEE, _THINK, _ITEM = re.compile("<see>([^<]*)"), re.compile("<think>([^<]*)"), re.compile("(?:[a-z]+ )*([^;]+)")
 _RESULT = re.compile(r"(?:(?<![0-9])[0-9]{1,12}|[A-I][1-9])\Z")  # what a move ends in; int() raises beyond 4300 digits
 
 
@@ -47,7 +48,6 @@ def cut(text):
     if closed >= 0 and not 0 <= end < closed:
         return text[:closed + len("</answer>")], "answer"
     return (text[:end + len(END)], "end") if end >= 0 else (text, "")
-
 
 def read_answer(text):
     """The content of the one answer, ASCII blanks stripped. None unless there is exactly one `<answer>`, closed exactly
@@ -72,7 +72,6 @@ class Example:
     answer: str = ""
     steps: tuple[str, ...] = ()
 
-
 class Task:
     """A chain of small decisions: reads off the picture, moves, each from the result of the last, and the answer.
 
@@ -80,6 +79,7 @@ class Task:
     right step (`_slips`). True steps, demonstrations and checks all follow from these."""
     side = 0       # cells along the picture's edge; 0: no picture
     read_size = 0  # characters of one read inside <see>; 0: nothing to read, the question says what is known
+    filler = property(lambda self: "".join(f"{word} " for word in (40 * FILLER.split())[:self.verbosity]))
     form = property(lambda it: "<see>[^<]+</see>" * (it.read_size > 0) + "<think>[^<]*</think><answer>[^<]+</answer>")
 
     def __post_init__(self):
@@ -118,7 +118,7 @@ class Task:
             moves.append(pick(self._move(example.content, known, i, last), last))
             last = _RESULT.search(moves[-1])[0]
         see = f"<see>{''.join(known)}</see>" if self.read_size else ""
-        return f"{see}<think>{';'.join(moves)}</think><answer>{pick(last, last)}</answer>"
+        return f"{see}<think>{';'.join(self.filler + x for x in moves)}</think><answer>{pick(last, last)}</answer>"
 
     def _parse(self, response):
         # (reads, moves, answers): spans of the complete steps, left to right, so that a longer response only adds some
@@ -130,7 +130,7 @@ class Task:
             start, end = see.span(1)
             reads = [(at, min(at + size, end)) for at in range(start, end - (end == len(response)) * (size - 1), size)]
         if think:  # an item at the very end may still grow, "3+5=1" to "3+5=10": not complete
-            moves = [item.span() for item in _ITEM.finditer(response, *think.span(1)) if item.end() < len(response)]
+            moves = [item.span(1) for item in _ITEM.finditer(response, *think.span(1)) if item.end() < len(response)]
         return reads, moves, [(limit + len("<answer>"), len(response) - len("</answer>"))] * (reason == "answer")
 
     def step_spans(self, response):
@@ -162,7 +162,8 @@ class TextSum(Task):
     """n numbers from 1 to `largest`, given in the question; add them up one by one."""
     n: int = 4
     largest: int = 9
-    ranges = {"n": (1, 64), "largest": (2, 999)}
+    verbosity: int = field(default=0, repr=False)  # the examples stay the same
+    ranges = {"n": (1, 64), "largest": (2, 999), "verbosity": (0, 200)}
     moves = property(lambda self: self.n - 1)
 
     def _draw(self, rng):
@@ -179,12 +180,11 @@ class TextSum(Task):
         terms, equals, total = right.rpartition("=")
         return [f"{terms}{equals}{int(total) + off}" for off in (-3, -2, -1, 1, 2, 3) if int(total) + off >= 0]
 
-
 @dataclass(frozen=True)
 class DiceSum(TextSum):
     """n dice in a square of cells, none above `largest`; read the pips row by row, then add them up one by one."""
     largest: int = 6
-    read_size, ranges = 1, {"n": (1, 25), "largest": (2, 6)}
+    read_size, ranges = 1, {"n": (1, 25), "largest": (2, 6), "verbosity": (0, 200)}
     side = property(lambda self: math.isqrt(self.n - 1) + 1)  # ceil(sqrt(n))
 
     def _present(self, content, rng):
@@ -200,7 +200,8 @@ class ArrowPath(Task):
     letter and a row digit, A1 at the top left; a move is the arrow read and the cell reached, "RC2"."""
     length: int = 8
     grid: int = 4
-    read_size, ranges = 2, {"length": (1, 256), "grid": (2, 9)}
+    verbosity: int = field(default=0, repr=False)
+    read_size, ranges = 2, {"length": (1, 256), "grid": (2, 9), "verbosity": (0, 200)}
     moves, side = property(lambda self: self.length), property(lambda self: self.grid)
 
     @functools.cached_property
@@ -275,7 +276,6 @@ class AnyText(gym.spaces.Text):
 
     def contains(self, x):
         return isinstance(x, str) and len(x) <= self.max_length
-
 
 class SegmentEnv(gym.Env):
     """One response, written segment by segment. `task`, `example`, `response` and `segments` may be read at any time.

@@ -60,19 +60,19 @@ class Settings(baselines.Method):
     name: str = setting("", "the run's folder under --runs; made from the settings when empty")
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
     resume: str = setting("", "folder of a run to continue; flags given beside it change its settings")
-    iterations: int = setting(160, "rollouts to learn from")
+    iterations: int = setting(80, "rollouts to learn from")
     token_budget: int = setting(0, "stop also when so many tokens were generated, the credit's own included; 0: never")
     batch: int = setting(256, "responses per rollout")
     max_new_tokens: int = setting(64, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling and scoring in training")
-    warm_start_steps: int = setting(400, "supervised steps on noisy demonstrations before RL; 0 for none")
-    warm_start_batch: int = setting(128, "demonstrations per step")
-    warm_start_lr: float = setting(2e-3, "peak learning rate of the warm start")
-    error_rate: float = setting(0.05, "probability that a demonstrated step is wrong")
-    actor_half_life: float = setting(60, "iterations in which --actor_lr falls by half; inf: it stays")
-    eval_every: int = setting(40, "iterations between held-out evaluations at temperature 1")
+    warm_start_steps: int = setting(600, "supervised steps on noisy demonstrations before RL; 0 for none")
+    warm_start_batch: int = setting(64, "demonstrations per step")
+    warm_start_lr: float = setting(3e-3, "peak learning rate of the warm start")
+    error_rate: float = setting(0.075, "probability that a demonstrated step is wrong")
+    actor_half_life: float = setting(5e5, "generated tokens in which --actor_lr falls by half; inf: it stays")
+    eval_every: int = setting(20, "iterations between held-out evaluations at temperature 1")
     eval_episodes: int = setting(512, "held-out episodes per evaluation")
-    checkpoint_every: int = setting(40, "iterations between checkpoints")
+    checkpoint_every: int = setting(20, "iterations between checkpoints")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
 def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
@@ -301,9 +301,8 @@ def train_indices(settings, iteration):
 def step(run) -> dict:
     """One iteration: collect, update. -> metrics of the last epoch."""
     progress, settings, before = run.progress, run.settings, run.written
-    age = progress["iteration"] - settings.value_pretraining
-    lr = run.config.actor_lr * 0.5 ** (age / settings.actor_half_life) if age >= 0 else 0.0
-    run.actor_optimizer.param_groups[0]["lr"] = lr
+    lr = run.config.actor_lr * 0.5 ** (progress["generated_tokens"] / settings.actor_half_life)
+    lr = run.actor_optimizer.param_groups[0]["lr"] = lr * (progress["iteration"] >= settings.value_pretraining)
     progress["iteration"] += 1
     batch = collect(run, train_indices(settings, progress["iteration"]))
     rollout = batch.rollout
