@@ -35,6 +35,7 @@ import baselines
 import sapo
 import train
 import vlm
+from figures import interval
 from sapo import setting
 
 ROOT = Path(__file__).parent
@@ -153,18 +154,6 @@ def main(argv=None):
     print(table(json.loads(file.read_text())))
 
 # ------------------------------------------------------------------------------------------------------- statistics
-def iqm(x):
-    """Interquartile mean: of the middle half of the values, along the last axis."""
-    x = np.sort(x, axis=-1)
-    cut = x.shape[-1] // 4
-    return x[..., cut:x.shape[-1] - cut].mean(-1)
-
-def interval(values, statistic=iqm, draws=2000, seed=0):
-    """(value, low, high): a statistic of the seeds' values and its 95% bootstrap interval."""
-    values, rng = np.asarray(values, float), np.random.default_rng(seed)
-    drawn = statistic(values[rng.integers(len(values), size=(draws, len(values)))])
-    return float(statistic(values)), *np.quantile(drawn, (0.025, 0.975)).tolist()
-
 def table(found):
     """The outcome as a Markdown table, a row per variant."""
     lines = ["| | seeds | before | after: IQM, 95% interval | beats its start | tokens | seconds |",
@@ -205,7 +194,7 @@ def auroc(scores, right):
     n, m = right.sum(), (~right).sum()
     return float((rank[right].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
 
-def credit_accuracy(run, count=256):
+def credit_accuracy(run, count):
     """How well the advantages tell right steps from wrong ones, and their share on the first wrong step."""
     batch = same_batch(run, count)
     advantages = sapo.credit(batch.rollout, run.config)[0]
@@ -255,7 +244,7 @@ def lift(entropy, jump, q, top=0.1):
     chosen, large = (x >= np.quantile(x, 1 - share) for x, share in ((entropy, q), (jump, top)))
     return float(large[chosen].mean() / large.mean())
 
-def value_error(sweep, extra, flags, rollouts, continuations, responses=32):
+def value_error(sweep, extra, flags, rollouts, continuations, responses):
     """A trained critic against Monte-Carlo values where it is read, and Lift over q if that is at every token."""
     critic = same_batch(frozen(sweep, extra, flags, rollouts), responses, group=1)
     exact = same_batch(frozen(sweep, extra, [*flags, "--lam", "0", "--credit", "continuations", "--continuations",
@@ -273,11 +262,11 @@ def value_error(sweep, extra, flags, rollouts, continuations, responses=32):
             "correlation": float(np.corrcoef(guess, truth)[0, 1]) if guess.std() > 0 else 0.0,
             "states": len(truth), "lift": lifts}
 
-def truth(sweep, extra, count=8, rollouts=40, continuations=64, large=64):
+def truth(sweep, extra, count=8, rollouts=40, continuations=64, large=64, responses=256):
     """All of the ground truth, for results/truth-<task>.json."""
-    found, budget = {"methods": {}, "values": {}}, 2 * 256 * 32
+    found, budget = {"methods": {}, "values": {}}, 16_000  # generated tokens per gradient
     for name, flags in (("segment critic", ["--method", "sapo"]), ("token critic", ["--method", "ppo"])):
-        found["values"][name] = value_error(sweep, extra, flags, rollouts, continuations)
+        found["values"][name] = value_error(sweep, extra, flags, rollouts, continuations, responses // 8)
         yield found
     run, halves = frozen(sweep, extra, ["--method", "sapo"]), [[], []]
     for i in tqdm(range(large), "reference gradient", leave=False, disable=None):  # REINFORCE, the mean as baseline
@@ -288,10 +277,13 @@ def truth(sweep, extra, count=8, rollouts=40, continuations=64, large=64):
     reference, cosine = sum(halves) / 2, torch.nn.functional.cosine_similarity
     found["reference"] = {"responses": 256 * large, "cosine_of_its_halves": float(cosine(*halves, dim=0))}
     for method in sweep.methods or METHODS:
-        run = frozen(sweep, extra, [*BATCHES.get(method, []), "--method", method], rollouts)
+        run = frozen(sweep, extra, ["--method", method], rollouts)
+        found["methods"][method] = credit = credit_accuracy(run, responses)
+        if method in BATCHES:
+            run = frozen(sweep, extra, [*BATCHES[method], "--method", method])
         drawn = gradients(run, count, budget)
         cosines, mean = cosine(drawn, reference[None]).tolist(), drawn.mean(0)
-        found["methods"][method] = {**credit_accuracy(run), "cosine": interval(cosines, lambda x: x.mean(-1)),
+        credit |= {"cosine": interval(cosines, lambda x: x.mean(-1)),
                                     "variance": float((drawn - mean).square().sum(1).mean() / mean.square().sum())}
         yield found
 

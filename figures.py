@@ -1,6 +1,7 @@
 """Figures of a run, drawn from the files that train.py left in its folder.
 
     python figures.py runs/<name>          learning_curve.png, credit.html and credit.svg, into the same folder
+    python figures.py results              every comparison that compare.py wrote there, as SVG beside its JSON
 
 The learning curve asks: did it learn and stay healthy?  The credit map: did the credit land on the right tokens?
 Reads metrics.jsonl, samples.jsonl and, for the titles, config.json; imports none of the project's modules, so that a
@@ -15,8 +16,11 @@ from html import escape
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
+
 # The colours of Okabe and Ito (2008), told apart with any common colour blindness.
 BLUE, VERMILLION, GREEN, PURPLE, INK, FAINT = "#0072B2", "#D55E00", "#009E73", "#A8437E", "#222222", "#6B6B6B"
+PALETTE = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", INK)
 
 # --------------------------------------------------------------------------------------------- reading the run's files
 
@@ -274,7 +278,7 @@ def _legend(title, limit):
         "Each box is a token the model wrote. Between two bars lies one segment; its tokens share one advantage: "
         + "the credit or blame they get in training.",
         "Entropy: how unsure the model was of the token, in nats; SAPO cuts after the peaks. "
-        + "Value: the reward that the critic expected just before the token.",
+        + "Value: the reward that the critic expected where the segment begins.",
     ]
     return [
         f'<text class="big" x="{MARGIN}" y="34">{title}</text>',
@@ -330,15 +334,137 @@ def credit_map(run, count=6):
     return run / "credit.html"
 
 
+# ---------------------------------------------------------------------------------------------------- the comparisons
+
+
+def iqm(x):
+    """Interquartile mean: of the middle half of the values, along the last axis."""
+    x = np.sort(x, axis=-1)
+    cut = x.shape[-1] // 4
+    return x[..., cut:x.shape[-1] - cut].mean(-1)
+
+
+def interval(values, statistic=iqm, draws=2000, seed=0):
+    """(value, low, high): a statistic of the seeds' values and its 95% bootstrap interval."""
+    values, rng = np.asarray(values, float), np.random.default_rng(seed)
+    drawn = statistic(values[rng.integers(len(values), size=(draws, len(values)))])
+    return float(statistic(values)), *np.quantile(drawn, (0.025, 0.975)).tolist()
+
+
+def _figure(width, height, columns=1):
+    """A matplotlib figure whose SVG is the same at every drawing, and its axes."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("figures.py draws comparisons with matplotlib: pip install matplotlib") from None
+    matplotlib.rcParams["svg.hashsalt"] = "sapo"
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for part in axes:
+        part.grid(alpha=0.25)
+        part.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, path):
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def _dots(axes, rows, colour, unit):
+    """Horizontal dots with intervals: rows of (label, (value, low, high)), the first on top."""
+    for place, (_, (value, low, high)) in enumerate(rows):
+        axes.plot([low, high], [-place, -place], color=colour, linewidth=2.5, solid_capstyle="round")
+        axes.plot(value, -place, "o", color=colour, markersize=7)
+    axes.set_yticks([-place for place in range(len(rows))], [label for label, _ in rows])
+    axes.set(xlabel=unit, ylim=(-len(rows) + 0.4, 0.6))
+
+
+def comparison(file):
+    """Where every variant of a sweep ended, with its interval over seeds, and how it got there. -> the SVG's path."""
+    found = json.loads(Path(file).read_text(encoding="utf-8"))
+    runs = {label: [r for r in found["runs"] if r["label"] == label] for label in
+            dict.fromkeys(r["label"] for r in found["runs"])}
+    if not runs:
+        raise ValueError(f"{file} holds no finished run yet")
+    figure, (ends, paths) = _figure(11, 1.6 + 0.36 * max(6, len(runs)), 2)
+    rows = [(label, [100 * x for x in interval([r["accuracy"] for r in of])]) for label, of in runs.items()]
+    _dots(ends, rows, BLUE, "held-out accuracy (%): interquartile mean over seeds, 95% interval")
+    start = 100 * sum(r["warm_start_accuracy"] for r in found["runs"]) / len(found["runs"])
+    ends.axvline(start, color=FAINT, linestyle="--", linewidth=1)
+    ends.annotate("warm start", (start, 0.55), color=FAINT, fontsize=9, ha="left", xytext=(4, -2),
+                  textcoords="offset points", va="top")
+    for i, (label, of) in enumerate(runs.items()):
+        curves = [list(zip(r["curve"]["generated_tokens"], r["curve"]["accuracy"], strict=True)) for r in of]
+        points = [[sum(x) / len(x) for x in zip(*point, strict=True)] for point in zip(*curves, strict=False)]
+        style = {"color": PALETTE[i % len(PALETTE)], "linestyle": "-" if i < len(PALETTE) else "--"}
+        paths.plot([x / 1e3 for x, _ in points], [100 * y for _, y in points], label=label, linewidth=1.6, **style)
+    paths.set(xlabel="generated tokens (thousands)", ylabel="accuracy in training (%), mean over seeds")
+    paths.legend(fontsize=8, ncols=2, loc="lower right")
+    seeds = max(len(of) for of in runs.values())
+    figure.suptitle(f"{found['experiment']} on {found['task']}: {found['budget_tokens']:,} tokens each, {seeds} seeds",
+                    fontweight="bold")
+    return _save(figure, Path(file).with_suffix(".svg"))
+
+
+def training(file, methods=("sapo", "ppo", "vc-ppo", "grpo")):
+    """Value loss, entropy and response length through training, mean over seeds (Fig. 6 and 7 of the paper)."""
+    found = json.loads(Path(file).read_text(encoding="utf-8"))
+    figure, axes = _figure(13, 4, 3)
+    names = {"value_loss": "value loss (squared reward)", "entropy": "entropy (nats per token)",
+             "response_tokens": "response length (tokens)"}
+    for part, (key, unit) in zip(axes, names.items(), strict=True):
+        for colour, method in zip(PALETTE, methods, strict=False):
+            curves = [list(zip(r["curve"]["generated_tokens"], r["curve"][key], strict=True))
+                      for r in found["runs"] if r["label"] == method and key in r["curve"]]
+            points = [[sum(x) / len(x) for x in zip(*point, strict=True)] for point in zip(*curves, strict=False)]
+            if points:
+                part.plot([x / 1e3 for x, _ in points], [y for _, y in points], label=method, color=colour, linewidth=2)
+        part.set(xlabel="generated tokens (thousands)", ylabel=unit)
+        part.legend(fontsize=9)
+    figure.suptitle(f"Through training on {found['task']}", fontweight="bold")
+    return _save(figure, Path(file).with_name(Path(file).stem + "-training.svg"))
+
+
+def truth(file):
+    """Does the credit find the wrong steps, and does the gradient point the right way? -> the SVG's path."""
+    found = json.loads(Path(file).read_text(encoding="utf-8"))
+    figure, (steps, slope) = _figure(11, 1.2 + 0.36 * max(5, len(found["methods"])), 2)
+    rows = [(name, (x["auroc"], *x["auroc_interval"])) for name, x in found["methods"].items()]
+    _dots(steps, rows, VERMILLION, "P(advantage of a right step > of a wrong one), 95% interval")
+    steps.axvline(0.5, color=FAINT, linestyle="--", linewidth=1)
+    _dots(slope, [(name, x["cosine"]) for name, x in found["methods"].items()], GREEN,
+          "cosine with the reference gradient, at equal generated tokens")
+    slope.axvline(0, color=FAINT, linestyle="--", linewidth=1)
+    figure.suptitle(f"Credit and gradient on {found['task']}, policy frozen", fontweight="bold")
+    return _save(figure, Path(file).with_suffix(".svg"))
+
+
+def drawn(folder):
+    """Draw all that compare.py left in a folder of results. -> paths."""
+    for file in sorted(Path(folder).glob("*.json")):
+        kind = file.stem.split("-")[0]
+        if kind == "truth":
+            yield truth(file)
+        elif "runs" in json.loads(file.read_text(encoding="utf-8")):
+            yield comparison(file)
+            if kind == "main":
+                yield training(file)
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw a run's learning curve and credit map into its folder.")
-    parser.add_argument("run", type=Path, help="the folder that train.py wrote: runs/<name>")
+    parser.add_argument("run", type=Path, help="the folder that train.py wrote, runs/<name>; or results")
     parser.add_argument("--count", type=int, default=6, help="responses on the credit map (default 6)")
     settings = parser.parse_args()
     try:
         if not settings.run.is_dir():
             raise FileNotFoundError(f"{settings.run} is no folder: expected runs/<name>, written by train.py")
+        if not (settings.run / "metrics.jsonl").is_file() and any(settings.run.glob("*.json")):
+            print(*drawn(settings.run), sep="\n")
+            return
         print(learning_curve(settings.run))
         print(credit_map(settings.run, settings.count))
     except (OSError, ValueError, ImportError) as error:

@@ -335,18 +335,19 @@ def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
         envs, inputs = ask(run, range(first, min(n, first + len(run.envs))), "eval")
         texts = write(run, inputs, temperature, top_p)[2]
         right += sum(e.step("".join(text))[4]["correct"] for e, text in zip(envs, texts, strict=True))
-    low, high = wilson(right, n)
-    return {"eval_accuracy": right / n, "eval_low": low, "eval_high": high}
+    return dict(zip(("eval_accuracy", "eval_low", "eval_high"), (right / n, *wilson(right, n)), strict=True))
 
-def samples(run, count=16):
+def samples(run, count=64):
     """Held-out responses with their credit, token by token, for figures.credit_map."""
     prompts = train_indices(run.settings, 1)  # as many, and as often, as in training; here of the held-out ones
     batch = collect(run, prompts[prompts < count], "eval")
-    advantages = sapo.credit(batch.rollout, run.config)[0]
+    advantages, rollout = sapo.credit(batch.rollout, run.config)[0], batch.rollout
+    reads = sapo.boundaries(rollout.ends, rollout.mask, run.config.value_at)  # elsewhere V is neither read nor trained
+    values = None if rollout.values is None else sapo.segment_sum(rollout.values * reads, rollout.ends, rollout.mask)
     for row in np.unique(batch.indices, return_index=True)[1]:  # the first response to each prompt
         e, info = batch.envs[row].unwrapped, batch.infos[row]
         example, task = e.example, e.task
-        tokens = batch.texts[row][:(n := int(batch.rollout.mask[row].sum()))]
+        tokens = batch.texts[row][:(n := int(rollout.mask[row].sum()))]
         token_of = [t for t, text in enumerate(tokens) for _ in text]  # character -> token
         response, png = "".join(tokens), io.BytesIO()
         if example.image:
@@ -356,9 +357,9 @@ def samples(run, count=16):
         yield {"iteration": run.progress["iteration"], "example_id": info["example_id"], "method": run.settings.method,
                "cut": run.settings.cut, "prompt": example.question, "answer": example.answer,
                "image": example.image and base64.b64encode(png.getvalue()).decode(), "predicted": info["predicted"],
-               "reward": float(batch.rollout.rewards[row].sum()), "tokens": tokens, "entropy": row_of(batch.entropy),
-               "values": row_of(batch.rollout.values), "advantages": row_of(advantages),
-               "ends": batch.rollout.ends[row, :n].tolist(),
+               "reward": float(rollout.rewards[row].sum()), "tokens": tokens, "entropy": row_of(batch.entropy),
+               "values": row_of(values), "advantages": row_of(advantages),
+               "ends": rollout.ends[row, :n].tolist(),
                "steps": [[token_of[a], token_of[b - 1], right] for (a, b), right in spans if b > a]}
 
 # ---------------------------------------------------------------------------------------------------------- the loop

@@ -352,15 +352,16 @@ def test_fresh_examples_every_iteration_and_groups_side_by_side():
     assert seen == [[0] * 4 + [1] * 4 + [2] * 4, [3] * 4 + [4] * 4 + [5] * 4]
 
 
-METHODS = {"topk": [], "causal": ["--cut", "causal"], "ppo": ["--method", "ppo"],
-           "grpo": ["--method", "grpo", "--group", "4"]}
+METHODS = {"topk": [], "causal": ["--cut", "causal"], "fixed": ["--cut", "fixed"],
+           **{method: ["--method", method, "--group", "4", "--branching", "2", "2", "2", "--segment_tokens", "2",
+                       "--continuations", "3"] for method in baselines.SETTINGS if method not in ("sapo", "srpo")}}
 
 
 @pytest.mark.parametrize("which", METHODS)
 def test_a_collected_batch_is_what_the_method_promises(runs, which):
     run = build(runs, *METHODS[which], "--name", f"collected-{which}", "--batch", "32", "--kl_coef", "0.1")
     batch = train.collect(run, train.train_indices(run.settings, 1))
-    rollout, mask = batch.rollout, batch.rollout.mask
+    rollout, mask, credit = batch.rollout, batch.rollout.mask, run.settings.credit
     logp, entropy = vlm.score(run.policy, batch.inputs, batch.tokens, mask)
     torch.testing.assert_close(rollout.logp * mask, logp, rtol=0, atol=1e-5)
     torch.testing.assert_close(rollout.ref_logp * mask, logp, rtol=0, atol=1e-5)  # no step yet: the same model
@@ -369,19 +370,78 @@ def test_a_collected_batch_is_what_the_method_promises(runs, which):
     assert torch.equal(rollout.rewards.sum(1), right) and (rollout.rewards[~rollout.ends] == 0).all()
     written = ["".join(row) for row in batch.texts]
     assert written == [e.unwrapped.response for e in batch.envs]
-    always = sapo.response_ends(mask)
-    if run.settings.method == "grpo":
-        assert torch.equal(rollout.ends, always) and rollout.values is None and run.critic is None
+    threshold = run.progress["threshold"]
+    assert torch.equal(rollout.ends, baselines.cut(run.settings.cut, mask, batch.entropy, rollout.logp, batch.texts,
+                                                   run.config.top_k, threshold, run.settings.segment_tokens))
+    assert (run.critic is None) == (credit != "critic")
+    assert (batch.keep is None) == (which not in ("spo-chain", "spo-tree"))
+    if credit == "group":
         assert len({tuple(row) for row in batch.inputs["input_ids"][:4].tolist()}) == 1  # one prompt, four answers
         advantages = baselines.group_advantages(right, 4)
         torch.testing.assert_close(rollout.advantages, advantages[:, None] * mask)
-    elif run.settings.method == "ppo":
-        assert torch.equal(rollout.ends, mask)
-    elif run.settings.cut == "topk":
-        assert torch.equal(rollout.ends, sapo.entropy_ends(batch.entropy, mask, run.config.top_k))
+    elif credit == "tree":
+        assert set(batch.indices) == {0, 1, 2, 3} and list(batch.indices) == sorted(batch.indices)
+        expected, keep = baselines.tree_credit(batch.tree, right, mask)
+        assert torch.equal(rollout.advantages, expected) and torch.equal(batch.keep, keep) and keep.any()
+        assert run.written == int(baselines.tree_credit(batch.tree, torch.rand(len(right)), batch.mask)[1].sum())
+    elif credit == "continuations":
+        reads = sapo.boundaries(rollout.ends, mask)
+        assert (rollout.values[~reads] == 0).all() and run.written > mask.sum()
+        torch.testing.assert_close(rollout.values * 3, (rollout.values * 3).round())  # means of three rewards
+        if which == "spo-chain":
+            assert torch.equal(batch.keep, mask & (rollout.logp.exp() <= 0.9))
     else:
-        assert run.progress["threshold"] > 0
-        assert torch.equal(rollout.ends, sapo.threshold_ends(batch.entropy, mask, run.progress["threshold"]))
+        assert rollout.values.shape == mask.shape and run.written >= int(mask.sum())
+
+
+@pytest.mark.parametrize("which", ["vc-ppo", "gspo", "spo-chain", "vineppo", "spo-tree"])
+def test_every_method_learns_something(runs, which):
+    """A step moves the policy, counts its tokens, and is finite; VC-PPO's first only the critic."""
+    run = build(runs, *METHODS[which], "--name", f"steps-{which}", "--batch", "32",
+                *(["--value_pretraining", "1"] if which == "vc-ppo" else []))
+    for iteration in (1, 2):
+        before = [p.detach().clone() for p in run.policy.model.parameters()]
+        row = train.step(run)
+        moved = any(not torch.equal(a, b) for a, b in zip(before, run.policy.model.parameters(), strict=True))
+        assert moved == (which != "vc-ppo" or iteration == 2) and all(map(math.isfinite, row.values()))
+    assert row["generated_tokens"] == run.written >= row["response_tokens"] * 32
+
+
+def test_srpo_weighs_what_the_picture_and_the_perception_carry(tmp_path):
+    """On dice: the corrupted picture matters to the perception, the hidden perception to the reasoning."""
+    flags = ["--env_args", "n=2", "--warm_start_steps", "2", "--warm_start_batch", "4", "--runs", str(tmp_path),
+             "--batch", "8", "--group", "4", "--max_new_tokens", "24"]
+    run = train.build(*train.parse([*flags, "--method", "srpo"]))
+    grpo = train.build(*train.parse([*flags, "--method", "grpo"]))
+    torch.manual_seed(0)
+    batch = train.collect(run, train.train_indices(run.settings, 1))
+    batch.texts = [["<see>", "3", "</see>", *["x"] * (batch.tokens.shape[1] - 3)]] * 8
+    batch.rollout.rewards[::2, -1] = 1.0  # an untrained model is never right
+    batch.rollout.advantages = None
+    score = lambda mask, noised: vlm.score(
+        run.policy, vlm.noised(batch.inputs) if noised else batch.inputs, batch.tokens, mask)[0]
+    with torch.no_grad():
+        baselines.give_credit(batch, run.settings, run.config, None, None, score)
+    weighted = batch.rollout.advantages.clone()
+    batch.rollout.advantages = None
+    baselines.give_credit(batch, grpo.settings, run.config, None, None, score)
+    plain = batch.rollout.advantages
+    assert torch.equal(plain.sign(), weighted.sign()) and not torch.equal(plain, weighted)
+    torch.testing.assert_close(weighted.sum(1), plain.sum(1))  # weights of mean 1
+
+
+def test_srpo_without_a_picture_says_so_in_one_line(runs):
+    with pytest.raises(SystemExit, match="SAPO/TextSum-v0 has no picture.*--method grpo"):
+        build(runs, "--name", "blind", "--method", "srpo", "--group", "4")
+
+
+def test_the_budget_counts_generated_tokens_and_the_rate_falls_with_them(runs):
+    run = build(runs, "--name", "budget", "--token_budget", "400", "--iterations", "100", "--actor_half_life", "200")
+    assert train.train(run)
+    rows = rows_of(run.folder / "metrics.jsonl")
+    spent = [0, *(row["generated_tokens"] for row in rows[1:])]
+    assert spent[-2] < 400 <= spent[-1] and "eval_accuracy" in rows[-1]
+    assert [row["actor_lr"] for row in rows[1:]] == [1e-3 * 0.5 ** (tokens / 200) for tokens in spent[:-1]]
 
 
 def test_the_causal_threshold_is_the_last_batchs(runs):
@@ -435,7 +495,8 @@ def test_evaluation_counts_held_out_episodes(runs, episodes):
 
 
 # -------------------------------------------------------------------------------------------- checkpoints and resuming
-RESUMED = {"topk": [], "causal": ["--cut", "causal", "--kl_coef", "0.05"], "grpo": ["--method", "grpo", "--group", "4"]}
+RESUMED = {"topk": [], "causal": ["--cut", "causal", "--kl_coef", "0.05"], "grpo": METHODS["grpo"],
+           "spo-tree": METHODS["spo-tree"], "spo-chain": METHODS["spo-chain"]}
 
 
 @pytest.mark.parametrize("which", RESUMED)
@@ -647,8 +708,8 @@ def check_samples(rows):
         assert all(0 <= a <= b < n and isinstance(right, bool) for a, b, right in row["steps"])
         assert all(x >= 0 for x in row["entropy"]) and row["example_id"].startswith("eval/")
         segments = [place + 1 for place, end in enumerate(row["ends"]) if end]
-        for a, b in zip([0, *segments], segments, strict=False):  # one advantage per segment
-            assert len(set(row["advantages"][a:b])) == 1
+        for a, b in zip([0, *segments], segments, strict=False):  # one advantage and one value per segment
+            assert len(set(row["advantages"][a:b])) == 1 and len(set((row["values"] or row["advantages"])[a:b])) == 1
         if row["reward"] == 1:
             assert row["predicted"] == row["answer"] and f"<answer>{row['answer']}</answer>" in text
             first, last, right = row["steps"][-1]
@@ -657,7 +718,7 @@ def check_samples(rows):
 
 def test_samples_are_consistent(finished):
     rows = rows_of(finished[0] / "samples.jsonl")
-    assert [row["iteration"] for row in rows] == [6] * 16 + [12] * 16 and all(row["image"] is None for row in rows)
+    assert [row["iteration"] for row in rows] == [6] * 64 + [12] * 64 and all(row["image"] is None for row in rows)
     assert {row["reward"] for row in rows} == {0.0, 1.0}
     check_samples(rows)
 

@@ -1,0 +1,232 @@
+"""compare.py: a small sweep end to end, killed and continued; the statistics; the ground truth on a known case."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import compare
+import figures
+import sapo
+import train
+
+TASK = ["--env", "SAPO/TextSum-v0", "--env_args", "n=1", "largest=99"]
+FAST = ["--max_new_tokens", "16", "--error_rate", "0.5", "--warm_start_steps", "30", "--warm_start_batch", "32",
+        "--batch", "16", "--minibatch", "8", "--eval_episodes", "32", "--group", "4", "--branching", "2", "2"]
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+@pytest.mark.parametrize("values, expected", [([3.0], 3), ([1, 2], 1.5), ([0, 1, 2, 9], 1.5), ([5, 0, 1, 2, 99], 8 / 3),
+                                              ([1, 2, 3, 4, 5, 6, 7, 800], 4.5)])
+def test_interquartile_mean_by_hand(values, expected):
+    """A quarter of the values, rounded down, is left out on either side, as scipy's trim_mean(0.25) does."""
+    assert figures.iqm(values) == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_intervals_hold_their_value_and_stay_within_the_data(values):
+    value, low, high = figures.interval(values)
+    assert min(values) - 1e-9 <= low <= value + 1e-9 and value <= high + 1e-9 and high <= max(values) + 1e-9
+    assert figures.interval(values) == (value, low, high)  # the same at every call
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(0).normal(size=400)
+    value, low, high = figures.interval(values, lambda x: x.mean(-1))
+    assert value == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=12))
+def test_auroc_against_all_pairs(steps):
+    right, wrong = ([score for score, r in steps if r is kind] for kind in (True, False))
+    found = compare.auroc(*zip(*steps, strict=True))
+    if right and wrong:
+        pairs = [(a > b) + 0.5 * (a == b) for a in right for b in wrong]
+        assert found == pytest.approx(sum(pairs) / len(pairs))
+    else:
+        assert math.isnan(found)
+
+
+def test_lift_by_hand():
+    """Ten tokens, the largest jump where entropy is highest: P(D | A) = 1 / 2 in the top 20%, P(D) = 1 / 10."""
+    entropy, jump = np.arange(10.0), np.where(np.arange(10) == 9, 1.0, 0.01 * np.arange(10))
+    assert compare.lift(entropy, jump, q=0.2) == pytest.approx(5.0)
+    assert compare.lift(entropy, jump[::-1], q=0.2) == 0.0
+
+
+# --------------------------------------------------------------------------------------------------------- the plan
+def sweep(*flags):
+    parser = compare.transformers.HfArgumentParser(compare.Sweep)
+    return parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
+
+
+@pytest.mark.parametrize("experiment", compare.EXPERIMENTS)
+def test_every_run_of_every_experiment_parses(experiment):
+    runs = list(compare.plan(*sweep("--experiment", experiment, "--seeds", "2")))
+    assert len(runs) == 2 * len(compare.EXPERIMENTS[experiment])
+    assert len({folder for _, _, folder, _ in runs}) == len(runs)
+    assert [seed for _, seed, _, _ in runs] == sorted(seed for _, seed, _, _ in runs)
+    for label, seed, folder, flags in runs:
+        settings, config = train.parse(flags)
+        assert (settings.seed, settings.token_budget) == (seed, 500_000)
+        assert f"{settings.runs}/{settings.name}" == str(folder)
+        if experiment == "main":
+            assert settings.method == label
+        if experiment == "topk":
+            assert f"{config.top_k:.0%}" == label
+
+
+def test_a_subset_of_the_methods_and_an_unknown_experiment():
+    runs = list(compare.plan(*sweep("--methods", "ppo", "sapo", "--seeds", "1", *TASK, "--lam", "0.9")))
+    assert sorted(label for label, *_ in runs) == ["ppo", "sapo"]
+    assert all(train.parse(flags)[1].lam == 0.9 and "n=1" in flags for *_, flags in runs)
+    assert "srpo" not in [label for label, *_ in compare.plan(*sweep(*TASK))]  # no picture there
+    with pytest.raises(SystemExit, match="nope"):
+        list(compare.plan(*sweep("--experiment", "nope")))
+
+
+def test_the_best_rate_of_the_tuning_is_used(tmp_path):
+    rates = {"1e-4": [0.5, 0.6], "3e-4": [0.9, 0.1], "6e-4": [0.3, 0.3]}
+    runs = [{"label": f"ppo {lr}", "accuracy": x} for lr, both in rates.items() for x in both]
+    (tmp_path / "tune-DiceSum.json").write_text(json.dumps({"runs": runs}))
+    for label, _, _, flags in compare.plan(*sweep("--results", str(tmp_path), "--seeds", "1")):
+        assert train.parse(flags)[1].actor_lr == (1e-4 if label == "ppo" else sapo.SAPOConfig().actor_lr)
+    for label, _, _, flags in compare.plan(*sweep("--experiment", "tune", "--results", str(tmp_path), "--seeds", "1")):
+        assert train.parse(flags)[1].actor_lr == float(label.split()[1])
+
+
+# ----------------------------------------------------------------------------------------------------------- a sweep
+def test_a_sweep_end_to_end_and_again(tmp_path, capsys):
+    """Two methods by two seeds through the real command line; a second call finds all of it done."""
+    flags = [*TASK, "--methods", "ppo", "spo-tree", "--seeds", "2", "--tokens", "1200",
+             "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--actor_lr", "1e-3", *FAST]
+    compare.main(flags)
+    file = tmp_path / "main-TextSum-n=1-largest=99.json"
+    found = json.loads(file.read_text())
+    done = [(run["label"], run["seed"]) for run in found["runs"]]
+    assert sorted(done) == [("ppo", 0), ("ppo", 1), ("spo-tree", 0), ("spo-tree", 1)]
+    for run in found["runs"]:
+        assert 1200 <= run["generated_tokens"] < 1800
+        assert run["curve"]["generated_tokens"][-1] == run["generated_tokens"]
+        assert len({len(curve) for curve in run["curve"].values()}) == 1
+    start = {(run["seed"], run["warm_start_accuracy"] > 0) for run in found["runs"]}
+    assert len(start) == 2 and len(list((tmp_path / "runs" / "cache").glob("*/manifest.json"))) == 2  # one per seed
+    shown = capsys.readouterr().out
+    assert re.search(r"^\| ppo \| 2 \|", shown, re.MULTILINE) and "IQM" in shown
+    logs = {log: log.stat().st_mtime_ns for log in (tmp_path / "runs").rglob("*.log")}
+    compare.main(flags)
+    assert logs == {log: log.stat().st_mtime_ns for log in (tmp_path / "runs").rglob("*.log")}
+    assert json.loads(file.read_text())["runs"] == found["runs"]
+    paths = list(figures.drawn(tmp_path))
+    assert [p.name for p in paths] == [file.stem + ".svg", file.stem + "-training.svg"]
+    assert "spo-tree" in paths[0].read_text() or "<path" in paths[0].read_text()
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path):
+    """From its checkpoint, not from the start; and a run that fails is named with its log."""
+    (_, _, folder, flags), = compare.plan(*sweep("--methods", "grpo", "--seeds", "1", *TASK, "--runs", str(tmp_path),
+                                                 "--tokens", "600", *FAST))
+    settings, config = train.parse([*flags, "--token_budget", "200"])
+    run = train.build(settings, config)
+    assert train.train(run)
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["token_budget"] = 600
+    (folder / "config.json").write_text(json.dumps(config))
+    compare.execute(folder, flags)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(len(rows))) and rows[-1]["generated_tokens"] >= 600
+    assert sum("eval_accuracy" in row for row in rows) == 3  # the start, the first stop, the end
+    with pytest.raises(SystemExit, match="see .*broken.log"):
+        compare.execute(tmp_path / "broken", ["--batch", "1", "--method", "grpo"])
+
+
+# ------------------------------------------------------------------------------------------------------ ground truth
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A warm start long enough (about ten seconds) that some answers are right: credit needs rewards that differ."""
+    return sweep(*TASK, "--runs", str(tmp_path_factory.mktemp("truth")), *FAST, "--warm_start_steps", "150",
+                 "--warm_start_batch", "64")
+
+
+def test_the_same_responses_under_every_method(small):
+    runs = [compare.frozen(*small, ["--method", method]) for method in ("sapo", "ppo", "grpo")]
+    tokens = [compare.same_batch(run, 16, group=4).tokens for run in runs]
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
+
+
+def test_the_critic_learns_while_the_policy_stays(small):
+    fresh, taught = (compare.frozen(*small, ["--method", "ppo"], rollouts) for rollouts in (0, 2))
+    weights = [run.policy.model.parameters() for run in (fresh, taught)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert not torch.equal(fresh.critic.head.bias, taught.critic.head.bias)
+
+
+def test_perfect_credit_is_found_perfect(small, monkeypatch):
+    """Advantages made from the known steps give AUROC 1, their negative 0, a constant one half."""
+    run = compare.frozen(*small, ["--method", "grpo"])
+    collect = train.collect
+
+    def with_credit(kind):
+        def collected(*args):
+            batch = collect(*args)
+            batch.rollout.advantages = torch.zeros(batch.mask.shape)
+            for row, e in enumerate(batch.envs):
+                task, text = e.unwrapped.task, "".join(batch.texts[row])
+                right = task.check_steps(e.unwrapped.example, text)
+                for (i, j), r in zip(task.step_spans(text), right, strict=True):
+                    token_of = [t for t, piece in enumerate(batch.texts[row]) for _ in piece]
+                    batch.rollout.advantages[row, token_of[i]:token_of[j - 1] + 1] = kind(r)
+            return batch
+        return collected
+
+    for kind, expected in ((lambda r: 2.0 * r - 1, 1.0), (lambda r: 1 - 2.0 * r, 0.0), (lambda r: 1.0, 0.5)):
+        monkeypatch.setattr(train, "collect", with_credit(kind))
+        assert compare.credit_accuracy(run, 16)["auroc"] == expected
+
+
+def test_the_gradient_is_the_policy_gradient(small):
+    """Against autograd on the plain objective: mean over responses of the mean over tokens of A log pi."""
+    run = compare.frozen(*small, ["--method", "grpo"])
+    batch = train.collect(run, train.train_indices(run.settings, 1))
+    batch.rollout.advantages = torch.randn(batch.mask.shape) * batch.mask
+    found = compare.gradient(run, batch)
+    run.policy.model.zero_grad()
+    logp, _ = compare.vlm.score(run.policy, batch.inputs, batch.tokens, batch.mask)
+    (-(batch.rollout.advantages * logp).sum(1) / batch.mask.sum(1)).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in run.policy.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_values_are_compared_at_the_same_states(small):
+    found = compare.value_error(*small, ["--method", "ppo"], rollouts=1, continuations=4, responses=8)
+    assert found["states"] > 0 and found["rmse"] > 0 and set(found["lift"]) == {"critic", "Monte Carlo"}
+
+
+def test_equal_budgets_of_generated_tokens(small):
+    """A method whose batch is small takes more batches for one gradient."""
+    run = compare.frozen(*small, ["--method", "sapo"])
+    seen, collect = [], train.collect
+    try:
+        train.collect = lambda *args: seen.append(1) or collect(*args)
+        found = compare.gradients(run, 2, tokens=run.settings.batch * 20)
+    finally:
+        train.collect = collect
+    assert len(found) == 2 and len(seen) > 2
+
+
+def test_truth_writes_its_parts_as_they_come(small, monkeypatch):
+    settings, extra = dataclasses.replace(small[0], methods=["grpo", "vineppo"]), small[1]
+    monkeypatch.setattr(compare, "BATCHES", {"vineppo": ["--batch", "8", "--continuations", "2"]})
+    parts = list(compare.truth(settings, extra, count=2, rollouts=1, continuations=2, large=2, responses=16))
+    assert set(parts[-1]["methods"]) == {"grpo", "vineppo"}
+    assert set(parts[-1]["values"]) == {"segment critic", "token critic"}
+    assert all(-1 <= x["cosine"][0] <= 1 and x["variance"] > 0 for x in parts[-1]["methods"].values())
+
+
