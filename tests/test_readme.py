@@ -7,8 +7,11 @@ import re
 import shlex
 from pathlib import Path
 
+import matplotlib
 import pytest
 
+import compare
+import figures
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +47,23 @@ def test_the_speed_of_the_mathematics_is_what_results_hold():
     assert all(f"{x:.0f} times" in README.replace("\n", " ") for x in ratio.values()), f"README.md lacks one of {ratio}"
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("main-*.json")), ids=lambda file: file.stem)
+def test_the_tables_of_comparisons_are_what_results_hold(file):
+    missing = [row for row in compare.table(json.loads(file.read_text())).splitlines()[2:] if row not in README]
+    assert not missing, f"README.md lacks these rows of {file.name}: {missing}"
+
+
+def test_the_figures_of_results_are_drawn_from_results(tmp_path):
+    """`python figures.py results` gives them back, byte for byte under the same matplotlib."""
+    for file in (ROOT / "results").glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for path in figures.drawn(tmp_path):
+        kept = (ROOT / "results" / path.name).read_text()
+        if f"Matplotlib v{matplotlib.__version__}," not in kept:
+            pytest.skip(f"results/ was drawn with another matplotlib than {matplotlib.__version__}")
+        assert kept == path.read_text(), f"{path.name} is not what its JSON holds: python figures.py results"
+
+
 def test_line_bounds():
-    bounds = {"sapo.py": 400, "env.py": 400, "vlm.py": 300, "train.py": 450}
+    bounds = {"sapo.py": 400, "env.py": 400, "vlm.py": 300, "train.py": 450, "baselines.py": 400, "compare.py": 300}
     assert {name: n for name, n in bounds.items() if len((ROOT / name).read_text().splitlines()) > n} == {}
