@@ -13,6 +13,7 @@ Shapes: B responses, P prompt tokens (left-padded), T response tokens (right-pad
 """
 
 import string
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from torch.distributions import Categorical
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast, StoppingCriteria
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+# transformers 5.17 shows a placeholder for this class where torchvision is missing, although it works without
+sys.modules["transformers.models.idefics3"].Idefics3ImageProcessorPil = Idefics3ImageProcessorPil
 
 TAGS = ("<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
@@ -53,8 +58,8 @@ def build_tiny(directory, image_size: int = 32, hidden_size: int = 64, layers: i
         raise ValueError(f"image_size: {image_size}, expected a positive multiple of 16 (patch 8, pixel shuffle 2)")
     tokenizer = _tiny_tokenizer()
     processor = transformers.Idefics3Processor(
-        transformers.Idefics3ImageProcessorPil(do_image_splitting=False, size={"longest_edge": image_size},
-                                               max_image_size={"longest_edge": image_size}),
+        Idefics3ImageProcessorPil(do_image_splitting=False, size={"longest_edge": image_size},
+                                  max_image_size={"longest_edge": image_size}),
         tokenizer, image_seq_len=(image_size // 16) ** 2, chat_template=CHAT_TEMPLATE)
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     config = transformers.Idefics3Config(
