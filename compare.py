@@ -54,6 +54,8 @@ EXPERIMENTS = {
                  "ppo": ["--method", "ppo"], "ppo, lambda 0.99": ["--method", "ppo", "--lam", "0.99"]},
 }
 
+TRUTH = {**EXPERIMENTS["main"], "sapo, causal cut": ["--cut", "causal"], "sapo, V at end": ["--value_at", "end"]}
+
 @dataclass
 class Sweep:
     """What to compare."""
@@ -61,6 +63,7 @@ class Sweep:
     methods: list[str] = field(default_factory=list, metadata={"help": "only these methods, in place of all of main"})
     env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
     env_args: list[str] = field(default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"})
+    tag: str = setting("", "a word more for the names of the outcome and the runs; by default made of train.py's flags")
     seeds: int = setting(5, "runs per method")
     first_seed: int = setting(0, "the first of them; tuning takes others than the comparison")
     tokens: int = setting(500_000, "budget of a run, in tokens generated while training")
@@ -71,6 +74,10 @@ class Sweep:
     @property
     def task(self):
         return "-".join([self.env.split("/")[-1].split("-")[0], *self.env_args])
+
+    @property
+    def name(self):
+        return "-".join([self.experiment, self.task, *[self.tag] * bool(self.tag)])
 
 # --------------------------------------------------------------------------------------------------------- the runs
 def best_rate(sweep, method):
@@ -97,7 +104,7 @@ def plan(sweep, extra):
             method = flags[flags.index("--method") + 1] if "--method" in flags else "sapo"
             if method == "srpo" and "TextSum" in sweep.env:
                 continue
-            name = f"{sweep.experiment}-{sweep.task}/{label.replace(' ', '_').replace(',', '')}-seed{seed}"
+            name = f"{sweep.name}/{label.replace(' ', '_').replace(',', '')}-seed{seed}"
             yield label, seed, Path(sweep.runs) / name, [
                 "--env", sweep.env, *(["--env_args"] * bool(sweep.env_args)), *sweep.env_args, *BATCHES.get(method, []),
                 *best_rate(sweep, method), *flags, "--seed", str(seed), "--name", name, "--runs", sweep.runs,
@@ -132,13 +139,12 @@ def outcome(label, seed, folder, flags, bins=20):
 def main(argv=None):
     parser = transformers.HfArgumentParser(Sweep, description=__doc__.split("\n\n")[0])
     sweep, extra = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    file = ROOT / sweep.results / f"{sweep.experiment}-{sweep.task}.json"
+    sweep.tag = sweep.tag or "_".join(word.strip("-").replace("/", "_") for word in extra)
+    file = ROOT / sweep.results / f"{sweep.name}.json"
     found = {"command": shlex.join(["python", "compare.py", *(sys.argv[1:] if argv is None else argv)]),
              "experiment": sweep.experiment, "task": sweep.task, "budget_tokens": sweep.tokens, "jobs": sweep.jobs,
-             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                          "transformers": transformers.__version__}}
+             "date": time.strftime("%Y-%m-%d"), "versions": {x.__name__: x.__version__ for x in (torch, transformers)}}
     file.parent.mkdir(exist_ok=True)
-    found["date"] = time.strftime("%Y-%m-%d")
     write = lambda **more: file.write_text(json.dumps(found | more, indent=1) + "\n")
     if sweep.experiment == "truth":
         for part in truth(sweep, extra):
@@ -175,7 +181,7 @@ def frozen(sweep, extra, flags, critic_rollouts=0):
     run = train.build(*train.parse(
         ["--env", sweep.env, *(["--env_args"] * bool(sweep.env_args)), *sweep.env_args, "--seed", str(sweep.first_seed),
          "--value_pretraining", "1000000", "--runs", sweep.runs, "--name", "truth", *flags, *extra]))
-    for _ in tqdm(range(critic_rollouts if run.critic else 0), f"critic of {flags[-1]}", leave=False, disable=None):
+    for _ in tqdm(range(critic_rollouts if run.critic else 0), f"critic, {' '.join(flags)}", leave=False, disable=None):
         train.step(run)
     return run
 
@@ -276,11 +282,13 @@ def truth(sweep, extra, count=8, rollouts=40, continuations=64, large=64, respon
     halves = [torch.stack(half).mean(0) for half in halves]
     reference, cosine = sum(halves) / 2, torch.nn.functional.cosine_similarity
     found["reference"] = {"responses": 256 * large, "cosine_of_its_halves": float(cosine(*halves, dim=0))}
-    for method in sweep.methods or METHODS:
-        run = frozen(sweep, extra, ["--method", method], rollouts)
-        found["methods"][method] = credit = credit_accuracy(run, responses)
-        if method in BATCHES:
-            run = frozen(sweep, extra, [*BATCHES[method], "--method", method])
+    for name, flags in TRUTH.items():
+        if sweep.methods and name not in sweep.methods:
+            continue
+        run = frozen(sweep, extra, flags, rollouts)
+        found["methods"][name] = credit = credit_accuracy(run, responses)
+        if name in BATCHES:
+            run = frozen(sweep, extra, [*BATCHES[name], *flags])
         drawn = gradients(run, count, budget)
         cosines, mean = cosine(drawn, reference[None]).tolist(), drawn.mean(0)
         credit |= {"cosine": interval(cosines, lambda x: x.mean(-1)),

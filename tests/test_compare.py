@@ -105,10 +105,10 @@ def test_the_best_rate_of_the_tuning_is_used(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- a sweep
 def test_a_sweep_end_to_end_and_again(tmp_path, capsys):
     """Two methods by two seeds through the real command line; a second call finds all of it done."""
-    flags = [*TASK, "--methods", "ppo", "spo-tree", "--seeds", "2", "--tokens", "1200",
+    flags = [*TASK, "--methods", "ppo", "spo-tree", "--seeds", "2", "--tokens", "1200", "--tag", "small",
              "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--actor_lr", "1e-3", *FAST]
     compare.main(flags)
-    file = tmp_path / "main-TextSum-n=1-largest=99.json"
+    file = tmp_path / "main-TextSum-n=1-largest=99-small.json"
     found = json.loads(file.read_text())
     done = [(run["label"], run["seed"]) for run in found["runs"]]
     assert sorted(done) == [("ppo", 0), ("ppo", 1), ("spo-tree", 0), ("spo-tree", 1)]
