@@ -38,7 +38,7 @@ from sapo import setting
 SETTINGS = {
     "sapo": {},
     "ppo": {"cut": "token", "ratio": "token", "lam": 0.95},
-    "vc-ppo": {"cut": "token", "ratio": "token", "lam": 0.99, "critic_lam": 1.0, "value_pretraining": 10},
+    "vc-ppo": {"cut": "token", "ratio": "token", "lam": 0.99, "critic_lam": 1.0, "value_pretraining": 5},
     "grpo": {"cut": "response", "credit": "group", "ratio": "token"},
     "gspo": {"cut": "response", "credit": "group", "clip_low": 3e-4, "clip_high": 4e-4},
     "srpo": {"cut": "response", "credit": "roles", "ratio": "token"},
@@ -143,7 +143,7 @@ def perception(texts: list[list[str]], mask: Tensor) -> Tensor:
                 break
     return seen & mask
 
-def role_weights(signal: Tensor, mask: Tensor, temperature: float = 1.0, limit: float = 3.0) -> Tensor:
+def role_weights(signal: Tensor, mask: Tensor, temperature: float = 1.0, limit: float = 1.0) -> Tensor:
     """SRPO's weights of a response's tokens: positive, of mean 1, larger where the signal is. The form is ours:
 
         w_t = exp(clip((s_t - b) / temperature, -limit, limit)) / (mean of that over the response)
