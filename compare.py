@@ -1,7 +1,7 @@
 """Compare methods on one budget: same warm start per seed, same number of generated tokens, intervals over seeds.
 
     python compare.py                                    # main: SAPO and its neighbours on DiceSum (Table 1, in little)
-    python compare.py --experiment cuts                  # one of EXPERIMENTS: tune, main, ratio, cuts, topk, horizon, controls
+    python compare.py --experiment cuts                  # one of EXPERIMENTS: tune, main, cuts, topk, horizon, controls
     python compare.py --env SAPO/ArrowPath-v0 --env_args length=12 grid=4
     python compare.py --methods sapo ppo --seeds 3 --tokens 300000 --lam 0.9    # other flags are train.py's
 
@@ -47,15 +47,13 @@ BATCHES = {"spo-chain": ["--batch", "64", "--minibatch", "32", "--continuations"
 EXPERIMENTS = {
     "tune": {f"{method} {lr}": ["--method", method, "--actor_lr", lr] for method in METHODS for lr in GRID},
     "main": {method: ["--method", method] for method in METHODS},
-    "ratio": {"segment ratio": [], "token ratio": ["--ratio", "token"]},
     "cuts": {name: ["--cut", name] for name in ("topk", "causal", "delimiter", "low-prob", "fixed")},
     "topk": {f"{k}%": ["--top_k", str(k / 100)] for k in (5, 10, 20, 30, 50, 100)},
     "horizon": {"sapo": [], "ppo": ["--method", "ppo"], "ppo, lambda 0.99": ["--method", "ppo", "--lam", "0.99"],
                 "grpo": ["--method", "grpo"]},
-    "controls": {"sapo": [], "sapo, V at end": ["--value_at", "end"], "sapo, token mean": ["--average", "token"],
-                 "sapo, causal cut": ["--cut", "causal"]},
+    "controls": {"sapo": [], "sapo, token ratio": ["--ratio", "token"], "sapo, V at end": ["--value_at", "end"],
+                 "sapo, token mean": ["--average", "token"]},
 }
-
 TRUTH = {**EXPERIMENTS["main"], "sapo, causal cut": ["--cut", "causal"], "sapo, V at end": ["--value_at", "end"]}
 
 @dataclass
@@ -100,7 +98,7 @@ def plan(sweep, extra):
         raise SystemExit(f"--experiment {sweep.experiment}: expected one of {', '.join(EXPERIMENTS)}")
     variants = EXPERIMENTS[sweep.experiment]
     if sweep.methods:
-        variants = {label: flags for label, flags in variants.items() if label.split(" ")[0].strip(",") in sweep.methods}
+        variants = {label: flags for label, flags in variants.items() if label.split(" ")[0] in sweep.methods}
     for seed in range(sweep.first_seed, sweep.first_seed + sweep.seeds):  # all methods on a seed before the next seed
         for label, flags in variants.items():
             method = flags[flags.index("--method") + 1] if "--method" in flags else "sapo"
