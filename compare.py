@@ -7,7 +7,7 @@
 
 The budget counts every token that the policy writes in training: groups, trees and Monte-Carlo continuations too. Each
 run is a process of one thread, `--jobs` of them side by side; a sweep that was killed continues, and after each run
-results/<experiment>-<task>.json is written anew. The learning rate of each method is the best of one grid for all
+results/<experiment>-<task>.json is written anew. The learning rate of each method is chosen from one grid for all
 (`--experiment tune`, its own seeds), read from results/tune-<task>.json where that exists.
 
 Statistics as in Agarwal et al. (arXiv:2108.13264, the rliable paper): the interquartile mean over seeds, and its 95%
@@ -17,6 +17,7 @@ interval by bootstrap. Left out: significance tests; read the intervals.
 """
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -81,16 +82,15 @@ class Sweep:
 
 # --------------------------------------------------------------------------------------------------------- the runs
 def best_rate(sweep, method):
-    """The learning rate that tuning found best for a method, as flags; none where there was no tuning."""
+    """The smallest learning rate within one standard error of the tuning's best, as flags; none without a tuning."""
     file = ROOT / sweep.results / f"tune-{sweep.task}.json"
     if sweep.experiment == "tune" or not file.is_file():
         return []
-    tried = {}
-    for run in json.loads(file.read_text())["runs"]:
-        name, lr = run["label"].split(" ")
-        if name == method:
-            tried.setdefault(lr, []).append(run["accuracy"])
-    return ["--actor_lr", max(tried, key=lambda lr: np.mean(tried[lr]))] if tried else []
+    runs = [(*run["label"].split(" "), run["accuracy"]) for run in json.loads(file.read_text())["runs"]]
+    mean = {lr: np.mean([x for name, rate, x in runs if (name, rate) == (method, lr)] or [0.0]) for lr in GRID}
+    best, episodes = max(mean.values()), 512 * len({run for run in runs if run[0] == method}) / len(GRID)
+    within = best - math.sqrt(best * (1 - best) / max(episodes, 1))
+    return ["--actor_lr", next(lr for lr in GRID if mean[lr] >= within)] if best > 0 else []
 
 def plan(sweep, extra):
     """Every run of the sweep: (label, seed, folder, the flags of train.py)."""

@@ -93,7 +93,7 @@ def test_a_subset_of_the_methods_and_an_unknown_experiment():
 
 
 def test_the_best_rate_of_the_tuning_is_used(tmp_path):
-    rates = {"1e-4": [0.5, 0.6], "3e-4": [0.9, 0.1], "6e-4": [0.3, 0.3]}
+    rates = {"1e-4": [0.5, 0.6], "3e-4": [0.545, 0.56], "6e-4": [0.9, 0.1]}  # the two first are as good: the smaller
     runs = [{"label": f"ppo {lr}", "accuracy": x} for lr, both in rates.items() for x in both]
     (tmp_path / "tune-DiceSum.json").write_text(json.dumps({"runs": runs}))
     for label, _, _, flags in compare.plan(*sweep("--results", str(tmp_path), "--seeds", "1")):
