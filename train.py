@@ -374,7 +374,7 @@ def train(run) -> bool:
     spent = lambda: 0 < settings.token_budget <= progress["generated_tokens"]
     board = open_tensorboard(run) if settings.tensorboard else None
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, previous)))
-    if progress["iteration"] == 0:
+    if "before" not in progress:
         progress["before"] = evaluate(run)
         log(run, "metrics.jsonl", {"iteration": 0, **progress["before"]})
         save(run)
