@@ -125,7 +125,7 @@ def execute(folder, flags):
 def outcome(label, seed, folder, flags, bins=20):
     """What results/ keeps of a run: its summary, and its training curves averaged over `bins` equal parts of it."""
     summary = json.loads((folder / "summary.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "_loss" in line]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"actor_lr"' in line]
     parts = [part for part in np.array_split(np.arange(len(rows)), min(bins, len(rows)))]
     curve = {"generated_tokens": [rows[part[-1]]["generated_tokens"] for part in parts]}
     for key in ("accuracy", "entropy", "value_loss", "explained_variance", "response_tokens", "segments_per_response"):

@@ -521,6 +521,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(runs, which):
     assert not equal(start, state(whole.folder)["policy"])
 
 
+def test_a_run_killed_before_its_first_iteration_goes_on_from_there(runs):
+    """The evaluation before training is neither made nor logged a second time."""
+    whole = build(runs, "--name", "whole-0", "--iterations", "1")
+    assert train.train(whole)
+    half = build(runs, "--name", "half-0", "--iterations", "0")
+    assert train.train(half)
+    assert train.train(train.build(*train.parse(["--resume", str(half.folder), "--iterations", "1"])))
+    assert_same_run(whole.folder, half.folder)
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(runs):
     """The real command line, interrupted; then resumed; and it equals the run that nobody interrupted."""
     flags = [*SHORT, "--runs", str(runs), "--eval_every", "10000"]  # (an evaluation draws from the random stream)
