@@ -447,7 +447,7 @@ def drawn(folder):
         kind = file.stem.split("-")[0]
         if kind == "truth":
             yield truth(file)
-        elif "runs" in json.loads(file.read_text(encoding="utf-8")):
+        elif kind != "tune" and "runs" in json.loads(file.read_text(encoding="utf-8")):
             yield comparison(file)
             if kind == "main":
                 yield training(file)
