@@ -202,13 +202,11 @@ def auroc(scores, right):
 
 def credit_accuracy(run, count):
     """How well the advantages tell right steps from wrong ones, and their share on the first wrong step."""
-    batch = same_batch(run, count)
+    batch, steps, shares = same_batch(run, count), [], []  # steps of each response: (mean advantage, is it right?)
     advantages = sapo.credit(batch.rollout, run.config)[0]
-    steps, shares = [], []  # per response: [(mean advantage of the step's tokens, right)]
     for row, e in enumerate(batch.envs):
-        task, example, pieces = e.unwrapped.task, e.unwrapped.example, batch.texts[row]
+        task, example, pieces, a = e.unwrapped.task, e.unwrapped.example, batch.texts[row], advantages[row].numpy()
         text, token_of = "".join(pieces), [t for t, piece in enumerate(pieces) for _ in piece]
-        a = advantages[row].numpy()
         spans = [(token_of[i], token_of[j - 1] + 1) for i, j in task.step_spans(text) if j > i]
         right = [r for (i, j), r in zip(task.step_spans(text), task.check_steps(example, text), strict=True) if j > i]
         steps.append([(float(a[i:j].mean()), r) for (i, j), r in zip(spans, right, strict=True)])
@@ -218,7 +216,9 @@ def credit_accuracy(run, count):
     pick = lambda rows: auroc(*zip(*(step for i in rows for step in steps[i]), strict=True))
     rng = np.random.default_rng(0)
     drawn = [pick(rng.integers(len(steps), size=len(steps))) for _ in range(200)]
+    wrong = [row for row, of in enumerate(steps) if not all(right for _, right in of)]
     return {"auroc": pick(range(len(steps))), "auroc_interval": np.nanquantile(drawn, (0.025, 0.975)).tolist(),
+            "auroc_in_wrong_responses": pick(wrong) if wrong else None,  # 0.5: all steps blamed alike
             "share_on_first_wrong_step": interval(shares, lambda x: x.mean(-1)) if shares else None}
 
 def gradient(run, batch, advantages=None):

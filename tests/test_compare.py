@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import re
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -168,27 +170,31 @@ def test_the_critic_learns_while_the_policy_stays(small):
     assert not torch.equal(fresh.critic.head.bias, taught.critic.head.bias)
 
 
-def test_perfect_credit_is_found_perfect(small, monkeypatch):
-    """Advantages made from the known steps give AUROC 1, their negative 0, a constant one half."""
-    run = compare.frozen(*small, ["--method", "grpo"])
-    collect = train.collect
-
-    def with_credit(kind):
-        def collected(*args):
-            batch = collect(*args)
-            batch.rollout.advantages = torch.zeros(batch.mask.shape)
-            for row, e in enumerate(batch.envs):
-                task, text = e.unwrapped.task, "".join(batch.texts[row])
-                right = task.check_steps(e.unwrapped.example, text)
-                for (i, j), r in zip(task.step_spans(text), right, strict=True):
-                    token_of = [t for t, piece in enumerate(batch.texts[row]) for _ in piece]
-                    batch.rollout.advantages[row, token_of[i]:token_of[j - 1] + 1] = kind(r)
-            return batch
-        return collected
-
-    for kind, expected in ((lambda r: 2.0 * r - 1, 1.0), (lambda r: 1 - 2.0 * r, 0.0), (lambda r: 1.0, 0.5)):
-        monkeypatch.setattr(train, "collect", with_credit(kind))
-        assert compare.credit_accuracy(run, 16)["auroc"] == expected
+@pytest.mark.parametrize("credit, expected", [(lambda right: 2.0 * right - 1, 1.0), (lambda right: 1.0, 0.5),
+                                              (lambda right: 1 - 2.0 * right, 0.0)])
+def test_perfect_credit_is_found_perfect(credit, expected, monkeypatch):
+    """Advantages made from the known steps of 40 demonstrations give AUROC 1, their negative 0, a constant one half."""
+    made = [gym.make("SAPO/DiceSum-v0", disable_env_checker=True) for _ in range(40)]
+    rng, texts, rows, first = np.random.default_rng(0), [], [], []
+    for i, e in enumerate(made):
+        e.reset(options={"index": i})
+        task, example = e.unwrapped.task, e.unwrapped.example
+        texts.append(list(task.demonstrate(example, rng, 0.1)))  # a token per character
+        rows.append(torch.zeros(120))
+        right = task.check_steps(example, "".join(texts[-1]))
+        for (a, b), r in zip(task.step_spans("".join(texts[-1])), right, strict=True):
+            rows[-1][a:b] = credit(r)
+        if False in right:
+            a, b = task.step_spans("".join(texts[-1]))[right.index(False)]
+            first.append(float(rows[-1][a:b].abs().sum() / rows[-1].abs().sum()))
+    mask = torch.arange(120) < torch.tensor([[len(text)] for text in texts])
+    rollout = sapo.Rollout(mask, sapo.token_ends(mask), torch.zeros(40, 120), torch.zeros(40, 120),
+                           advantages=torch.stack(rows))
+    batch = SimpleNamespace(envs=made, texts=texts, rollout=rollout)
+    monkeypatch.setattr(compare, "same_batch", lambda run, count: batch)
+    found = compare.credit_accuracy(SimpleNamespace(config=sapo.SAPOConfig()), 40)
+    assert found["auroc"] == found["auroc_in_wrong_responses"] == expected == found["auroc_interval"][0]
+    assert found["share_on_first_wrong_step"][0] == pytest.approx(np.mean(first)) and len(first) > 10
 
 
 def test_the_gradient_is_the_policy_gradient(small):
