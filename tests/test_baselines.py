@@ -348,7 +348,7 @@ def test_growing_a_tree(branching, tokens, prompts, random):
             text = [i for i, n in zip(written[row].tolist(), nodes, strict=False) if n == node]
             assert text_of.setdefault(node, text) == text  # the same wherever it is shared
     assert all(children[node] == 0 for node, text in text_of.items() if text[-1] == 9)  # nothing follows an end
-    rewards = torch.tensor([random.random() for _ in tree.leaf])
+    rewards = torch.tensor([random.randrange(5) / 4 for _ in tree.leaf])
     advantages, keep = baselines.tree_credit(tree, rewards, mask)
     edges = [node for node in range(prompts, len(tree.parent)) if baselines.tree_advantages(tree, rewards)[node] != 0]
     assert sorted(tree.nodes[keep].tolist()) == sorted(n for n in edges for _ in text_of[n])  # each edge once
