@@ -66,6 +66,12 @@ def test_the_tables_of_comparisons_are_what_results_hold(file):
     assert rows and not missing, f"README.md lacks these rows of {file.name}: {missing}"
 
 
+def test_readme_and_tutorial_make_the_same_claims():
+    rows = [re.findall(r"^\|.*\|$", text.split("| the paper | here |")[1].split("\n\n")[0], re.MULTILINE)
+            for text in (README.replace("[tutorial.md](tutorial.md), ", ""), TUTORIAL)]
+    assert rows[0] == rows[1] and len(rows[0]) > 5
+
+
 def test_the_figures_of_results_are_drawn_from_results(tmp_path):
     """`python figures.py results` gives them back, byte for byte under the same matplotlib."""
     for file in (ROOT / "results").glob("*.json"):
