@@ -56,6 +56,7 @@ def segments_backwards(ends):
 
 
 def by_torch_slices(rewards, values, logp, old_logp, ends, mask):
+    """Advantages and ratios by loops over responses and segments, on slices of torch tensors."""
     advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
     ratio = torch.ones_like(values)
     for b in range(len(mask)):
@@ -71,6 +72,7 @@ def by_torch_slices(rewards, values, logp, old_logp, ends, mask):
 
 
 def by_numpy_slices(*batch):
+    """The same loops on slices of NumPy arrays."""
     rewards, values, logp, old_logp, ends, mask = (x.numpy() for x in batch)
     advantages, returns, ratio = np.zeros_like(values), np.zeros_like(values), np.ones_like(values)
     for b in range(len(mask)):
@@ -86,6 +88,7 @@ def by_numpy_slices(*batch):
 
 
 def by_python_floats(*batch):
+    """The same loops on lists of Python floats."""
     tokens, advantages, returns, ratio = batch[0].shape[1], [], [], []
     for rewards, values, logp, old_logp, ends, _ in zip(*(x.tolist() for x in batch), strict=True):
         a, r, s = [0.0] * tokens, [0.0] * tokens, [1.0] * tokens
@@ -106,6 +109,7 @@ LOOPS = {"torch slices": by_torch_slices, "numpy slices": by_numpy_slices, "pyth
 
 # ---------------------------------------------------------------------------------------------------------- the contest
 def seconds(function, batch):
+    """Seconds of a call."""
     start = time.process_time()
     result = function(*batch)
     return time.process_time() - start, result
@@ -130,6 +134,7 @@ def race(rows, tokens, repeats, seed):
 
 
 def main(arguments=None):
+    """The command line: measure, check that all agree, print, write the outcome."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=int, default=512, help="responses")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the longest response")

@@ -126,7 +126,7 @@ def outcome(label, seed, folder, flags, bins=20):
     """What results/ keeps of a run: its summary, and its training curves averaged over `bins` equal parts of it."""
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"actor_lr"' in line]
-    parts = [part for part in np.array_split(np.arange(len(rows)), min(bins, len(rows)))]
+    parts = np.array_split(np.arange(len(rows)), min(bins, len(rows)))
     curve = {"generated_tokens": [rows[part[-1]]["generated_tokens"] for part in parts]}
     for key in ("accuracy", "entropy", "value_loss", "explained_variance", "response_tokens", "segments_per_response"):
         if key in rows[-1]:
@@ -137,6 +137,7 @@ def outcome(label, seed, folder, flags, bins=20):
             "curve": curve}
 
 def main(argv=None):
+    """The command line."""
     parser = transformers.HfArgumentParser(Sweep, description=__doc__.split("\n\n")[0])
     sweep, extra = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     sweep.tag = sweep.tag or "_".join(word.strip("-").replace("/", "_") for word in extra)
@@ -173,7 +174,6 @@ def table(found):
         lines.append(f"| {label} | {len(runs)} | {before:.3f} | {value:.3f} ({low:.3f} to {high:.3f}) | "
                      f"{better} of {len(runs)} | {tokens:.0f} | {seconds:.0f} |")
     return "\n".join(lines)
-
 
 # ----------------------------------------------------------------------------------------------------- ground truth
 def frozen(sweep, extra, flags, critic_rollouts=0):
@@ -227,11 +227,12 @@ def gradient(run, batch, advantages=None):
     advantages = sapo.credit(rollout, run.config)[0] if advantages is None else advantages
     ends = rollout.ends if run.config.ratio == "segment" else sapo.token_ends(rollout.mask)
     run.policy.model.zero_grad()
-    for rows in torch.arange(len(advantages)).split(128):
+    weight = rollout.mask.sum(1) if run.config.average == "token" else torch.ones(len(advantages))  # of each response
+    for rows in torch.arange(len(advantages)).split(run.config.minibatch):
         logp, _ = vlm.score(run.policy, vlm.take(batch.inputs, rows), batch.tokens[rows], batch.mask[rows])
         ratio = sapo.segment_ratio(logp, rollout.logp[rows], ends[rows], rollout.mask[rows])
-        loss, _ = sapo.policy_loss(ratio, advantages[rows], rollout.mask[rows])
-        (loss * len(rows) / len(advantages)).backward()
+        loss, _ = sapo.policy_loss(ratio, advantages[rows], rollout.mask[rows], average=run.config.average)
+        (loss * weight[rows].sum() / weight.sum().clamp(min=1)).backward()
     return torch.cat([p.grad.flatten() for p in run.policy.model.parameters() if p.grad is not None])
 
 def gradients(run, count, tokens, first=1):
@@ -292,9 +293,8 @@ def truth(sweep, extra, count=8, rollouts=40, continuations=64, large=64, respon
         drawn = gradients(run, count, budget)
         cosines, mean = cosine(drawn, reference[None]).tolist(), drawn.mean(0)
         credit |= {"cosine": interval(cosines, lambda x: x.mean(-1)),
-                                    "variance": float((drawn - mean).square().sum(1).mean() / mean.square().sum())}
+                   "variance": float((drawn - mean).square().sum(1).mean() / mean.square().sum())}
         yield found
-
 
 if __name__ == "__main__":
     main()

@@ -304,8 +304,7 @@ def step(run) -> dict:
     lr = run.config.actor_lr * 0.5 ** (progress["generated_tokens"] / settings.actor_half_life)
     lr = run.actor_optimizer.param_groups[0]["lr"] = lr * (progress["iteration"] >= settings.value_pretraining)
     progress["iteration"] += 1
-    batch = collect(run, train_indices(settings, progress["iteration"]))
-    rollout = batch.rollout
+    rollout = (batch := collect(run, train_indices(settings, progress["iteration"]))).rollout
     if settings.cut == "causal":
         progress["threshold"] = sapo.entropy_quantile(batch.entropy, rollout.mask, run.config.top_k)
     part = lambda rows: (vlm.take(batch.inputs, rows), batch.tokens[rows], batch.mask[rows])
@@ -436,6 +435,7 @@ def finish(run):
         print(missing)
 
 def main(argv=None):
+    """The command line."""
     run = build(*parse(argv))
     run.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     try:

@@ -197,15 +197,18 @@ def test_perfect_credit_is_found_perfect(credit, expected, monkeypatch):
     assert found["share_on_first_wrong_step"][0] == pytest.approx(np.mean(first)) and len(first) > 10
 
 
-def test_the_gradient_is_the_policy_gradient(small):
-    """Against autograd on the plain objective: mean over responses of the mean over tokens of A log pi."""
-    run = compare.frozen(*small, ["--method", "grpo"])
+@pytest.mark.parametrize("average", ["response", "token"])
+def test_the_gradient_is_the_policy_gradient(small, average):
+    """Against autograd on the plain objective, A log pi averaged as the method does; in parts of 8 as in one."""
+    run = compare.frozen(*small, ["--method", "grpo", "--average", average])
     batch = train.collect(run, train.train_indices(run.settings, 1))
     batch.rollout.advantages = torch.randn(batch.mask.shape) * batch.mask
-    found = compare.gradient(run, batch)
+    batch.keep = batch.mask & (torch.rand(batch.mask.shape) < 0.7)
+    found, keep = compare.gradient(run, batch), batch.keep
     run.policy.model.zero_grad()
     logp, _ = compare.vlm.score(run.policy, batch.inputs, batch.tokens, batch.mask)
-    (-(batch.rollout.advantages * logp).sum(1) / batch.mask.sum(1)).mean().backward()
+    total = (batch.rollout.advantages * logp * keep).sum(1)
+    (-(total / keep.sum(1).clamp(min=1)).mean() if average == "response" else -total.sum() / keep.sum()).backward()
     expected = torch.cat([p.grad.flatten() for p in run.policy.model.parameters() if p.grad is not None])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 

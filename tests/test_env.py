@@ -599,3 +599,20 @@ def test_human_rendering_prints_each_step_and_none_mode_renders_nothing(capsys):
     silent = SegmentEnv("TextSum")
     silent.reset()
     assert silent.render() is None and capsys.readouterr().out == ""
+
+
+# ----------------------------------------------------------------------------------------------------------- verbosity
+@pytest.mark.parametrize("task", [env.DiceSum, env.ArrowPath, env.TextSum])
+def test_verbosity_adds_words_and_no_decisions(task):
+    """The same examples, decisions and checks, with so many words more before every move."""
+    plain, wordy = task(), task(verbosity=20)
+    for index in range(5):
+        example = plain.example_at(index)
+        assert wordy.example_at(index).content == example.content
+        texts = [t.demonstrate(example, np.random.default_rng(index), 0.3) for t in (plain, wordy)]
+        assert texts[1].count(" ") - texts[0].count(" ") == 20 * plain.moves
+        steps = [[text[a:b] for a, b in wordy.step_spans(text)] for text in texts]
+        assert steps[0] == steps[1] and wordy.check_steps(example, texts[0]) == wordy.check_steps(example, texts[1])
+        assert wordy.grade(example, wordy.demonstrate(example, np.random.default_rng(0))) == 1
+    with pytest.raises(ValueError, match="verbosity=-1"):
+        task(verbosity=-1)

@@ -545,3 +545,31 @@ def test_a_directory_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(OSError) as caught:
         vlm.load(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- prefixes, and the picture
+def test_a_prefix_as_prompt_is_the_same_state(tiny):
+    """Prefixes of different lengths move into the prompt: what follows scores as it did behind them."""
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "white")]
+    inputs = vlm.encode(tiny, ["Sum.", "Sum the dice.", "?"], pictures)
+    tokens, mask = vlm.encode_responses(tiny, ["<see>3526</see><think>3+5=8", "<see>11</see>", "<see>6</see><think>6+6"])
+    lengths = torch.tensor([4, 0, 3])
+    with torch.no_grad():
+        whole, _ = vlm.score(tiny, inputs, tokens, mask)
+        prompt = vlm.extended(inputs, tokens, lengths)
+        assert prompt["attention_mask"].sum(1).tolist() == (inputs["attention_mask"].sum(1) + lengths).tolist()
+        assert prompt["attention_mask"][:, -1].all()  # padded on the left
+        for row, n in enumerate(lengths.tolist()):
+            rest, kept = tokens[row:row + 1, n:], mask[row:row + 1, n:]
+            found, _ = vlm.score(tiny, vlm.take(prompt, torch.tensor([row])), rest, kept)
+            torch.testing.assert_close(found, whole[row:row + 1, n:], rtol=0, atol=1e-4)
+
+
+def test_noise_replaces_the_picture_and_nothing_else(tiny):
+    inputs = vlm.encode(tiny, ["Sum."], [Image.linear_gradient("L").resize((32, 32)).convert("RGB")])
+    before = {name: x.clone() for name, x in inputs.items()}
+    noised = vlm.noised(inputs)
+    assert all(torch.equal(inputs[name], before[name]) for name in before)
+    assert {name for name in inputs if not torch.equal(noised[name], inputs[name])} == {"pixel_values"}
+    pixels, noise = inputs["pixel_values"], noised["pixel_values"]
+    assert abs(noise.mean() - pixels.mean()) < 0.1 * pixels.std() and abs(noise.std() / pixels.std() - 1) < 0.1
