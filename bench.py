@@ -109,7 +109,7 @@ LOOPS = {"torch slices": by_torch_slices, "numpy slices": by_numpy_slices, "pyth
 
 # ---------------------------------------------------------------------------------------------------------- the contest
 def seconds(function, batch):
-    """Seconds of a call."""
+    """(CPU seconds, result) of one call."""
     start = time.process_time()
     result = function(*batch)
     return time.process_time() - start, result
