@@ -3,17 +3,16 @@
     python compare.py                                    # main: SAPO and its neighbours on DiceSum (Table 1, in little)
     python compare.py --experiment cuts                  # one of EXPERIMENTS: tune, main, cuts, topk, horizon, controls
     python compare.py --env SAPO/ArrowPath-v0 --env_args length=12 grid=4
+    python compare.py --experiment truth     # on one frozen policy: is the credit right, are the values, the gradients?
     python compare.py --methods sapo ppo --seeds 3 --tokens 300000 --lam 0.9    # other flags are train.py's
 
 The budget counts every token that the policy writes in training: groups, trees and Monte-Carlo continuations too. Each
 run is a process of one thread, `--jobs` of them side by side; a sweep that was killed continues, and after each run
 results/<experiment>-<task>.json is written anew. The learning rate of each method is chosen from one grid for all
-(`--experiment tune`, its own seeds), read from results/tune-<task>.json where that exists.
+(`--experiment tune`, its own seeds; same task and --tag), read from results/ where that exists.
 
 Statistics as in Agarwal et al. (arXiv:2108.13264, the rliable paper): the interquartile mean over seeds, and its 95%
 interval by bootstrap. Left out: significance tests; read the intervals.
-
-    python compare.py --experiment truth     # on one frozen policy: is the credit right, are the values, the gradients?
 """
 
 import json
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,7 @@ class Sweep:
 # --------------------------------------------------------------------------------------------------------- the runs
 def best_rate(sweep, method):
     """The smallest learning rate within one standard error of the tuning's best, as flags; none without a tuning."""
-    file = ROOT / sweep.results / f"tune-{sweep.task}.json"
+    file = ROOT / sweep.results / f"{replace(sweep, experiment='tune').name}.json"
     if sweep.experiment == "tune" or not file.is_file():
         return []
     runs = [(*run["label"].split(" "), run["accuracy"]) for run in json.loads(file.read_text())["runs"]]
@@ -106,9 +105,10 @@ def plan(sweep, extra):
                 continue
             name = f"{sweep.name}/{label.replace(' ', '_').replace(',', '')}-seed{seed}"
             yield label, seed, Path(sweep.runs) / name, [
-                "--env", sweep.env, *(["--env_args"] * bool(sweep.env_args)), *sweep.env_args, *BATCHES.get(method, []),
-                *best_rate(sweep, method), *flags, "--seed", str(seed), "--name", name, "--runs", sweep.runs,
-                "--token_budget", str(sweep.tokens), "--iterations", "100000", "--eval_every", "100000", *extra]
+                "--env", sweep.env, *(["--env_args"] * bool(sweep.env_args)), *sweep.env_args,
+                *best_rate(sweep, method), *extra, *BATCHES.get(method, []), *flags, "--seed", str(seed),
+                "--name", name, "--runs", sweep.runs, "--token_budget", str(sweep.tokens), "--iterations", "100000",
+                "--eval_every", "100000"]
 
 def execute(folder, flags):
     """One run, from where it was left; its output goes to a log beside the folder."""
