@@ -17,7 +17,8 @@ itself wrote before. So the slip that spoilt a response is known, and credit ass
 
 Every task has a `verbosity`: so many words that decide nothing stand before each move. `AsyncVectorEnv` needs
 `shared_memory=False`, or Gymnasium corrupts the texts. TextSum has no "image" in its observations: it is the text-only
-branch. Left out on purpose: torch, and partial credit, which would give away what SAPO has to find out.
+branch. SAPO/Dataset-v0 has the rows of a data set: see data.py. Left out on purpose: torch, and partial credit, which
+would give away what SAPO has to find out.
 """
 import functools
 import math
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field, replace
 
 import gymnasium as gym
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 END = "<end>"  # the end-of-response mark
 TAGS = ("<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>")
@@ -79,6 +80,7 @@ class Task:
     right step (`_slips`). True steps, demonstrations and checks all follow from these."""
     side = 0       # cells along the picture's edge; 0: no picture
     read_size = 0  # characters of one read inside <see>; 0: nothing to read, the question says what is known
+    cut, read, system = staticmethod(cut), staticmethod(read_answer), ""  # `system`: what a model is to be told first
     filler = property(lambda self: "".join(f"{word} " for word in (40 * FILLER.split())[:self.verbosity]))
     form = property(lambda it: "<see>[^<]+</see>" * (it.read_size > 0) + "<think>[^<]*</think><answer>[^<]+</answer>")
 
@@ -156,7 +158,6 @@ class Task:
         """1.0 if `read_answer` equals the true answer, character by character ("016" is not "16"), else 0.0."""
         return float(read_answer(response) == example.answer)
 
-
 @dataclass(frozen=True)
 class TextSum(Task):
     """n numbers from 1 to `largest`, given in the question; add them up one by one."""
@@ -192,7 +193,6 @@ class DiceSum(TextSum):
 
     def _slips(self, right, last):
         return super()._slips(right, last) if last else [face for face in "123456" if face != right]
-
 
 @dataclass(frozen=True)
 class ArrowPath(Task):
@@ -248,7 +248,6 @@ def _glyph(tile, *boxes):  # one cell of colour numbers: 0 the ground, 1 a tile,
         ImageDraw.Draw(glyph).rectangle(box, 2)
     return glyph
 
-
 _SPOTS = [(x, y, x + 1, y + 1) for y in (3, 7, 11) for x in (3, 7, 11)]  # where a die may have a pip, row by row
 _DICE = {face: _glyph(1, *(_SPOTS[int(spot)] for spot in spots))
          for face, spots in zip("123456", ("4", "08", "048", "0268", "02468", "023568"), strict=True)}
@@ -258,7 +257,6 @@ _ARROWS = {(arrow, start): _glyph(3 if start else 1, *_RIGHTWARD).rotate(90 * tu
 # For rendering, light and strong Okabe-Ito colours, which all eyes tell apart: tints of segments, underlines of steps
 _TINTS, _GREY = ((186, 220, 244), (255, 222, 158), (184, 230, 208), (240, 204, 226)), (226, 226, 226)
 _INK, _RIGHT, _WRONG = (24, 24, 32), (0, 114, 178), (213, 94, 0)
-
 
 def _picture(glyphs, side, ground, rng):
     """side x side cells, filled row by row; the colours vary a little from example to example."""
@@ -308,7 +306,7 @@ class SegmentEnv(gym.Env):
         if not isinstance(options, dict | None) or set(options or ()) - set(chosen):
             raise ValueError(f"options={options!r} is not valid; expected a dict with some of {tuple(chosen)} as keys")
         index, split, prefix = (chosen | (options or {})).values()
-        if not isinstance(prefix, str) or len(prefix) >= self.max_chars or cut(prefix)[1]:
+        if not isinstance(prefix, str) or len(prefix) >= self.max_chars or self.task.cut(prefix)[1]:
             raise ValueError(f"response={prefix!r:.200} is not valid; expected an unfinished response: a str shorter "
                              f"than max_chars={self.max_chars}, without a closed <answer> or {END}")
         self.example, self.example_id = self.task.example_at(index, split), f"{split}/{index}"
@@ -324,7 +322,7 @@ class SegmentEnv(gym.Env):
         if self.end_reason:
             raise gym.error.ResetNeeded(f"step() after the episode's end ({self.end_reason}); call reset() first")
         before = len(self.response)
-        self.response, self.end_reason = cut((self.response + action)[:self.max_chars])
+        self.response, self.end_reason = self.task.cut((self.response + action)[:self.max_chars])
         self.segments.append(self.response[before:])
         if terminated := bool(self.end_reason):
             bonus = self.format_reward if re.fullmatch(self.task.form, self.response) else 0.0
@@ -338,10 +336,11 @@ class SegmentEnv(gym.Env):
         observation = {"prompt": self.example.question, "response": self.response, "segment_index": len(self.segments)}
         if self.task.side:
             observation["image"] = self._pixels.copy()  # (H, W, 3), a copy: who writes on it spoils only his own
-        info = {"example_id": self.example_id, "answer": self.example.answer, "predicted": read_answer(self.response),
-                "correct": self.reward_terms["answer"] == 1, "segment_index": len(self.segments),
-                "segment_text": self.segments[-1] if self.segments else "", "reward_terms": dict(self.reward_terms),
-                "end_reason": self.end_reason, "steps_correct": self.task.check_steps(self.example, self.response)}
+        info = {"example_id": self.example_id, "answer": self.example.answer,
+                "predicted": self.task.read(self.response), "correct": self.reward_terms["answer"] == 1,
+                "segment_index": len(self.segments), "segment_text": self.segments[-1] if self.segments else "",
+                "reward_terms": dict(self.reward_terms), "end_reason": self.end_reason,
+                "steps_correct": self.task.check_steps(self.example, self.response)}
         if self.render_mode == "human":
             print(self._terminal())
         return observation, info
@@ -360,7 +359,7 @@ class SegmentEnv(gym.Env):
         return f"reward {sum(self.reward_terms.values()):g}   |   {sum(right)} of {len(right)} steps right   |   {end}"
 
     def _terminal(self):
-        rows, colour = self._pixels if self.task.side else [], "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"
+        rows, colour = [] if self._pixels is None else self._pixels, "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"
         lines = ["".join(colour.format(*top, *bottom) for top, bottom in zip(*pair, strict=True)) + "\x1b[0m"
                  for pair in zip(rows[::2], rows[1::2], strict=True)]  # an upper half block is two pixels
         text = "|".join(f"\x1b[30;48;2;{r};{g};{b}m{''.join(shown)}\x1b[0m" for (r, g, b), shown in self._pieces())
@@ -369,10 +368,11 @@ class SegmentEnv(gym.Env):
     def _frame(self):
         canvas = Image.new("RGB", (960, 384), (252, 252, 250))
         draw, font, small, left = ImageDraw.Draw(canvas), ImageFont.load_default(21), ImageFont.load_default(16), 32
-        if self.task.side:
-            canvas.paste(self.example.image.resize((320, 320), Image.Resampling.NEAREST), (32, 32))
+        if self._pixels is not None:
+            how = Image.Resampling.NEAREST if self.task.side else Image.Resampling.BICUBIC
+            canvas.paste(ImageOps.contain(self.example.image, (320, 320), how), (32, 32))
             left = 384
-        draw.text((left, 32), self.example.question, _INK, font)
+        draw.text((left, 32), self.example.question.partition("\n")[0], _INK, font)
         spans, checks = self.task.step_spans(self.response), self.task.check_steps(self.example, self.response)
         marks = {at: (_WRONG, _RIGHT)[right] for span, right in zip(spans, checks, strict=True) for at in range(*span)}
         x, y, placed = left, 80, []
@@ -393,8 +393,8 @@ class SegmentEnv(gym.Env):
         draw.text((left, 306), f"{legend}\n{self._verdict()}", _INK, small, spacing=8)
         return np.array(canvas)  # (H, W, 3)
 
-
 TASKS = {task.__name__: task for task in (DiceSum, ArrowPath, TextSum)}
-for _name in TASKS:
+for _name in (*TASKS, "Dataset"):
     if f"SAPO/{_name}-v0" not in gym.registry:
-        gym.register(f"SAPO/{_name}-v0", f"{__name__}:SegmentEnv", kwargs={"task": _name})
+        gym.register(f"SAPO/{_name}-v0", f"{__name__}:SegmentEnv" if _name in TASKS else "data:DatasetEnv",
+                     kwargs={"task": _name} if _name in TASKS else {})
