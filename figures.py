@@ -49,6 +49,27 @@ def _read(path):
     return lines
 
 
+def wilson(right, n, z=1.96):
+    """95% interval of a share (Wilson's score interval). -> (low, high)."""
+    centre, spread = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
+    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
+
+
+def report(run, before):
+    """A run's outcome: its summary.json and the evaluation `before` as a table on the terminal, and its pictures."""
+    summary = json.loads((run / "summary.json").read_text())
+    print(f"\n{summary['method']} on {summary['env']}, seed {summary['seed']}: "
+          f"{summary['eval_episodes']} held-out episodes")
+    for kind, x in {"before, temperature 1": before, **summary["evaluations"]}.items():
+        print(f"  {kind:<30}{x['eval_accuracy']:7.1%}   95% interval {x['eval_low']:.1%} to {x['eval_high']:.1%}")
+    print(f"  {summary['seconds']:.0f} s of training, {summary['warm_start_seconds']:.0f} s of warm start, "
+          f"{summary['peak_rss_mb']:.0f} MB at most; files in {run}")
+    try:
+        learning_curve(run), credit_map(run)
+    except ImportError as missing:
+        print(missing)
+
+
 def _name(run):
     """What was run, for a title: "SAPO on DiceSum, seed 1"; the folder's name where there is no config.json."""
     try:

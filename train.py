@@ -2,13 +2,11 @@
 
     python train.py                                          # DiceSum, tiny model built on the spot, two CPU cores
     python train.py --method ppo --seed 1                    # the same with tokens for segments
-    python train.py --env SAPO/ArrowPath-v0 --env_args length=12 grid=5 --cut causal
+    python train.py --model FOLDER --env SAPO/Dataset-v0 --env_args path=mine.parquet --lora 16 --warm_start_steps 0
     python train.py --resume runs/DiceSum-sapo-topk-seed0    # go on where it was cut
 
 One iteration: reset one Gymnasium environment per response; the policy writes whole responses; they are scored, judged
-by the critic, cut into segments, and replayed segment by segment through `env.step`; `sapo.sapo_update` learns. (The
-environments are a plain list: a vector environment resets finished episodes by itself, and ours differ in length.)
-
+by the critic, cut into segments, and replayed segment by segment through `env.step`; `sapo.sapo_update` learns.
 Left out: several devices. The README explains the files under runs/<name>/, and each metric.
 """
 
@@ -16,11 +14,10 @@ import base64
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
-import math
-import resource
 import shlex
 import shutil
 import signal
@@ -30,6 +27,7 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -40,9 +38,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import baselines
+import bench
 import env
+import figures
 import sapo
 import vlm
+from figures import wilson
 from sapo import setting
 
 STATEFUL = ("critic", "actor_optimizer", "critic_optimizer")  # what a checkpoint holds beside the policy
@@ -55,14 +56,17 @@ class Settings(baselines.Method):
     env_args: list[str] = field(default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"})
     model: str = setting("tiny", "'tiny', or a checkpoint: a directory or a hub name")
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
-    dtype: str = setting("float32", "dtype of the weights: float32 or bfloat16")
+    dtype: str = setting("float32", "dtype of the weights: float32, or bfloat16 (then Adam keeps float32 copies)")
+    lora: int = setting(0, "rank of LoRA adapters, by which policy, critic and reference share one backbone; 0: none")
+    critic: Literal["separate", "shared"] = setting("separate", "without --lora: its own weights, or a head alone")
+    gradient_checkpointing: bool = setting(False, "keep fewer activations and make them again for the gradient")
     seed: int = setting(0, "of the weights, the demonstrations, the sampling and the shuffling")
     name: str = setting("", "the run's folder under --runs; made from the settings when empty")
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
     resume: str = setting("", "folder of a run to continue; flags given beside it change its settings")
     iterations: int = setting(80, "rollouts to learn from")
     token_budget: int = setting(0, "stop also when so many tokens were generated, the credit's own included; 0: never")
-    batch: int = setting(256, "responses per rollout")
+    batch: int = setting(256, "responses per rollout, all written at once")
     max_new_tokens: int = setting(64, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling and scoring in training")
     warm_start_steps: int = setting(600, "supervised steps on noisy demonstrations before RL; 0 for none")
@@ -80,33 +84,33 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     parser = transformers.HfArgumentParser((Settings, sapo.SAPOConfig), description=__doc__.split("\n\n")[0])
     known, _ = parser.parse_known_args(argv)
     if known.resume:
-        config = Path(known.resume) / "config.json"
-        if not config.is_file():
+        if not (config := Path(known.resume) / "config.json").is_file():
             raise SystemExit(f"--resume {known.resume}: no config.json there; give the folder of a run, runs/<name>")
         stored = json.loads(config.read_text())
         parser.set_defaults(**{**stored["settings"], **stored["config"], "resume": known.resume})
     else:
         parser.set_defaults(**baselines.SETTINGS[known.method])
     settings, config = parser.parse_args_into_dataclasses(argv)
-    if not settings.name:
-        words = [settings.env.split("/")[-1].split("-")[0], settings.method, settings.cut, *settings.env_args]
-        settings.name = "-".join([*words, f"seed{settings.seed}"])
+    task = [settings.env.split("/")[-1].split("-")[0], settings.method, settings.cut, *settings.env_args]
+    settings.name = settings.name or "-".join([*task, f"seed{settings.seed}"]).replace("/", "_")
     return settings, config
 
 def make_env(settings):
-    """One environment, from --env and --env_args."""
+    """One environment, from --env and --env_args (numbers, or else words)."""
     try:
-        keywords = {k: json.loads(v) for k, v in (a.split("=", 1) for a in settings.env_args)}
-    except ValueError:
-        raise SystemExit(f"--env_args {' '.join(settings.env_args)}: expected name=number pairs, such as n=9") from None
-    return gym.make(settings.env, disable_env_checker=True, **keywords)
+        keywords = dict(word.split("=", 1) for word in settings.env_args)
+        for name, word in keywords.items():
+            with contextlib.suppress(ValueError):
+                keywords[name] = json.loads(word)
+        return gym.make(settings.env, disable_env_checker=True, **keywords)
+    except (ValueError, TypeError, ImportError, gym.error.Error) as error:
+        raise SystemExit(f"--env {settings.env} --env_args {' '.join(settings.env_args)}: expected a known id and "
+                         f"name=value pairs, such as n=9 ({error})") from None
 
 # -------------------------------------------------------------------------------------------------------- warm start
 def warm_start(settings, directory):
-    """A tiny model that has read noisy demonstrations, saved in `directory`: it knows the format, and slips.
-
-    Every demonstrated step was wrong with probability error_rate and then carried on consistently, so the model learns
-    to make such slips. They are what RL can take away again.
+    """A tiny model, saved in `directory`, that has read demonstrations whose every step was wrong with probability
+    error_rate and then carried on consistently: it knows the format, and makes such slips. RL can take them away again.
     """
     task = make_env(settings).unwrapped.task
     image = task.example_at(0).image
@@ -128,10 +132,8 @@ def warm_start(settings, directory):
         bar.set_postfix_str(f"{loss.item():.3f} nats per token", refresh=False)
     model.model.save_pretrained(directory)
 
-def digest(folder):
-    """{file: sha256} of everything in a folder but the manifest itself."""
-    files = [file for file in sorted(folder.iterdir()) if file.name != "manifest.json"]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def digest(folder):  # {file: sha256} of everything in it but the manifest itself
+    return {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in folder.iterdir() if x.name != "manifest.json"}
 
 def cached_warm_start(settings) -> Path:
     """The warm start's folder, made when it is missing or damaged. Its name is a hash of everything that shaped it."""
@@ -144,11 +146,9 @@ def cached_warm_start(settings) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # runs side by side wait for the one that makes it
         if folder.exists():
-            try:
+            with contextlib.suppress(ValueError, OSError):
                 if json.loads(manifest.read_text()) == digest(folder):
                     return folder
-            except (ValueError, OSError):
-                pass
             warnings.warn(f"the cached warm start {folder} is damaged: building it again", stacklevel=2)
         with replacing(folder) as aside:
             warm_start(settings, aside)
@@ -159,9 +159,7 @@ def cached_warm_start(settings) -> Path:
 @contextlib.contextmanager
 def replacing(folder):
     """`with replacing(folder) as aside`: write `aside`; it takes the folder's place at the end, whole or not at all.
-
-    Between the two renames only `folder.old` exists, and `newest` finds it: a kill at any moment leaves a whole one.
-    """
+    Between the two renames only `folder.old` exists, and `newest` finds it: a kill at any moment leaves a whole one."""
     folder, aside, old = (Path(f"{folder}{end}") for end in ("", ".new", ".old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -179,53 +177,73 @@ def newest(folder) -> Path:
             return Path(folder) / name
     raise SystemExit(f"{folder}: no checkpoint there yet; start the run again without --resume")
 
+def trained(run):
+    """The parameters that the optimizers move: adapters and float32 copies are not in the policy's own files."""
+    optimizers = filter(None, (run.actor_optimizer, run.critic_optimizer))
+    return [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
+
 def save(run):
     """Write the checkpoint: policy and processor in Hugging Face format, the rest in trainer.pt."""
     with replacing(run.folder / "checkpoint") as aside:
-        run.policy.model.save_pretrained(aside)
+        run.policy.enter().save_pretrained(aside)
         run.policy.processor.save_pretrained(aside)
         state = {part: getattr(run, part) and getattr(run, part).state_dict() for part in STATEFUL}
+        state["weights"] = trained(run) if run.settings.lora or run.settings.dtype != "float32" else []
         torch.save({**state, "progress": run.progress, "rng": torch.get_rng_state(),
                     "cuda_rng": torch.cuda.get_rng_state_all()}, aside / "trainer.pt")
+
+def models(run, start, stored):
+    """Policy, critic and reference with their optimizers: models of their own, or with --lora three views of one."""
+    settings, config, run.critic, run.critic_optimizer = run.settings, run.config, None, None
+    load = lambda checkpoint: vlm.load(checkpoint, settings.device, settings.dtype, settings.gradient_checkpointing)
+    run.policy = load(start if settings.lora else stored or start)
+    if settings.lora:
+        run.policy, judge, run.reference = vlm.lora(run.policy, settings.lora)
+    run.reference = (run.reference if settings.lora else load(start)) if config.kl_coef else None
+    run.actor_optimizer = vlm.adam([p for p in run.policy.enter().parameters() if p.requires_grad], config.actor_lr)
+    if settings.credit == "critic":
+        alone = settings.critic == "separate" and not settings.lora
+        backbone = (copy.deepcopy(run.policy.model.base_model) if alone
+                    else vlm.Backbone(judge if settings.lora else run.policy))
+        run.critic = sapo.SegmentCritic(backbone, run.policy.hidden_size).to(settings.device)
+        run.critic_optimizer = vlm.adam(run.critic.parameters(), config.critic_lr)
 
 def build(settings, config):
     """The run: models, optimizers, environments and progress; fresh, or from the newest checkpoint with --resume."""
     transformers.utils.logging.disable_progress_bar()
+    if settings.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise SystemExit("--tensorboard needs a package that is not installed: pip install tensorboard")
     envs = [make_env(settings) for _ in range(settings.batch + 1)]
-    baselines.check(settings, "image" in envs[0].observation_space.spaces)
+    baselines.check(settings, not {"image", "images"}.isdisjoint(envs[0].observation_space.spaces))
     folder = Path(settings.resume or f"{settings.runs}/{settings.name}")
     run = SimpleNamespace(settings=settings, config=config, folder=folder, written=0, envs=envs[1:], judge=envs[0])
     torch.manual_seed(settings.seed)
     started, stored = time.time(), newest(folder) if settings.resume else None
-    warm = settings.model == "tiny" and (config.kl_coef or not stored)
+    warm = settings.model == "tiny" and (config.kl_coef or settings.lora or not stored)
     start = cached_warm_start(settings) if warm else settings.model
     if folder.exists() and not stored:  # an earlier run of the same name is kept, under the time of the move
         folder.rename(f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}")
     run.progress = {"iteration": 0, "episodes": 0, "generated_tokens": 0, "seconds": 0.0, "threshold": None,
                     "skipped_in_a_row": 0, "warm_start_seconds": time.time() - started}
-    run.policy = vlm.load(stored or start, settings.device, settings.dtype)
-    run.reference = vlm.load(start, settings.device, settings.dtype) if config.kl_coef else None
-    adam = lambda module, lr: torch.optim.Adam(module.parameters(), lr=lr, eps=1e-5)  # at 1e-8 noise gets unit steps
-    run.actor_optimizer, run.critic, run.critic_optimizer = adam(run.policy.model, config.actor_lr), None, None
-    if settings.credit == "critic":
-        run.critic = sapo.SegmentCritic(copy.deepcopy(run.policy.model.base_model)).to(settings.device)
-        run.critic_optimizer = adam(run.critic, config.critic_lr)
+    models(run, start, stored)
     if stored:
-        saved = torch.load(stored / "trainer.pt", weights_only=True)
+        saved = torch.load(stored / "trainer.pt", map_location="cpu", weights_only=True)
         for part in STATEFUL:
             if saved[part]:
                 getattr(run, part).load_state_dict(saved[part])
+        for p, kept in zip(trained(run), saved["weights"], strict=False):
+            p.data.copy_(kept)
         run.progress = saved["progress"]
         torch.set_rng_state(saved["rng"]), torch.cuda.set_rng_state_all(saved["cuda_rng"])
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.json").write_text(json.dumps(
-        {"method": settings.method, "env": settings.env, "seed": settings.seed,
-         "settings": asdict(settings), "config": asdict(config)}, indent=1))
-    for file in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):
-        # what came after the checkpoint will be written again; a line torn by a kill goes too
+    board = settings.tensorboard and importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    run.board = board and board(run.folder)
+    (run.folder / "config.json").write_text(json.dumps({"method": settings.method, "env": settings.env, "seed":
+        settings.seed, "settings": asdict(settings), "config": asdict(config)}, indent=1))
+    for file in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):  # what came after the checkpoint goes
         lines = file.read_text().splitlines(keepends=True) if stored and file.exists() else []
-        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["iteration"] <= run.progress["iteration"]]
-        file.write_text("".join(kept))
+        file.write_text("".join(x for x in lines if x.endswith("}\n")
+                                and json.loads(x)["iteration"] <= run.progress["iteration"]))
     return run
 
 # ----------------------------------------------------------------------------------------------------------- rollout
@@ -233,12 +251,16 @@ def ask(run, indices, split):
     """Reset an environment per index. -> (environments, the model's inputs)."""
     envs = run.envs[:len(indices)]
     seen = [e.reset(options={"index": int(i), "split": split})[0] for e, i in zip(envs, indices, strict=True)]
-    pictures = [Image.fromarray(o["image"]) if "image" in o else None for o in seen]
-    return envs, vlm.encode(run.policy, [o["prompt"] for o in seen], pictures)
+    first, place = np.unique(indices, return_index=True, return_inverse=True)[1:]  # a group's prompt is prepared once
+    seen = [seen[i] for i in first]
+    pictures = [list(map(Image.fromarray, o.get("images", [o["image"]] if "image" in o else []))) for o in seen]
+    inputs = vlm.encode(run.policy, [o["prompt"] for o in seen], pictures, envs[0].unwrapped.task.system)
+    return envs, vlm.take(inputs, torch.from_numpy(place))
 
 def write(run, inputs, temperature, top_p=1.0, limit=None):
     """The policy's answers, of at most `limit` tokens. -> (tokens, mask, texts per token)."""
-    tokens, mask = vlm.generate(run.policy, inputs, limit or run.settings.max_new_tokens, temperature, top_p, STOP)
+    stop = STOP if run.judge.unwrapped.task.cut(f"<answer>{STOP}")[1] else None
+    tokens, mask = vlm.generate(run.policy, inputs, limit or run.settings.max_new_tokens, temperature, top_p, stop)
     run.written += int(mask.sum())
     return tokens, mask, vlm.token_texts(run.policy, tokens, mask, env.END)
 
@@ -255,31 +277,33 @@ def replay(envs, texts, ends, mask):
             _, rewards[row, last], terminated, truncated, info = e.step("".join(pieces[first:last + 1]))
             first, over = last + 1, terminated or truncated
         infos.append(info)
-    return rewards, mask, infos
+    return rewards.to(ends.device), mask.to(ends.device), infos
 
 @torch.no_grad()
 def collect(run, indices, split="train"):
     """One batch of responses, scored, cut, replayed and credited. -> a namespace: a sapo.Rollout and what made it."""
     settings, policy, temperature, tree = run.settings, run.policy, run.settings.temperature, None
+    size = run.config.micro_batch or run.config.minibatch
+    in_parts = lambda function: vlm.in_parts(function, size, inputs, tokens, mask)
     envs, inputs = ask(run, indices, split)
     after = lambda rows, prefix, lengths, limit: write(
         run, vlm.extended(vlm.take(inputs, rows), prefix, lengths), temperature, limit=limit)
     if settings.credit == "tree":
-        prompt, tokens, mask, tree = baselines.grow(len(indices), settings, after, lambda text: bool(env.cut(text)[1]))
+        over = lambda text: bool(envs[0].unwrapped.task.cut(text)[1])
+        prompt, tokens, mask, tree = baselines.grow(len(indices), settings, after, over)
         indices, texts = indices[prompt.numpy()], vlm.token_texts(policy, tokens, mask, env.END)
         envs, inputs = ask(run, indices, split)
     else:
         tokens, mask, texts = write(run, inputs, temperature)
-    logp, entropy = vlm.score(policy, inputs, tokens, mask, temperature)
-    ref_logp = vlm.score(run.reference, inputs, tokens, mask, temperature)[0] if run.reference else None
-    values = vlm.prefix_values(run.critic, inputs, tokens, mask) if run.critic else None
+    logp, entropy = in_parts(lambda *x: vlm.score(policy, *x, temperature))
+    ref_logp = in_parts(lambda *x: vlm.score(run.reference, *x, temperature)[0]) if run.reference else None
+    values = in_parts(lambda *x: vlm.prefix_values(run.critic, *x)) if run.critic else None
     if settings.cut == "causal" and run.progress["threshold"] is None:  # a first threshold needs a batch of its own
         run.progress["threshold"] = sapo.entropy_quantile(entropy, mask, run.config.top_k)
         return collect(run, indices, split)
     ends = baselines.cut(settings.cut, mask, entropy, logp, texts, run.config.top_k, run.progress["threshold"],
                          settings.segment_tokens)
     rewards, used, infos = replay(envs, texts, ends, mask)
-    rewards, used = rewards.to(mask.device), used.to(mask.device)
     batch = SimpleNamespace(rollout=sapo.Rollout(used, ends & used, logp, rewards, values, ref_logp), tree=tree,
                             inputs=inputs, tokens=tokens, mask=mask, texts=texts, entropy=entropy, infos=infos,
                             envs=envs, indices=indices)
@@ -294,8 +318,7 @@ def collect(run, indices, split="train"):
 
 def train_indices(settings, iteration):
     """Which training examples iteration 1, 2, ... sees: fresh ones each time, each `group` times for a group's mean."""
-    per = baselines.responses_per_prompt(settings)
-    count = settings.batch // per
+    count = settings.batch // (per := baselines.responses_per_prompt(settings))
     return np.repeat(np.arange(count) + count * (iteration - 1), 1 if settings.credit == "tree" else per)
 
 def step(run) -> dict:
@@ -314,22 +337,17 @@ def step(run) -> dict:
         run.critic and (lambda rows: vlm.prefix_values(run.critic, *part(rows))),
         run.actor_optimizer, run.critic_optimizer, run.config, skipped_in_a_row=progress["skipped_in_a_row"])
     progress["skipped_in_a_row"] = history[-1]["skipped_in_a_row"]
-    progress["episodes"] += len(rollout.mask)
-    progress["generated_tokens"] += run.written - before
+    counts = {"episodes": progress["episodes"] + len(rollout.mask),
+              "generated_tokens": progress["generated_tokens"] + run.written - before}
+    progress |= counts
     return {"accuracy": np.mean([i["correct"] for i in batch.infos]).item(),
-            "reward": rollout.rewards.sum(1).mean().item(),
-            "response_tokens": rollout.mask.sum(1).float().mean().item(), **history[-1],
-            "episodes": progress["episodes"], "generated_tokens": progress["generated_tokens"], "actor_lr": lr}
+            "reward": rollout.rewards.sum(1).mean().item(), **history[-1], **counts, "actor_lr": lr,
+            "response_tokens": rollout.mask.sum(1).float().mean().item()}
 
 # -------------------------------------------------------------------------------------------------------- evaluation
-def wilson(right, n, z=1.96):
-    """95% interval of a share (Wilson's score interval). -> (low, high)."""
-    centre, spread = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
-
 def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
     """Accuracy on the first eval_episodes held-out examples, with its 95% interval."""
-    right, n = 0, run.settings.eval_episodes
+    right, n = 0, min(run.settings.eval_episodes, getattr(run.judge.unwrapped.task, "size", lambda _: 10**9)("eval"))
     for first in range(0, n, len(run.envs)):
         envs, inputs = ask(run, range(first, min(n, first + len(run.envs))), "eval")
         texts = write(run, inputs, temperature, top_p)[2]
@@ -371,7 +389,6 @@ def train(run) -> bool:
     """The loop. -> True when it came to its end, False after Ctrl-C; the checkpoint is written either way."""
     settings, progress, stop = run.settings, run.progress, []
     spent = lambda: 0 < settings.token_budget <= progress["generated_tokens"]
-    board = open_tensorboard(run) if settings.tensorboard else None
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, previous)))
     if "before" not in progress:
         progress["before"] = evaluate(run)
@@ -387,8 +404,8 @@ def train(run) -> bool:
                 row |= evaluate(run)
                 log(run, "samples.jsonl", *samples(run))
             log(run, "metrics.jsonl", row)
-            for key, x in row.items() if board else ():
-                board.add_scalar(key, x, row["iteration"])
+            for key, x in row.items() if run.board else ():
+                run.board.add_scalar(key, x, row["iteration"])
             bar.set_postfix_str(f"accuracy {row['accuracy']:.2f}, entropy {row.get('entropy', 0):.3f}", refresh=False)
             bar.update()
             if row["iteration"] % settings.checkpoint_every == 0 and row["iteration"] < settings.iterations:
@@ -398,50 +415,33 @@ def train(run) -> bool:
         bar.close(), signal.signal(signal.SIGINT, previous)
     return not stop
 
-def open_tensorboard(run):
-    """A TensorBoard writer, or one line that says what to install."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise SystemExit("--tensorboard needs a package that is not installed: pip install tensorboard") from None
-    return SummaryWriter(run.folder)
-
 def finish(run):
     """Final evaluations, summary.json, pictures, and the table on the terminal."""
     settings, progress = run.settings, run.progress
-    found = {"temperature 1": evaluate(run), "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95),
-             "greedy": evaluate(run, 0.0)}
-    final = found["temperature 1"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    found = {"temperature 1": (final := evaluate(run)), "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95)}
+    found["greedy"] = evaluate(run, 0.0)
     summary = {"command": run.command, "date": time.strftime("%Y-%m-%d"), "method": settings.method,
                "env": settings.env, "seed": settings.seed, "threads": torch.get_num_threads(),
-               "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                            "transformers": transformers.__version__},
+               "versions": {x.__name__: x.__version__ for x in (torch, transformers)} | {"python": sys.version},
                "warm_start_accuracy": progress["before"]["eval_accuracy"], "accuracy": final["eval_accuracy"],
                "accuracy_low": final["eval_low"], "accuracy_high": final["eval_high"],
-               "episodes": progress["episodes"], "generated_tokens": progress["generated_tokens"],
-               "seconds": progress["seconds"], "warm_start_seconds": progress["warm_start_seconds"],
-               "peak_rss_mb": peak, "evaluations": found}
+               **{x: progress[x] for x in ("episodes", "generated_tokens", "seconds", "warm_start_seconds")},
+               "peak_rss_mb": bench.peak_megabytes(), "eval_episodes": settings.eval_episodes, "evaluations": found}
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    print(f"\n{settings.method} on {settings.env}, seed {settings.seed}: {settings.eval_episodes} held-out episodes")
-    for kind, x in {"before, temperature 1": progress["before"], **found}.items():
-        print(f"  {kind:<30}{x['eval_accuracy']:7.1%}   95% interval {x['eval_low']:.1%} to {x['eval_high']:.1%}")
-    print(f"  {progress['seconds']:.0f} s of training, {progress['warm_start_seconds']:.0f} s of warm start, "
-          f"{peak:.0f} MB at most; files in {run.folder}")
-    try:
-        import figures
-        figures.learning_curve(run.folder), figures.credit_map(run.folder)
-    except ImportError as missing:
-        print(missing)
+    figures.report(run.folder, progress["before"])
 
 def main(argv=None):
     """The command line."""
-    run = build(*parse(argv))
+    try:
+        run = build(*parse(argv))
+    except (ValueError, OSError, ImportError) as error:  # a checkpoint or a data set that is not what it should be
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
     run.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         finished = train(run)
-    except FloatingPointError as error:  # the last checkpoint is from before it
-        raise SystemExit(f"iteration {run.progress['iteration']}: {error}") from None
+    except (FloatingPointError, RuntimeError) as error:  # the last checkpoint is from before it
+        reason = bench.out_of_memory(run, error) if isinstance(error, RuntimeError) else error
+        raise SystemExit(f"iteration {run.progress['iteration']}: {reason}") from None
     if not finished:
         return print(f"stopped at iteration {run.progress['iteration']}; python train.py --resume {run.folder} goes on")
     finish(run)

@@ -31,3 +31,31 @@ def test_other_sizes_leave_the_results_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
     bench.main(["--batch", "2", "--tokens", "4", "--repeats", "1"])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_true_sizes_are_those_of_the_published_models():
+    """Parameters, counted without making them: SmolVLM's 256 M and 2.25 B, Qwen2.5-VL's 3.75 B and 8.29 B."""
+    for (name, size), millions in zip(list(bench.SIZES.items())[1:], (256, 2246, 3755, 8292), strict=True):
+        kind, config, picture_tokens, _ = size()
+        with torch.device("meta"):
+            model = kind._from_config(config, dtype=torch.bfloat16)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02), name
+        assert config.image_token_id in picture_tokens
+
+
+@pytest.mark.parametrize(("name", "rank"), [("tiny", 0), ("small Qwen", 2)])
+def test_the_gpu_measurement_runs_whole_on_a_small_model(monkeypatch, name, rank):
+    if rank:
+        pytest.importorskip("peft", reason="LoRA needs peft")
+    monkeypatch.setitem(bench.SIZES, "small Qwen", lambda: bench._qwen(
+        256, 1, 2, 1, 32, 152_000, True, depth=2, hidden_size=32, intermediate_size=32, num_heads=2))
+    row = bench.one_size(name, "cpu", rank, rows=2, written=3, prompt=4, micro_batch=1)
+    assert row["seconds"].keys() == {"generate", "score", "values", "update"} and row["generated_per_second"] > 0
+    assert (row["trained"] < row["parameters"] / 2) == bool(rank)
+
+
+def test_without_a_card_the_gpu_measurement_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a CUDA card"):
+        bench.main(["gpu", "--out", str(tmp_path / "gpu.json")])
+    assert not list(tmp_path.iterdir())
