@@ -56,6 +56,13 @@ def test_the_memory_of_scoring_is_what_results_hold():
     assert said in README.replace("\n", " ")
 
 
+def test_the_race_of_iterations_is_what_results_hold():
+    share = json.loads((ROOT / "results" / "bench_iteration.json").read_text())["of_grpo"]
+    ours, theirs = share["SAPO"], share["TRL's GRPO"]
+    said = f"takes {ours:.2f} of our GRPO's time and TRL's `GRPOTrainer` {theirs:.2f} of it"
+    assert said in README.replace("\n", " ")
+
+
 def test_the_table_of_the_card_is_what_results_hold():
     file = ROOT / "results" / "gpu.json"
     if not file.is_file():
