@@ -2,7 +2,7 @@
 
     python train.py                                          # DiceSum, tiny model built on the spot, two CPU cores
     python train.py --method ppo --seed 1                    # the same with tokens for segments
-    python train.py --model FOLDER --env SAPO/Dataset-v0 --env_args path=mine.parquet --lora 16 --warm_start_steps 0
+    python train.py --model FOLDER --env SAPO/Dataset-v0 --env_args path=mine.parquet --lora 16
     python train.py --resume runs/DiceSum-sapo-topk-seed0    # go on where it was cut
 
 One iteration: reset one Gymnasium environment per response; the policy writes whole responses; they are scored, judged
@@ -43,7 +43,6 @@ import env
 import figures
 import sapo
 import vlm
-from figures import wilson
 from sapo import setting
 
 STATEFUL = ("critic", "actor_optimizer", "critic_optimizer")  # what a checkpoint holds beside the policy
@@ -132,7 +131,8 @@ def warm_start(settings, directory):
         bar.set_postfix_str(f"{loss.item():.3f} nats per token", refresh=False)
     model.model.save_pretrained(directory)
 
-def digest(folder):  # {file: sha256} of everything in it but the manifest itself
+def digest(folder):
+    """{file: sha256} of everything in a folder but the manifest itself."""
     return {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in folder.iterdir() if x.name != "manifest.json"}
 
 def cached_warm_start(settings) -> Path:
@@ -202,9 +202,8 @@ def models(run, start, stored):
     run.reference = (run.reference if settings.lora else load(start)) if config.kl_coef else None
     run.actor_optimizer = vlm.adam([p for p in run.policy.enter().parameters() if p.requires_grad], config.actor_lr)
     if settings.credit == "critic":
-        alone = settings.critic == "separate" and not settings.lora
-        backbone = (copy.deepcopy(run.policy.model.base_model) if alone
-                    else vlm.Backbone(judge if settings.lora else run.policy))
+        view = judge if settings.lora else run.policy if settings.critic == "shared" else None
+        backbone = vlm.Backbone(view) if view else copy.deepcopy(run.policy.model.base_model)
         run.critic = sapo.SegmentCritic(backbone, run.policy.hidden_size).to(settings.device)
         run.critic_optimizer = vlm.adam(run.critic.parameters(), config.critic_lr)
 
@@ -214,6 +213,8 @@ def build(settings, config):
     if settings.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise SystemExit("--tensorboard needs a package that is not installed: pip install tensorboard")
     envs = [make_env(settings) for _ in range(settings.batch + 1)]
+    if size := getattr(envs[0].unwrapped.task, "size", None):  # a data set ends: no row is judged twice
+        settings.eval_episodes = min(settings.eval_episodes, size("eval"))
     baselines.check(settings, not {"image", "images"}.isdisjoint(envs[0].observation_space.spaces))
     folder = Path(settings.resume or f"{settings.runs}/{settings.name}")
     run = SimpleNamespace(settings=settings, config=config, folder=folder, written=0, envs=envs[1:], judge=envs[0])
@@ -236,8 +237,8 @@ def build(settings, config):
         run.progress = saved["progress"]
         torch.set_rng_state(saved["rng"]), torch.cuda.set_rng_state_all(saved["cuda_rng"])
     run.folder.mkdir(parents=True, exist_ok=True)
-    board = settings.tensorboard and importlib.import_module("torch.utils.tensorboard").SummaryWriter
-    run.board = board and board(run.folder)
+    board = importlib.import_module("torch.utils.tensorboard") if settings.tensorboard else None
+    run.board = board and board.SummaryWriter(run.folder)
     (run.folder / "config.json").write_text(json.dumps({"method": settings.method, "env": settings.env, "seed":
         settings.seed, "settings": asdict(settings), "config": asdict(config)}, indent=1))
     for file in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):  # what came after the checkpoint goes
@@ -289,8 +290,8 @@ def collect(run, indices, split="train"):
     after = lambda rows, prefix, lengths, limit: write(
         run, vlm.extended(vlm.take(inputs, rows), prefix, lengths), temperature, limit=limit)
     if settings.credit == "tree":
-        over = lambda text: bool(envs[0].unwrapped.task.cut(text)[1])
-        prompt, tokens, mask, tree = baselines.grow(len(indices), settings, after, over)
+        prompt, tokens, mask, tree = baselines.grow(
+            len(indices), settings, after, lambda text: bool(envs[0].unwrapped.task.cut(text)[1]))
         indices, texts = indices[prompt.numpy()], vlm.token_texts(policy, tokens, mask, env.END)
         envs, inputs = ask(run, indices, split)
     else:
@@ -337,9 +338,8 @@ def step(run) -> dict:
         run.critic and (lambda rows: vlm.prefix_values(run.critic, *part(rows))),
         run.actor_optimizer, run.critic_optimizer, run.config, skipped_in_a_row=progress["skipped_in_a_row"])
     progress["skipped_in_a_row"] = history[-1]["skipped_in_a_row"]
-    counts = {"episodes": progress["episodes"] + len(rollout.mask),
-              "generated_tokens": progress["generated_tokens"] + run.written - before}
-    progress |= counts
+    progress |= (counts := {"episodes": progress["episodes"] + len(rollout.mask),
+                            "generated_tokens": progress["generated_tokens"] + run.written - before})
     return {"accuracy": np.mean([i["correct"] for i in batch.infos]).item(),
             "reward": rollout.rewards.sum(1).mean().item(), **history[-1], **counts, "actor_lr": lr,
             "response_tokens": rollout.mask.sum(1).float().mean().item()}
@@ -347,12 +347,12 @@ def step(run) -> dict:
 # -------------------------------------------------------------------------------------------------------- evaluation
 def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
     """Accuracy on the first eval_episodes held-out examples, with its 95% interval."""
-    right, n = 0, min(run.settings.eval_episodes, getattr(run.judge.unwrapped.task, "size", lambda _: 10**9)("eval"))
+    right, n = 0, run.settings.eval_episodes
     for first in range(0, n, len(run.envs)):
         envs, inputs = ask(run, range(first, min(n, first + len(run.envs))), "eval")
         texts = write(run, inputs, temperature, top_p)[2]
         right += sum(e.step("".join(text))[4]["correct"] for e, text in zip(envs, texts, strict=True))
-    return dict(zip(("eval_accuracy", "eval_low", "eval_high"), (right / n, *wilson(right, n)), strict=True))
+    return dict(zip(("eval_accuracy", "eval_low", "eval_high"), (right / n, *figures.wilson(right, n)), strict=True))
 
 def samples(run, count=64):
     """Held-out responses with their credit, token by token, for figures.credit_map."""
@@ -421,8 +421,8 @@ def finish(run):
     found = {"temperature 1": (final := evaluate(run)), "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95)}
     found["greedy"] = evaluate(run, 0.0)
     summary = {"command": run.command, "date": time.strftime("%Y-%m-%d"), "method": settings.method,
-               "env": settings.env, "seed": settings.seed, "threads": torch.get_num_threads(),
-               "versions": {x.__name__: x.__version__ for x in (torch, transformers)} | {"python": sys.version},
+               "env": settings.env, "seed": settings.seed, "threads": torch.get_num_threads(), "versions": {
+                   "python": sys.version.split()[0], **{x.__name__: x.__version__ for x in (torch, transformers)}},
                "warm_start_accuracy": progress["before"]["eval_accuracy"], "accuracy": final["eval_accuracy"],
                "accuracy_low": final["eval_low"], "accuracy_high": final["eval_high"],
                **{x: progress[x] for x in ("episodes", "generated_tokens", "seconds", "warm_start_seconds")},

@@ -321,11 +321,14 @@ def trained(run_folder):
 @pytest.mark.parametrize("family", OPENABLE)
 def test_every_family_trains_through_the_same_flags(monkeypatch, folders, parquet, tmp_path, earnings, family):
     model = opened(monkeypatch, folders, family)
-    argv = flags(folders(family), parquet, tmp_path, "--name", family, "--actor_lr", "1e-3", "--eval_every", "9",
+    argv = flags(folders(family), parquet, tmp_path, "--name", family, "--actor_lr", "1e-3", "--eval_episodes", "99",
                  "--env_args", f"path={parquet}", "style=boxed")
     if family == "idefics3":  # the whole command once; its last evaluations and pictures know no family
         train.main(argv)
         assert {"learning_curve.png", "credit.html", "summary.json"} <= {x.name for x in (tmp_path / family).iterdir()}
+        summary = json.loads((tmp_path / family / "summary.json").read_text())  # never more than there are rows
+        held_out = train.make_env(train.parse(argv)[0]).unwrapped.task.size("eval")
+        assert summary["eval_episodes"] == held_out < 20
     else:
         train.train(train.build(*train.parse(argv)))
     rows, _ = trained(tmp_path / family)

@@ -28,6 +28,7 @@ from PIL import Image
 
 import baselines
 import env
+import figures
 import sapo
 import train
 import vlm
@@ -471,11 +472,11 @@ def test_minibatches_that_are_never_finite_stop_the_run_and_leave_the_checkpoint
 # ---------------------------------------------------------------------------------------------------------- evaluation
 def test_wilson_against_known_values():
     """Wilson (1927): 8 of 10 gives 0.490 to 0.943; 0 of 10 gives 0 to 0.278, and its mirror image."""
-    assert train.wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-5)
-    assert train.wilson(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-5)
-    assert train.wilson(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-5)
+    assert figures.wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-5)
+    assert figures.wilson(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-5)
+    assert figures.wilson(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-5)
     for right in range(51):
-        low, high = train.wilson(right, 50)
+        low, high = figures.wilson(right, 50)
         assert -1e-12 <= low <= right / 50 <= high <= 1 + 1e-12
 
 
@@ -491,7 +492,7 @@ def test_evaluation_counts_held_out_episodes(runs, episodes):
         right += envs[0].step("".join(texts[0]))[4]["correct"]
         assert envs[0].unwrapped.example_id == f"eval/{i}"
     assert found["eval_accuracy"] == right / episodes
-    assert (found["eval_low"], found["eval_high"]) == train.wilson(right, episodes)
+    assert (found["eval_low"], found["eval_high"]) == figures.wilson(right, episodes)
 
 
 # -------------------------------------------------------------------------------------------- checkpoints and resuming
