@@ -4,6 +4,7 @@
     python compare.py --experiment cuts                  # one of EXPERIMENTS: tune, main, cuts, topk, horizon, controls
     python compare.py --env SAPO/ArrowPath-v0 --env_args length=12 grid=4
     python compare.py --experiment truth     # on one frozen policy: is the credit right, are the values, the gradients?
+    python compare.py --experiment lift                  # does V jump where entropy is high, before and after training?
     python compare.py --methods sapo ppo --seeds 3 --tokens 300000 --lam 0.9    # other flags are train.py's
 
 The budget counts every token that the policy writes in training: groups, trees and Monte-Carlo continuations too. Each
@@ -35,7 +36,7 @@ import baselines
 import sapo
 import train
 import vlm
-from figures import interval
+from figures import interval, table
 from sapo import setting
 
 ROOT = Path(__file__).parent
@@ -59,7 +60,7 @@ TRUTH = {**EXPERIMENTS["main"], "sapo, causal cut": ["--cut", "causal"], "sapo, 
 @dataclass
 class Sweep:
     """What to compare."""
-    experiment: str = setting("main", f"one of {', '.join(EXPERIMENTS)}, truth")
+    experiment: str = setting("main", f"one of {', '.join(EXPERIMENTS)}, truth, lift")
     methods: list[str] = field(default_factory=list, metadata={"help": "only these methods, in place of all of main"})
     env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
     env_args: list[str] = field(default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"})
@@ -147,8 +148,8 @@ def main(argv=None):
              "date": time.strftime("%Y-%m-%d"), "versions": {x.__name__: x.__version__ for x in (torch, transformers)}}
     file.parent.mkdir(exist_ok=True)
     write = lambda **more: file.write_text(json.dumps(found | more, indent=1) + "\n")
-    if sweep.experiment == "truth":
-        for part in truth(sweep, extra):
+    if measure := {"truth": truth, "lift": lifts}.get(sweep.experiment):
+        for part in measure(sweep, extra):
             write(**part)
         return print(file.read_text())
     runs = list(plan(sweep, extra))
@@ -159,21 +160,6 @@ def main(argv=None):
             bar.update()
     bar.close()
     print(table(json.loads(file.read_text())))
-
-# ------------------------------------------------------------------------------------------------------- statistics
-def table(found):
-    """The outcome as a Markdown table, a row per variant."""
-    lines = ["| | seeds | before | after: IQM, 95% interval | beats its start | tokens | seconds |",
-             "|---|---|---|---|---|---|---|"]
-    for label in dict.fromkeys(run["label"] for run in found["runs"]):
-        runs = [run for run in found["runs"] if run["label"] == label]
-        mean = {k: np.mean([run[k] for run in runs]) for k in ("warm_start_accuracy", "generated_tokens", "seconds")}
-        value, low, high = interval([run["accuracy"] for run in runs])
-        better = sum(run["accuracy"] > run["warm_start_accuracy"] for run in runs)
-        before, tokens, seconds = mean.values()
-        lines.append(f"| {label} | {len(runs)} | {before:.3f} | {value:.3f} ({low:.3f} to {high:.3f}) | "
-                     f"{better} of {len(runs)} | {tokens:.0f} | {seconds:.0f} |")
-    return "\n".join(lines)
 
 # ----------------------------------------------------------------------------------------------------- ground truth
 def frozen(sweep, extra, flags, critic_rollouts=0):
@@ -251,29 +237,43 @@ def lift(entropy, jump, q, top=0.1):
     chosen, large = (x >= np.quantile(x, 1 - share) for x, share in ((entropy, q), (jump, top)))
     return float(large[chosen].mean() / large.mean())
 
-def value_error(sweep, extra, flags, rollouts, continuations, responses):
-    """A trained critic against Monte-Carlo values where it is read, and Lift over q if that is at every token."""
+def lift_over_q(batch, draws=1000):
+    """{q: (Lift, low, high)} by a batch's token values, with the 95% interval of a bootstrap over responses."""
+    rollout, rng = batch.rollout, np.random.default_rng(0)
+    values = torch.where(rollout.mask, rollout.values, 0.0)
+    after = torch.nn.functional.pad(values, (0, 1))[:, 1:] + rollout.rewards  # behind the last token: R
+    mask, entropy, jump = (x.numpy() for x in (rollout.mask, batch.entropy, (values - after).abs()))
+    drawn = [np.arange(len(mask)), *rng.integers(len(mask), size=(draws, len(mask)))]
+    found = {q: [lift(entropy[i][mask[i]], jump[i][mask[i]], q) for i in drawn] for q in (0.5, 0.3, 0.2, 0.1, 0.05)}
+    return {str(q): (x[0], *np.quantile(x[1:], (0.025, 0.975)).tolist()) for q, x in found.items()}
+
+def value_error(sweep, extra, flags, rollouts=40, continuations=64, responses=64):
+    """A trained critic against Monte-Carlo values where it is read. -> (the errors, its batch, Monte Carlo's batch)."""
     critic = same_batch(frozen(sweep, extra, flags, rollouts), responses, group=1)
     exact = same_batch(frozen(sweep, extra, [*flags, "--lam", "0", "--credit", "continuations", "--continuations",
                                              str(continuations)]), responses, group=1)
     assert torch.equal(critic.tokens, exact.tokens)
-    ends, mask, lifts = exact.rollout.ends, exact.rollout.mask, {}
-    reads = sapo.boundaries(ends, mask)
+    reads = sapo.boundaries(exact.rollout.ends, exact.rollout.mask)
     guess, truth = critic.rollout.values[reads].numpy(), exact.rollout.values[reads].numpy()
-    for name, batch in (("critic", critic), ("Monte Carlo", exact)) if torch.equal(ends, mask) else ():
-        values = torch.where(mask, batch.rollout.values, 0.0)
-        after = torch.cat([values[:, 1:], torch.zeros(len(values), 1)], 1) + batch.rollout.rewards  # at the end: R
-        jump = (values - after).abs()[mask].numpy()
-        lifts[name] = {f"{q}": lift(batch.entropy[mask].numpy(), jump, q) for q in (0.5, 0.3, 0.2, 0.1, 0.05)}
-    return {"rmse": float(np.sqrt(np.mean((guess - truth) ** 2))), "spread_of_truth": float(truth.std()),
-            "correlation": float(np.corrcoef(guess, truth)[0, 1]) if guess.std() > 0 else 0.0,
-            "states": len(truth), "lift": lifts}
+    return {"rollouts": rollouts, "continuations": continuations, "responses": responses, "states": len(truth),
+            "rmse": float(np.sqrt(np.mean((guess - truth) ** 2))), "spread_of_truth": float(truth.std()),
+            "correlation": float(np.corrcoef(guess, truth)[0, 1]) if guess.std() > 0 else 0.0}, critic, exact
+
+def lifts(sweep, extra, **sizes):
+    """Lift over q by the token critic and by Monte Carlo, before and after SAPO's run in the comparison."""
+    (_, seed, folder, flags), = plan(replace(sweep, experiment="main", methods=["sapo"], seeds=1), extra)
+    execute(folder, flags)
+    found = {"seed": seed}
+    for when, start in {"early": [], "late": ["--model", str(folder / "checkpoint")]}.items():
+        errors, critic, exact = value_error(sweep, [*extra, *start], ["--method", "ppo"], **sizes)
+        found[when] = {**errors, "lift": {"critic": lift_over_q(critic), "Monte Carlo": lift_over_q(exact)}}
+        yield found
 
 def truth(sweep, extra, count=8, rollouts=40, continuations=64, large=64, responses=256):
     """All of the ground truth, for results/truth-<task>.json."""
     found, budget = {"methods": {}, "values": {}}, 16_000  # generated tokens per gradient
     for name, flags in (("segment critic", ["--method", "sapo"]), ("token critic", ["--method", "ppo"])):
-        found["values"][name] = value_error(sweep, extra, flags, rollouts, continuations, responses // 8)
+        found["values"][name] = value_error(sweep, extra, flags, rollouts, continuations, responses // 8)[0]
         yield found
     run, halves = frozen(sweep, extra, ["--method", "sapo"]), [[], []]
     for i in tqdm(range(large), "reference gradient", leave=False, disable=None):  # REINFORCE, the mean as baseline

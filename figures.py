@@ -372,6 +372,21 @@ def interval(values, statistic=iqm, draws=2000, seed=0):
     return float(statistic(values)), *np.quantile(drawn, (0.025, 0.975)).tolist()
 
 
+def table(found):
+    """The outcome as a Markdown table, a row per variant."""
+    lines = ["| | seeds | before | after: IQM, 95% interval | beats its start | tokens | seconds |",
+             "|---|---|---|---|---|---|---|"]
+    for label in dict.fromkeys(run["label"] for run in found["runs"]):
+        runs = [run for run in found["runs"] if run["label"] == label]
+        mean = {k: np.mean([run[k] for run in runs]) for k in ("warm_start_accuracy", "generated_tokens", "seconds")}
+        value, low, high = interval([run["accuracy"] for run in runs])
+        better = sum(run["accuracy"] > run["warm_start_accuracy"] for run in runs)
+        before, tokens, seconds = mean.values()
+        lines.append(f"| {label} | {len(runs)} | {before:.3f} | {value:.3f} ({low:.3f} to {high:.3f}) | "
+                     f"{better} of {len(runs)} | {tokens:.0f} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
 def _figure(width, height, columns=1):
     """A matplotlib figure whose SVG is the same at every drawing, and its axes."""
     try:
@@ -462,12 +477,31 @@ def truth(file):
     return _save(figure, Path(file).with_suffix(".svg"))
 
 
+def lift(file):
+    """Lift (Eq. 12) over q, early and late in training, by sampled values and by the critic. -> the SVG's path."""
+    found = json.loads(Path(file).read_text(encoding="utf-8"))
+    figure, axes = _figure(11, 4, 2)
+    for part, (when, title) in zip(axes, {"early": "before training", "late": "after training"}.items(), strict=True):
+        for colour, shift, name in ((BLUE, -0.6, "Monte Carlo"), (VERMILLION, 0.6, "critic")):
+            places = [100 * float(q) + shift for q in found[when]["lift"][name]]
+            values, low, high = zip(*found[when]["lift"][name].values(), strict=True)
+            part.vlines(places, low, high, color=colour, linewidth=2.5)
+            part.plot(places, values, "o", color=colour, markersize=7, label=f"values by {name}")
+        part.axhline(1, color=FAINT, linestyle="--", linewidth=1)
+        part.set(xlabel="q: share of tokens called high-entropy (%)", title=title)
+        part.legend(fontsize=9)
+    axes[0].set_ylabel("Lift (Eq. 12), 95% interval over responses")
+    axes[1].sharey(axes[0])
+    figure.suptitle(f"Does V jump where entropy is high? {found['task']}", fontweight="bold")
+    return _save(figure, Path(file).with_suffix(".svg"))
+
+
 def drawn(folder):
     """Draw all that compare.py left in a folder of results. -> paths."""
     for file in sorted(Path(folder).glob("*.json")):
         kind = file.stem.split("-")[0]
-        if kind == "truth":
-            yield truth(file)
+        if kind in ("truth", "lift"):
+            yield {"truth": truth, "lift": lift}[kind](file)
         elif kind != "tune" and "runs" in json.loads(file.read_text(encoding="utf-8")):
             yield comparison(file)
             if kind == "main":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -214,8 +215,41 @@ def test_the_gradient_is_the_policy_gradient(small, average):
 
 
 def test_values_are_compared_at_the_same_states(small):
-    found = compare.value_error(*small, ["--method", "ppo"], rollouts=1, continuations=4, responses=8)
-    assert found["states"] > 0 and found["rmse"] > 0 and set(found["lift"]) == {"critic", "Monte Carlo"}
+    found, critic, exact = compare.value_error(*small, ["--method", "ppo"], rollouts=1, continuations=4, responses=8)
+    assert found["states"] == int(exact.mask.sum()) and found["rmse"] > 0  # every token is a state of PPO's
+    values = exact.rollout.values[exact.mask]
+    assert torch.equal(values * 4, (values * 4).round()) and not torch.equal(values, critic.rollout.values[exact.mask])
+
+
+def test_lift_early_and_late_from_one_command(small, tmp_path, monkeypatch):
+    """It makes the comparison's run where that is missing, and the late policy is that run's."""
+    monkeypatch.setattr(compare, "execute", lambda folder, flags: train.main(flags))  # without a process of its own
+    settings = dataclasses.replace(small[0], experiment="lift", seeds=1, tokens=300, tag="lift")
+    extra = [*small[1], "--batch", "16"]
+    found = list(compare.lifts(settings, extra, rollouts=1, continuations=4, responses=8))[-1]
+    (run,) = Path(settings.runs).glob("main-*-lift/sapo-seed0")
+    assert (run / "summary.json").is_file()
+    for when in ("early", "late"):
+        assert set(found[when]["lift"]) == {"critic", "Monte Carlo"}
+        for curve in found[when]["lift"].values():
+            assert all(0 <= low <= value + 1e-9 and value <= high + 1e-9 for value, low, high in curve.values()), curve
+    (tmp_path / "lift-small.json").write_text(json.dumps({"task": "TextSum", **found}))
+    assert [path.name for path in figures.drawn(tmp_path)] == ["lift-small.svg"]
+
+
+def test_lift_reads_the_change_of_value_at_each_token():
+    """Values fall by 1 after the two tokens of high entropy, and the last one meets its reward."""
+    mask = torch.tensor([[True] * 10, [True] * 9 + [False]])
+    values = torch.tensor([[2.0] * 4 + [1.0] * 6, [1.0] * 6 + [0.0] * 3 + [7.0]])  # the last: off the mask
+    rewards = torch.zeros(2, 10)
+    rewards[0, 9] = 1.0
+    entropy = torch.zeros(2, 10)
+    entropy[0, 3] = entropy[1, 5] = 1.0
+    batch = SimpleNamespace(entropy=entropy, rollout=SimpleNamespace(mask=mask, values=values, rewards=rewards))
+    curve = compare.lift_over_q(batch, draws=50)
+    assert curve["0.1"][0] == pytest.approx(19 / 2)  # both jumps, among the two of 19 tokens
+    batch.rollout.rewards = rewards * 0.0  # now the first response's end is a jump too, and entropy does not see it
+    assert compare.lift_over_q(batch, draws=50)["0.1"][0] == pytest.approx(19 / 3)
 
 
 def test_equal_budgets_of_generated_tokens(small):

@@ -10,7 +10,6 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-import compare
 import figures
 import train
 
@@ -88,8 +87,12 @@ def test_the_tables_of_comparisons_are_what_results_hold(file):
             within, first = x["auroc_in_wrong_responses"], x["share_on_first_wrong_step"][0]
             rows.append(f"| {name} | {x['auroc']:.2f} ({x['auroc_interval'][0]:.2f} to {x['auroc_interval'][1]:.2f}) | "
                         f"{within:.2f} | {first:.2f} | {x['cosine'][0]:.2f} | {x['variance']:.1f} |")
+    elif found["experiment"] == "lift":
+        shown = lambda x: f"{x[0]:.1f} ({x[1]:.1f} to {x[2]:.1f})"
+        curves = [found[when]["lift"][name] for when in ("early", "late") for name in ("Monte Carlo", "critic")]
+        rows = [f"| {float(q):.0%} | " + " | ".join(shown(x[q]) for x in curves) + " |" for q in curves[0]]
     else:
-        rows = compare.table(found).splitlines()[2:]
+        rows = figures.table(found).splitlines()[2:]
     missing = [row for row in rows if row not in README]
     assert rows and not missing, f"README.md lacks these rows of {file.name}: {missing}"
 
