@@ -269,9 +269,9 @@ def lifts(sweep, extra, **sizes):
         found[when] = {**errors, "lift": {"critic": lift_over_q(critic), "Monte Carlo": lift_over_q(exact)}}
         yield found
 
-def truth(sweep, extra, count=8, rollouts=40, continuations=64, large=64, responses=256):
-    """All of the ground truth, for results/truth-<task>.json."""
-    found, budget = {"methods": {}, "values": {}}, 16_000  # generated tokens per gradient
+def truth(sweep, extra, count=8, rollouts=40, continuations=64, large=64, responses=256, budget=16_000):
+    """All of the ground truth, for results/truth-<task>.json. budget: generated tokens per gradient."""
+    found = {"methods": {}, "values": {}}
     for name, flags in (("segment critic", ["--method", "sapo"]), ("token critic", ["--method", "ppo"])):
         found["values"][name] = value_error(sweep, extra, flags, rollouts, continuations, responses // 8)[0]
         yield found
