@@ -41,7 +41,7 @@ from sapo import setting
 
 ROOT = Path(__file__).parent
 METHODS = list(baselines.SETTINGS)
-GRID = ["1e-4", "3e-4", "6e-4"]
+GRID = ["1e-4", "3e-4", "6e-4", "1.2e-3"]
 # Monte-Carlo values cost many tokens per response, so these methods take smaller batches from the same budget.
 BATCHES = {"spo-chain": ["--batch", "64", "--minibatch", "32", "--continuations", "4"],
            "vineppo": ["--batch", "32", "--minibatch", "16", "--continuations", "4"]}
