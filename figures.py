@@ -458,7 +458,8 @@ def training(file, methods=("sapo", "ppo", "vc-ppo", "grpo")):
             if points:
                 part.plot([x / 1e3 for x, _ in points], [y for _, y in points], label=method, color=colour, linewidth=2)
         part.set(xlabel="generated tokens (thousands)", ylabel=unit)
-        part.legend(fontsize=9)
+        if part.lines:  # GRPO alone has no value loss
+            part.legend(fontsize=9)
     figure.suptitle(f"Through training on {found['task']}", fontweight="bold")
     return _save(figure, Path(file).with_name(Path(file).stem + "-training.svg"))
 
