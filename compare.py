@@ -86,11 +86,11 @@ def best_rate(sweep, method):
     file = ROOT / sweep.results / f"{replace(sweep, experiment='tune').name}.json"
     if sweep.experiment == "tune" or not file.is_file():
         return []
-    runs = [(*run["label"].split(" "), run["accuracy"]) for run in json.loads(file.read_text())["runs"]]
-    mean = {lr: np.mean([x for name, rate, x in runs if (name, rate) == (method, lr)] or [0.0]) for lr in GRID}
-    best, episodes = max(mean.values()), 512 * len({run for run in runs if run[0] == method}) / len(GRID)
-    within = best - math.sqrt(best * (1 - best) / max(episodes, 1))
-    return ["--actor_lr", next(lr for lr in GRID if mean[lr] >= within)] if best > 0 else []
+    runs = json.loads(file.read_text())["runs"]
+    found = {lr: x for lr in GRID if (x := [run["accuracy"] for run in runs if run["label"] == f"{method} {lr}"])}
+    best, seeds = max(((np.mean(x), len(x)) for x in found.values()), default=(0, 1))
+    within = best - math.sqrt(best * (1 - best) / (512 * seeds))  # of the evaluations alone: runs vary more
+    return next((["--actor_lr", lr] for lr, x in found.items() if np.mean(x) >= within), [])
 
 def plan(sweep, extra):
     """Every run of the sweep: (label, seed, folder, the flags of train.py)."""
@@ -238,14 +238,14 @@ def lift(entropy, jump, q, top=0.1):
     return float(large[chosen].mean() / large.mean())
 
 def lift_over_q(batch, draws=1000):
-    """{q: (Lift, low, high)} by a batch's token values, with the 95% interval of a bootstrap over responses."""
-    rollout, rng = batch.rollout, np.random.default_rng(0)
-    values = torch.where(rollout.mask, rollout.values, 0.0)
-    after = torch.nn.functional.pad(values, (0, 1))[:, 1:] + rollout.rewards  # behind the last token: R
-    mask, entropy, jump = (x.numpy() for x in (rollout.mask, batch.entropy, (values - after).abs()))
-    drawn = [np.arange(len(mask)), *rng.integers(len(mask), size=(draws, len(mask)))]
+    """lift: {q: (Lift, low, high)} by a batch's token values, its 95% interval by bootstrap over responses; large: the
+    share of D, above 10% where many jumps are equal. A response's last token is left out: it has no V_{t+1}."""
+    mask = (batch.rollout.mask & ~sapo.response_ends(batch.rollout.mask))[:, :-1].numpy()
+    entropy, jump = batch.entropy[:, :-1].numpy(), batch.rollout.values.diff(dim=1).abs().numpy()
+    drawn = [np.arange(len(mask)), *np.random.default_rng(0).integers(len(mask), size=(draws, len(mask)))]
     found = {q: [lift(entropy[i][mask[i]], jump[i][mask[i]], q) for i in drawn] for q in (0.5, 0.3, 0.2, 0.1, 0.05)}
-    return {str(q): (x[0], *np.quantile(x[1:], (0.025, 0.975)).tolist()) for q, x in found.items()}
+    return {"large": float((jump[mask] >= np.quantile(jump[mask], 0.9)).mean()),
+            "lift": {str(q): (x[0], *np.quantile(x[1:], (0.025, 0.975)).tolist()) for q, x in found.items()}}
 
 def value_error(sweep, extra, flags, rollouts=40, continuations=64, responses=64):
     """A trained critic against Monte-Carlo values where it is read. -> (the errors, its batch, Monte Carlo's batch)."""
@@ -263,10 +263,10 @@ def lifts(sweep, extra, **sizes):
     """Lift over q by the token critic and by Monte Carlo, before and after SAPO's run in the comparison."""
     (_, seed, folder, flags), = plan(replace(sweep, experiment="main", methods=["sapo"], seeds=1), extra)
     execute(folder, flags)
-    found = {"seed": seed}
+    found = {"seed": seed, "run": shlex.join(flags)}
     for when, start in {"early": [], "late": ["--model", str(folder / "checkpoint")]}.items():
         errors, critic, exact = value_error(sweep, [*extra, *start], ["--method", "ppo"], **sizes)
-        found[when] = {**errors, "lift": {"critic": lift_over_q(critic), "Monte Carlo": lift_over_q(exact)}}
+        found[when] = {**errors, "critic": lift_over_q(critic), "Monte Carlo": lift_over_q(exact)}
         yield found
 
 def truth(sweep, extra, count=8, rollouts=40, continuations=64, large=64, responses=256, budget=16_000):

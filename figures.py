@@ -484,8 +484,9 @@ def lift(file):
     figure, axes = _figure(11, 4, 2)
     for part, (when, title) in zip(axes, {"early": "before training", "late": "after training"}.items(), strict=True):
         for colour, shift, name in ((BLUE, -0.6, "Monte Carlo"), (VERMILLION, 0.6, "critic")):
-            places = [100 * float(q) + shift for q in found[when]["lift"][name]]
-            values, low, high = zip(*found[when]["lift"][name].values(), strict=True)
+            curve = found[when][name]["lift"]
+            places = [100 * float(q) + shift for q in curve]
+            values, low, high = zip(*curve.values(), strict=True)
             part.vlines(places, low, high, color=colour, linewidth=2.5)
             part.plot(places, values, "o", color=colour, markersize=7, label=f"values by {name}")
         part.axhline(1, color=FAINT, linestyle="--", linewidth=1)

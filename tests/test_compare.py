@@ -105,6 +105,15 @@ def test_the_best_rate_of_the_tuning_is_used(tmp_path):
         assert train.parse(flags)[1].actor_lr == float(label.split()[1])
 
 
+def test_a_tuning_counts_for_its_own_tag_and_a_methods_own_batch_stands_behind_the_users(tmp_path):
+    (tmp_path / "tune-DiceSum-long.json").write_text(json.dumps({"runs": [{"label": "ppo 1e-4", "accuracy": 0.9}]}))
+    flags = ["--results", str(tmp_path), "--seeds", "1", "--methods", "ppo", "vineppo", "--batch", "128"]
+    for tag, rate in (("", 3e-4), ("long", 1e-4)):
+        found = {label: train.parse(run) for label, _, _, run in compare.plan(*sweep(*flags, "--tag", tag))}
+        assert found["ppo"][1].actor_lr == rate and found["vineppo"][1].actor_lr == 3e-4
+        assert (found["ppo"][0].batch, found["vineppo"][0].batch) == (128, 32)
+
+
 # ----------------------------------------------------------------------------------------------------------- a sweep
 def test_a_sweep_end_to_end_and_again(tmp_path, capsys):
     """A method by two seeds through the real command line; a second call finds all of it done."""
@@ -224,32 +233,37 @@ def test_values_are_compared_at_the_same_states(small):
 def test_lift_early_and_late_from_one_command(small, tmp_path, monkeypatch):
     """It makes the comparison's run where that is missing, and the late policy is that run's."""
     monkeypatch.setattr(compare, "execute", lambda folder, flags: train.main(flags))  # without a process of its own
+    policies = []
+    frozen = compare.frozen
+    monkeypatch.setattr(compare, "frozen", lambda *args: policies.append(frozen(*args)) or policies[-1])
     settings = dataclasses.replace(small[0], experiment="lift", seeds=1, tokens=300, tag="lift")
-    extra = [*small[1], "--batch", "16"]
-    found = list(compare.lifts(settings, extra, rollouts=1, continuations=4, responses=8))[-1]
+    found = list(compare.lifts(settings, small[1], rollouts=1, continuations=4, responses=8))[-1]
     (run,) = Path(settings.runs).glob("main-*-lift/sapo-seed0")
-    assert (run / "summary.json").is_file()
-    for when in ("early", "late"):
-        assert set(found[when]["lift"]) == {"critic", "Monte Carlo"}
-        for curve in found[when]["lift"].values():
-            assert all(0 <= low <= value + 1e-9 and value <= high + 1e-9 for value, low, high in curve.values()), curve
+    trained = train.vlm.load(run / "checkpoint").model.parameters()
+    weights = [list(policy.policy.model.parameters()) for policy in policies]  # early twice, late twice
+    assert all(torch.equal(a, b) for a, b in zip(trained, weights[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
+    assert found["early"]["rmse"] != found["late"]["rmse"]
+    for when, name in ((when, name) for when in ("early", "late") for name in ("critic", "Monte Carlo")):
+        assert all(0 <= low <= high for _, low, high in found[when][name]["lift"].values())
+        assert 0.1 <= found[when][name]["large"] <= 1
     (tmp_path / "lift-small.json").write_text(json.dumps({"task": "TextSum", **found}))
     assert [path.name for path in figures.drawn(tmp_path)] == ["lift-small.svg"]
 
 
 def test_lift_reads_the_change_of_value_at_each_token():
-    """Values fall by 1 after the two tokens of high entropy, and the last one meets its reward."""
-    mask = torch.tensor([[True] * 10, [True] * 9 + [False]])
-    values = torch.tensor([[2.0] * 4 + [1.0] * 6, [1.0] * 6 + [0.0] * 3 + [7.0]])  # the last: off the mask
-    rewards = torch.zeros(2, 10)
-    rewards[0, 9] = 1.0
-    entropy = torch.zeros(2, 10)
+    """Values fall by 1 after the two tokens of high entropy; what stands behind a last token does not count."""
+    mask = torch.tensor([[True] * 11, [True] * 10 + [False]])
+    values = torch.tensor([[2.0] * 4 + [1.0] * 7, [1.0] * 6 + [0.0] * 4 + [7.0]])  # the last: off the mask
+    entropy = torch.zeros(2, 11)
     entropy[0, 3] = entropy[1, 5] = 1.0
-    batch = SimpleNamespace(entropy=entropy, rollout=SimpleNamespace(mask=mask, values=values, rewards=rewards))
-    curve = compare.lift_over_q(batch, draws=50)
-    assert curve["0.1"][0] == pytest.approx(19 / 2)  # both jumps, among the two of 19 tokens
-    batch.rollout.rewards = rewards * 0.0  # now the first response's end is a jump too, and entropy does not see it
-    assert compare.lift_over_q(batch, draws=50)["0.1"][0] == pytest.approx(19 / 3)
+    rollout = SimpleNamespace(mask=mask, values=values)
+    found = compare.lift_over_q(SimpleNamespace(entropy=entropy, rollout=rollout), draws=50)
+    assert found["lift"]["0.1"][0] == pytest.approx(19 / 2)  # both jumps, among 10 + 9 tokens
+    assert found["large"] == pytest.approx(2 / 19)
+    values[0, 7:] = 0.0  # a third jump, where entropy is low; three of 19 tie at the threshold, and all count
+    found = compare.lift_over_q(SimpleNamespace(entropy=entropy, rollout=rollout), draws=50)
+    assert found["lift"]["0.1"][0] == pytest.approx(19 / 3) and found["large"] == pytest.approx(3 / 19)
 
 
 def test_equal_budgets_of_generated_tokens(small):

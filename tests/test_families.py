@@ -11,6 +11,7 @@ import torch
 from families import FAMILIES, build, can_open, without_videos
 from PIL import Image
 
+import data
 import env
 import sapo
 import train
@@ -337,6 +338,19 @@ def test_every_family_trains_through_the_same_flags(monkeypatch, folders, parque
     assert any(not torch.equal(x, after[name]) for name, x in model.model.state_dict().items())
     sample = json.loads((tmp_path / family / "samples.jsonl").read_text().splitlines()[0])
     assert sample["image"] and "<image>" not in sample["prompt"] and sample["steps"] == []
+
+
+@pytest.mark.parametrize("style, stop", [("boxed", None), ("tags", train.STOP)])
+def test_a_style_asks_in_a_system_turn_and_knows_its_end(monkeypatch, folders, parquet, tmp_path, style, stop):
+    run = train.build(*train.parse(flags(folders("llava"), parquet, tmp_path, "--method", "grpo", "--group", "2",
+                                         "--env_args", f"path={parquet}", f"style={style}")))
+    _, inputs = train.ask(run, [0], "train")
+    words = "".join(run.policy.tokenizer.batch_decode(inputs["input_ids"][0][:, None]))
+    assert words.count(data.STYLES[style].split()[-1]) and words.index(data.STYLES[style][:12]) < words.index("Sum the")
+    generate, stops = vlm.generate, []
+    monkeypatch.setattr(vlm, "generate", lambda *args: stops.append(args[-1]) or generate(*args))
+    train.write(run, inputs, 1.0)
+    assert stops == [stop]
 
 
 @pytest.mark.parametrize("more", ["--lora 4 --dtype bfloat16 --kl_coef 0.01 --gradient_checkpointing",

@@ -89,7 +89,7 @@ def test_the_tables_of_comparisons_are_what_results_hold(file):
                         f"{within:.2f} | {first:.2f} | {x['cosine'][0]:.2f} | {x['variance']:.1f} |")
     elif found["experiment"] == "lift":
         shown = lambda x: f"{x[0]:.1f} ({x[1]:.1f} to {x[2]:.1f})"
-        curves = [found[when]["lift"][name] for when in ("early", "late") for name in ("Monte Carlo", "critic")]
+        curves = [found[when][name]["lift"] for when in ("early", "late") for name in ("Monte Carlo", "critic")]
         rows = [f"| {float(q):.0%} | " + " | ".join(shown(x[q]) for x in curves) + " |" for q in curves[0]]
     else:
         rows = figures.table(found).splitlines()[2:]
