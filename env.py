@@ -246,13 +246,13 @@ def _glyph(tile, *boxes):  # one cell of colour numbers: 0 the ground, 1 a tile,
     ImageDraw.Draw(glyph).rounded_rectangle((1, 1, 14, 14), 2, tile)
     for box in boxes:
         ImageDraw.Draw(glyph).rectangle(box, 2)
-    return glyph
+    return np.array(glyph)
 
 _SPOTS = [(x, y, x + 1, y + 1) for y in (3, 7, 11) for x in (3, 7, 11)]  # where a die may have a pip, row by row
 _DICE = {face: _glyph(1, *(_SPOTS[int(spot)] for spot in spots))
          for face, spots in zip("123456", ("4", "08", "048", "0268", "02468", "023568"), strict=True)}
 _RIGHTWARD = (3, 6, 7, 9), *((8 + k, 3 + k, 8 + k, 12 - k) for k in range(5))  # a shaft, then ever shorter columns
-_ARROWS = {(arrow, start): _glyph(3 if start else 1, *_RIGHTWARD).rotate(90 * turns)
+_ARROWS = {(arrow, start): np.rot90(_glyph(3 if start else 1, *_RIGHTWARD), turns)
            for turns, arrow in enumerate("RULD") for start in (False, True)}
 # For rendering, light and strong Okabe-Ito colours, which all eyes tell apart: tints of segments, underlines of steps
 _TINTS, _GREY = ((186, 220, 244), (255, 222, 158), (184, 230, 208), (240, 204, 226)), (226, 226, 226)
@@ -260,12 +260,11 @@ _INK, _RIGHT, _WRONG = (24, 24, 32), (0, 114, 178), (213, 94, 0)
 
 def _picture(glyphs, side, ground, rng):
     """side x side cells, filled row by row; the colours vary a little from example to example."""
-    picture = Image.new("P", (side * CELL, side * CELL))
-    for i, glyph in enumerate(glyphs):
-        picture.paste(glyph, (i % side * CELL, i // side * CELL))
+    cells = np.zeros((side * side, CELL, CELL), np.uint8)
+    cells[:len(glyphs)] = glyphs
+    picture = cells.reshape(side, side, CELL, CELL).swapaxes(1, 2).reshape(side * CELL, side * CELL)
     colours = np.array([ground, (232, 228, 218), (34, 32, 46), (242, 172, 40)]) + rng.integers(-12, 13, (4, 3))
-    picture.putpalette(colours.astype(np.uint8).tobytes())
-    return picture.convert("RGB")
+    return Image.fromarray(colours.astype(np.uint8)[picture])
 
 
 # --------------------------------------------------------------------------------------------- the environment

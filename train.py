@@ -63,7 +63,7 @@ class Settings(baselines.Method):
     name: str = setting("", "the run's folder under --runs; made from the settings when empty")
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
     resume: str = setting("", "folder of a run to continue; flags given beside it change its settings")
-    iterations: int = setting(80, "rollouts to learn from")
+    iterations: int = setting(60, "rollouts to learn from")
     token_budget: int = setting(0, "stop also when so many tokens were generated, the credit's own included; 0: never")
     batch: int = setting(256, "responses per rollout, all written at once")
     max_new_tokens: int = setting(64, "longest response, in tokens")
@@ -268,7 +268,7 @@ def write(run, inputs, temperature, top_p=1.0, limit=None):
 def replay(envs, texts, ends, mask):
     """Pass each segment to its environment. -> rewards (B, T), each on its segment's last token; mask, less the tokens
     that an environment no longer took because the episode was over; last infos."""
-    rewards, mask, infos = torch.zeros(mask.shape), mask.cpu().clone(), []
+    rewards, mask, infos = np.zeros(mask.shape, np.float32), mask.cpu().clone(), []
     for row, (e, pieces, cuts) in enumerate(zip(envs, texts, ends.tolist(), strict=True)):
         first, over = 0, False
         for last in [t for t in range(len(pieces)) if cuts[t]]:
@@ -278,7 +278,7 @@ def replay(envs, texts, ends, mask):
             _, rewards[row, last], terminated, truncated, info = e.step("".join(pieces[first:last + 1]))
             first, over = last + 1, terminated or truncated
         infos.append(info)
-    return rewards.to(ends.device), mask.to(ends.device), infos
+    return torch.from_numpy(rewards).to(ends.device), mask.to(ends.device), infos
 
 @torch.no_grad()
 def collect(run, indices, split="train"):

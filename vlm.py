@@ -93,7 +93,7 @@ def build_tiny(directory, image_size: int = 32, hidden_size: int = 64, layers: i
         raise ValueError(f"image_size: {image_size}, expected a positive multiple of 16 (patch 8, pixel shuffle 2)")
     tokenizer = _tiny_tokenizer()
     processor = transformers.Idefics3Processor(
-        Idefics3ImageProcessorPil(do_image_splitting=False, size={"longest_edge": image_size},
+        Idefics3ImageProcessorPil(do_resize=False, do_image_splitting=False,  # max_image_size is enough
                                   max_image_size={"longest_edge": image_size}),
         tokenizer, image_seq_len=(image_size // 16) ** 2, chat_template=CHAT_TEMPLATE)
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -168,7 +168,8 @@ def encode(vlm: VLM, prompts: list[str], images: list, system: str = "") -> Inpu
     images: for each prompt a picture (PIL or array), a list of them, or None; the chat template says where they stand.
     system: the text of a system turn before each prompt."""
     images = [list(x) if isinstance(x, (list, tuple)) else [x] * (x is not None) for x in images]
-    texts = [_chat(vlm, prompt, len(pictures), system) for prompt, pictures in zip(prompts, images, strict=True)]
+    chat = functools.cache(lambda prompt, pictures: _chat(vlm, prompt, pictures, system))  # tasks repeat their question
+    texts = [chat(prompt, len(pictures)) for prompt, pictures in zip(prompts, images, strict=True)]
     if len({len(pictures) for pictures in images}) == 1 and len(images[0]) < 2:  # the usual case, in one call
         inputs = _process(vlm, texts, images)
         if all(len(x) == len(texts) for x in inputs.values()):
@@ -176,9 +177,8 @@ def encode(vlm: VLM, prompts: list[str], images: list, system: str = "") -> Inpu
     rows = [_process(vlm, [text], [pictures]) for text, pictures in zip(texts, images, strict=True)]
     words = {name for name, x in rows[0].items() if x.shape == rows[0]["input_ids"].shape}
     counts = {name: [len(row.get(name, ())) for row in rows] for row in rows for name in row.keys() - words}
-    fill = lambda name: vlm.eos_ids[0] if name == "input_ids" else 0
-    return Inputs({name: _stacked([row[name] for row in rows if name in row], name in words, fill(name))
-                   for name in (*words, *counts)}, counts)
+    return Inputs({name: _stacked([row[name] for row in rows if name in row], name in words,
+                                  vlm.eos_ids[0] * (name == "input_ids")) for name in (*words, *counts)}, counts)
 
 def _chat(vlm, prompt, pictures, system):
     """The text of a system turn, a user turn with so many pictures, and the start of an answer."""
