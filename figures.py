@@ -426,7 +426,7 @@ def comparison(file):
         raise ValueError(f"{file} holds no finished run yet")
     figure, (ends, paths) = _figure(11, 1.6 + 0.36 * max(6, len(runs)), 2)
     rows = [(label, [100 * x for x in interval([r["accuracy"] for r in of])]) for label, of in runs.items()]
-    _dots(ends, rows, BLUE, "held-out accuracy (%): interquartile mean over seeds, 95% interval")
+    _dots(ends, rows, BLUE, "held-out accuracy (%): IQM over seeds, 95% interval")
     start = 100 * sum(r["warm_start_accuracy"] for r in found["runs"]) / len(found["runs"])
     ends.axvline(start, color=FAINT, linestyle="--", linewidth=1)
     ends.annotate("warm start", (start, 0.55), color=FAINT, fontsize=9, ha="left", xytext=(4, -2),
@@ -436,8 +436,8 @@ def comparison(file):
         points = [[sum(x) / len(x) for x in zip(*point, strict=True)] for point in zip(*curves, strict=False)]
         style = {"color": PALETTE[i % len(PALETTE)], "linestyle": "-" if i < len(PALETTE) else "--"}
         paths.plot([x / 1e3 for x, _ in points], [100 * y for _, y in points], label=label, linewidth=1.6, **style)
-    paths.set(xlabel="generated tokens (thousands)", ylabel="accuracy in training (%), mean over seeds")
-    paths.legend(fontsize=8, ncols=2, loc="lower right")
+    paths.set(xlabel="generated tokens (thousands)", ylabel="training accuracy (%), mean")
+    paths.legend(fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)  # hides no curve
     seeds = max(len(of) for of in runs.values())
     figure.suptitle(f"{found['experiment']} on {found['task']}: {found['budget_tokens']:,} tokens each, {seeds} seeds",
                     fontweight="bold")
