@@ -237,8 +237,7 @@ def build(settings, config):
         run.progress = saved["progress"]
         torch.set_rng_state(saved["rng"]), torch.cuda.set_rng_state_all(saved["cuda_rng"])
     run.folder.mkdir(parents=True, exist_ok=True)
-    board = importlib.import_module("torch.utils.tensorboard") if settings.tensorboard else None
-    run.board = board and board.SummaryWriter(run.folder)
+    run.board = settings.tensorboard and importlib.import_module("torch.utils.tensorboard").SummaryWriter(run.folder)
     (run.folder / "config.json").write_text(json.dumps({"method": settings.method, "env": settings.env, "seed":
         settings.seed, "settings": asdict(settings), "config": asdict(config)}, indent=1))
     for file in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):  # what came after the checkpoint goes
@@ -418,15 +417,16 @@ def train(run) -> bool:
 def finish(run):
     """Final evaluations, summary.json, pictures, and the table on the terminal."""
     settings, progress = run.settings, run.progress
-    found = {"temperature 1": (final := evaluate(run)), "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95)}
-    found["greedy"] = evaluate(run, 0.0)
+    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])  # evaluated, but after some resumes
+    final = {x: last[x] for x in progress["before"]} if "eval_accuracy" in last else evaluate(run)
+    seen = {"temperature 1": final, "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95), "greedy": evaluate(run, 0)}
     summary = {"command": run.command, "date": time.strftime("%Y-%m-%d"), "method": settings.method,
                "env": settings.env, "seed": settings.seed, "threads": torch.get_num_threads(), "versions": {
                    "python": sys.version.split()[0], **{x.__name__: x.__version__ for x in (torch, transformers)}},
                "warm_start_accuracy": progress["before"]["eval_accuracy"], "accuracy": final["eval_accuracy"],
                "accuracy_low": final["eval_low"], "accuracy_high": final["eval_high"],
                **{x: progress[x] for x in ("episodes", "generated_tokens", "seconds", "warm_start_seconds")},
-               "peak_rss_mb": bench.peak_megabytes(), "eval_episodes": settings.eval_episodes, "evaluations": found}
+               "peak_rss_mb": bench.peak_megabytes(), "eval_episodes": settings.eval_episodes, "evaluations": seen}
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     figures.report(run.folder, progress["before"])
 

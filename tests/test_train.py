@@ -679,10 +679,24 @@ def test_the_summary_has_what_was_promised(finished):
     assert (summary["method"], summary["seed"], summary["episodes"]) == ("sapo", 0, 12 * 128)
     assert 0 < summary["accuracy_low"] < summary["accuracy"] < summary["accuracy_high"] < 1
     assert 50 < summary["peak_rss_mb"] < 3000 and summary["seconds"] > 0
+    assert summary["accuracy"] == rows_of(folder / "metrics.jsonl")[-1]["eval_accuracy"]  # what the curve ends with
     assert set(summary["evaluations"]) == {"temperature 1", "temperature 0.6, top-p 0.95", "greedy"}
     for kind in summary["evaluations"]:
         assert kind in out
     assert f"{summary['accuracy']:.1%}" in out and str(folder) in out
+
+
+def test_a_run_that_ends_without_an_evaluation_is_evaluated(runs):
+    """A resume whose --iterations are already done, after Ctrl-C between two evaluations."""
+    run = build(runs, "--name", "unjudged", "--iterations", "1")
+    assert train.train(run)
+    rows = rows_of(run.folder / "metrics.jsonl")
+    kept = [{key: x for key, x in row.items() if not row["iteration"] or "eval" not in key} for row in rows]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    run.command = "python train.py"
+    train.finish(run)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["accuracy_low"] < summary["accuracy"] < summary["accuracy_high"]
 
 
 def test_the_promised_files_are_there(finished):
