@@ -1,11 +1,13 @@
 """bench.py: a fair race is one in which all compute the same, and its file says how it was run."""
 
 import json
+from types import SimpleNamespace as Space
 
 import pytest
 import torch
 
 import bench
+import sapo
 
 
 @pytest.mark.parametrize("loop", bench.LOOPS.values(), ids=bench.LOOPS)
@@ -59,3 +61,11 @@ def test_without_a_card_the_gpu_measurement_says_so(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="needs a CUDA card"):
         bench.main(["gpu", "--out", str(tmp_path / "gpu.json")])
     assert not list(tmp_path.iterdir())
+
+
+def test_out_of_memory_counts_weights_gradients_and_adams_moments():
+    trained, frozen = (torch.nn.Linear(2**15, 2**13, bias=False, device="meta") for _ in range(2))  # 1 GiB each
+    run = Space(policy=Space(model=trained), critic=None, reference=Space(model=frozen), critic_optimizer=None,
+                actor_optimizer=torch.optim.Adam(trained.parameters()), folder="runs/x",
+                settings=Space(device="cpu", batch=8), config=sapo.SAPOConfig(micro_batch=2))
+    assert "Adam take 5.00" in bench.out_of_memory(run, RuntimeError("can't allocate memory"))

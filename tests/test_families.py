@@ -55,7 +55,9 @@ def test_pictures_stay_with_their_rows(monkeypatch, folders, family):
     """A row in a batch of one, two and no pictures scores as it does alone, in any selection and order."""
     model = opened(monkeypatch, folders, family)
     images, inputs = prompts(model, family)
-    assert (inputs["attention_mask"] == 0).any() and "labels" not in inputs  # PaliGemma's processor makes some
+    filled = inputs["input_ids"][inputs["attention_mask"] == 0]
+    assert len(filled) and set(filled.tolist()) == {model.eos_ids[0]}
+    assert "labels" not in inputs  # PaliGemma's processor makes some
     torch.manual_seed(0)
     tokens, mask = vlm.generate(model, inputs, 9)
     singly = [vlm.encode(model, [prompt], [of], SYSTEM) for prompt, of in zip(PROMPTS, images, strict=True)]
@@ -166,14 +168,18 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(monkeypatch, fold
         inputs, kept = prompts(model, family)[1], []
         torch.manual_seed(0)
         tokens, mask = vlm.generate(model, inputs, 8)
+        critic, of_critic = sapo.SegmentCritic(copy.deepcopy(model.model.base_model), model.hidden_size), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):  # noqa: B023
             logp, _ = vlm.score(model, inputs, tokens, mask)
         logp.sum().backward()
-        found.append((tokens, logp.detach(), model.model.get_input_embeddings().weight.grad, sum(kept)))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: of_critic.append(x.nbytes) or x, lambda x: x):  # noqa: B023
+            vlm.prefix_values(critic, inputs, tokens, mask)
+        found.append((tokens, logp.detach(), model.model.get_input_embeddings().weight.grad, sum(kept), sum(of_critic)))
         torch.manual_seed(0)
         assert torch.equal(tokens, vlm.generate(model, inputs, 8)[0])  # generation still has its cache
-    (tokens, logp, grad, bytes_plain), (*same, bytes_kept) = found
-    assert torch.equal(tokens, same[0]) and bytes_kept < 0.75 * bytes_plain
+    (tokens, logp, grad, *bytes_plain), (*same, bytes_kept, bytes_of_critic) = found
+    assert torch.equal(tokens, same[0]) and bytes_kept < 0.75 * bytes_plain[0]
+    assert bytes_of_critic < 0.75 * bytes_plain[1]
     torch.testing.assert_close((logp, grad), tuple(same[1:]), rtol=0, atol=1e-6)
 
 
@@ -185,7 +191,7 @@ def test_bfloat16_weights_learn_through_float32_copies():
     start = half.weight.detach().float().clone()
     for _ in range(200):
         for layer, optimizer in zip((half, full), optimizers, strict=True):
-            for part in (1.0, 2.0):  # two micro-batches
+            for part in (3.0, -1.0):  # two micro-batches, whose sum points the other way than the second
                 layer(torch.full((1, 4), part, dtype=layer.weight.dtype)).sum().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

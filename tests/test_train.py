@@ -166,6 +166,13 @@ def test_runs_of_different_settings_get_different_folders():
              ["--env", "SAPO/TextSum-v0"]]
     assert len({train.parse(f)[0].name for f in flags}) == len(flags)
     assert train.parse(["--name", "mine", "--seed", "3"])[0].name == "mine"
+    assert "/" not in train.parse(["--env_args", "path=folder/mine.parquet"])[0].name
+
+
+def test_a_model_that_is_none_is_one_line(tmp_path):
+    with pytest.raises(SystemExit) as left:
+        train.main(["--model", "nowhere", "--runs", str(tmp_path)])
+    assert "neither a folder nor a hub name" in str(left.value) and "\n" not in str(left.value)
 
 
 def test_resuming_takes_the_runs_own_settings_and_flags_beside_it_win(tmp_path):
@@ -684,6 +691,25 @@ def test_the_summary_has_what_was_promised(finished):
     for kind in summary["evaluations"]:
         assert kind in out
     assert f"{summary['accuracy']:.1%}" in out and str(folder) in out
+
+
+def test_a_rollout_is_scored_and_judged_in_micro_batches(runs, monkeypatch):
+    run, sizes = build(runs, "--name", "parts", "--micro_batch", "4"), []
+    for name in ("score", "prefix_values"):
+        whole = getattr(vlm, name)
+        monkeypatch.setattr(vlm, name, lambda *x, whole=whole: sizes.append(len(x[2])) or whole(*x))
+    train.collect(run, np.arange(16))
+    assert sizes == [4] * 8
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="LoRA needs peft")
+def test_adapters_of_a_tiny_model_resume_on_its_warm_start(runs):
+    run = build(runs, "--name", "adapters", "--lora", "2", "--iterations", "1")
+    assert train.train(run)
+    again = train.build(*train.parse(["--resume", str(run.folder), "--iterations", "2"]))
+    before, after = (dict(x.policy.model.state_dict()) for x in (run, again))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert train.train(again)
 
 
 def test_a_run_that_ends_without_an_evaluation_is_evaluated(runs):
