@@ -98,6 +98,7 @@ def test_a_subset_of_the_methods_and_an_unknown_experiment():
 def test_the_best_rate_of_the_tuning_is_used(tmp_path):
     rates = {"1e-4": [0.5, 0.6], "3e-4": [0.545, 0.56], "6e-4": [0.9, 0.1]}  # the two first are as good: the smaller
     runs = [{"label": f"ppo {lr}", "accuracy": x} for lr, both in rates.items() for x in both]
+    runs += [{"label": f"grpo {lr}", "accuracy": x} for lr, x in (("1e-4", 0.53), ("3e-4", 0.55)) for _ in range(2)]
     (tmp_path / "tune-DiceSum.json").write_text(json.dumps({"runs": runs}))
     for label, _, _, flags in compare.plan(*sweep("--results", str(tmp_path), "--seeds", "1")):
         assert train.parse(flags)[1].actor_lr == (1e-4 if label == "ppo" else sapo.SAPOConfig().actor_lr)
