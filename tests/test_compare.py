@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,7 +143,7 @@ def test_a_sweep_end_to_end_and_again(tmp_path, capsys):
     assert all("<path" in path.read_text() for path in paths)
 
 
-def test_a_run_that_was_killed_goes_on(tmp_path):
+def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
     """From its checkpoint, not from the start; and a run that fails is named with its log."""
     (_, _, folder, flags), = compare.plan(*sweep("--methods", "grpo", "--seeds", "1", *TASK, "--runs", str(tmp_path),
                                                  "--tokens", "600", *FAST))
@@ -156,6 +157,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == list(range(len(rows))) and rows[-1]["generated_tokens"] >= 600
     assert sum("eval_accuracy" in row for row in rows) == 3  # the start, the first stop, the end
+    monkeypatch.setattr(sys, "executable", "false")  # fails whatever it is told
     with pytest.raises(SystemExit, match="see .*broken.log"):
         compare.execute(tmp_path / "broken", ["--batch", "1", "--method", "grpo"])
 
