@@ -210,7 +210,7 @@ def memory(rows=4, tokens=512, vocabulary=151_936):
 
 
 # ----------------------------------------------------------------------------------------------------- whole iterations
-def iteration(rounds=3, each=3):
+def iteration(rounds=6, each=3):
     """Seconds per iteration on the tiny checkpoint and DiceSum: 256 responses, one scoring pass and one training pass
     in two minibatches, 8 responses to a prompt for both GRPOs. In turn, in one process; the median of rounds x each."""
     import env
