@@ -93,7 +93,7 @@ def build_tiny(directory, image_size: int = 32, hidden_size: int = 64, layers: i
         raise ValueError(f"image_size: {image_size}, expected a positive multiple of 16 (patch 8, pixel shuffle 2)")
     tokenizer = _tiny_tokenizer()
     processor = transformers.Idefics3Processor(
-        Idefics3ImageProcessorPil(do_resize=False, do_image_splitting=False,  # max_image_size is enough
+        Idefics3ImageProcessorPil(do_resize=False, do_image_splitting=False,  # one resize is enough, to
                                   max_image_size={"longest_edge": image_size}),
         tokenizer, image_seq_len=(image_size // 16) ** 2, chat_template=CHAT_TEMPLATE)
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}

@@ -41,6 +41,12 @@ def test_the_table_of_runs_is_what_results_hold():
         assert row in README, f"README.md lacks the row {row!r}"
 
 
+def test_the_longer_runs_ended_where_the_readme_says():
+    longer = [json.loads(file.read_text()) for file in (ROOT / "results").glob("dicesum-sapo-80rollouts-seed*.json")]
+    ends = sorted(run["accuracy"] for run in longer)
+    assert len(ends) == 3 and f"ends at {ends[0]:.2f} to {ends[-1]:.2f}," in README.replace("\n", " ")
+
+
 def test_the_speed_of_the_mathematics_is_what_results_hold():
     ratio = json.loads((ROOT / "results" / "bench_math.json").read_text())["ratio"]
     assert ratio["torch slices"] >= 100
@@ -60,6 +66,10 @@ def test_the_race_of_iterations_is_what_results_hold():
     ours, theirs = share["SAPO"], share["TRL's GRPO"]
     said = f"takes {ours:.2f} of our GRPO's time and TRL's `GRPOTrainer` {theirs:.2f} of it"
     assert said in README.replace("\n", " ")
+    earlier = json.loads((ROOT / "results" / "bench_iteration_earlier.json").read_text())["races"]
+    (low, high), (least, most) = ((min(x), max(x)) for x in ([race["of_grpo"][name] for race in earlier]
+                                                             for name in ("SAPO", "TRL's GRPO")))
+    assert f"gave {low:.2f} to {high:.2f}, and {least:.2f} to {most:.2f}," in README.replace("\n", " ")
 
 
 def test_the_table_of_the_card_is_what_results_hold():

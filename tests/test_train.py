@@ -509,21 +509,21 @@ RESUMED = {"topk": [], "causal": ["--cut", "causal", "--kl_coef", "0.05"], "grpo
 
 @pytest.mark.parametrize("which", RESUMED)
 def test_a_resumed_run_equals_the_uninterrupted_one(runs, which):
-    """Two iterations against one and one, to the last bit: weights, optimizers, random stream, metrics, samples."""
-    flags = [*RESUMED[which], "--eval_every", "1", "--checkpoint_every", "3"]
-    whole = build(runs, "--name", f"whole-{which}", "--iterations", "2", *flags)
+    """Four iterations against two and two, to the last bit: weights, optimizers, random stream, metrics, samples."""
+    flags = [*RESUMED[which], "--eval_every", "2", "--checkpoint_every", "3"]
+    whole = build(runs, "--name", f"whole-{which}", "--iterations", "4", *flags)
     assert train.train(whole)
     torch.rand(1)  # what happens in between does not matter
-    half = build(runs, "--name", f"half-{which}", "--iterations", "1", *flags)
+    half = build(runs, "--name", f"half-{which}", "--iterations", "2", *flags)
     assert train.train(half)
     with open(half.folder / "metrics.jsonl", "a") as file:  # what a kill leaves: a later iteration, and a torn line
-        file.write('{"iteration": 2, "accuracy": 0.9}\n{"iteration": 3, "acc')
-    resumed = train.build(*train.parse(["--resume", str(half.folder), "--iterations", "2"]))
-    assert resumed.progress["iteration"] == 1
+        file.write('{"iteration": 3, "accuracy": 0.9}\n{"iteration": 4, "acc')
+    resumed = train.build(*train.parse(["--resume", str(half.folder), "--iterations", "4"]))
+    assert resumed.progress["iteration"] == 2
     assert train.train(resumed)
     assert_same_run(whole.folder, half.folder)
     metrics = rows_of(whole.folder / "metrics.jsonl")
-    assert [row["iteration"] for row in metrics] == [0, 1, 2]
+    assert [row["iteration"] for row in metrics] == [0, 1, 2, 3, 4]
     assert max(row["policy_grad_norm"] for row in metrics[1:]) > 0  # something was learned, so the test means something
     start = vlm.load(train.cached_warm_start(whole.settings)).model.state_dict()
     assert not equal(start, state(whole.folder)["policy"])
