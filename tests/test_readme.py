@@ -39,6 +39,8 @@ def test_the_table_of_runs_is_what_results_hold():
         row = (f"| {run['seed']} | {run['warm_start_accuracy']:.3f} | {run['accuracy']:.3f} "
                f"({run['accuracy_low']:.3f} to {run['accuracy_high']:.3f}) | ")
         assert row in README, f"README.md lacks the row {row!r}"
+    whole = next(run["wall_seconds"] for run in RUNS if run["seed"] == 0)
+    assert f"{whole // 60:.0f} min {whole % 60:.0f} s from its start to its end" in README.replace("\n", " ")
 
 
 def test_the_longer_runs_ended_where_the_readme_says():
