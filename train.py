@@ -1,450 +1,496 @@
-"""Train a vision-language model with SAPO (arXiv:2605.01327), or with one of its neighbours (baselines.py).
+"""Train a vision-language model with SAPO (arXiv:2605.01327), or with one of its neighbours.
 
-    python train.py                                          # DiceSum, tiny model built on the spot, two CPU cores
+    python train.py                                          # DiceSum, a tiny model, two CPU cores
     python train.py --method ppo --seed 1                    # the same with tokens for segments
     python train.py --model FOLDER --env SAPO/Dataset-v0 --env_args path=mine.parquet --lora 16
     python train.py --resume runs/DiceSum-sapo-topk-seed0    # go on where it was cut
 
-One iteration: reset one Gymnasium environment per response; the policy writes whole responses; they are scored, judged
-by the critic, cut into segments, and replayed segment by segment through `env.step`; `sapo.sapo_update` learns.
-Left out: several devices. The README explains the files under runs/<name>/, and each metric.
+One iteration is the paper's Algorithm 1, and `iterate` shows its three parts:
+
+1. collect  The policy writes a batch of responses. They are scored (each token's log-probability
+            and entropy), valued (the critic's V of each prefix) and cut into segments where
+            entropy is high; `env.step` takes the segments one by one and pays the reward.
+            -> a Batch (rollout.py)
+2. credit   GAE over segments turns rewards and values into one advantage per segment
+            (`assign_credit`; the mathematics is sapo.credit)
+3. update   Epochs of shuffled minibatches: ratio, clip and loss of policy and critic
+            (sapo.sapo_update)
+
+The rest of the file is what stands around it: the settings, what a run is, the loop with its
+evaluations and checkpoints, how a run begins, and the command line. docs/metrics.md explains the
+files under runs/<name>/ and every metric. Several devices are not supported.
 """
 
-import base64
 import contextlib
-import copy
-import hashlib
 import importlib.util
-import inspect
-import io
 import json
 import shlex
-import shutil
 import signal
 import sys
 import time
-import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock
-from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import baselines
-import bench
-import env
-import figures
+import checkpoint
+import env  # noqa: F401  importing it registers the SAPO/... environments
+import evaluation
+import models
+import rollout
 import sapo
+import tiny
 import vlm
+from lab import credit_page, figures
 from sapo import setting
 
-STATEFUL = ("critic", "actor_optimizer", "critic_optimizer")  # what a checkpoint holds beside the policy
-STOP = "</answer>"  # writing on after the answer earns nothing: the episode is over
+# ----------------------------------------------------------------------------------- settings
+
 
 @dataclass
 class Settings(baselines.Method):
-    """Everything that is not the algorithm's (that is sapo.SAPOConfig)."""
+    """What sapo.SAPOConfig has not: cut and credit (baselines.Method), task, model and budget."""
+
     env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
-    env_args: list[str] = field(default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"})
+    env_args: list[str] = field(
+        default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"}
+    )
     model: str = setting("tiny", "'tiny', or a checkpoint: a directory or a hub name")
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
-    dtype: str = setting("float32", "dtype of the weights: float32, or bfloat16 (then Adam keeps float32 copies)")
-    lora: int = setting(0, "rank of LoRA adapters, by which policy, critic and reference share one backbone; 0: none")
-    critic: Literal["separate", "shared"] = setting("separate", "without --lora: its own weights, or a head alone")
-    gradient_checkpointing: bool = setting(False, "keep fewer activations and make them again for the gradient")
+    dtype: str = setting(
+        "float32", "dtype of the weights: float32, or bfloat16 (then Adam keeps float32 copies)"
+    )
+    lora: int = setting(
+        0,
+        "rank of LoRA adapters, by which policy, critic and reference share one backbone; 0: none",
+    )
+    critic: Literal["separate", "shared"] = setting(
+        "separate", "without --lora: its own weights, or a head alone"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "keep fewer activations and make them again for the gradient"
+    )
     seed: int = setting(0, "of the weights, the demonstrations, the sampling and the shuffling")
     name: str = setting("", "the run's folder under --runs; made from the settings when empty")
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
-    resume: str = setting("", "folder of a run to continue; flags given beside it change its settings")
+    resume: str = setting(
+        "", "folder of a run to continue; flags given beside it change its settings"
+    )
     iterations: int = setting(60, "rollouts to learn from")
-    token_budget: int = setting(0, "stop also when so many tokens were generated, the credit's own included; 0: never")
+    token_budget: int = setting(
+        0,
+        "stop also when so many tokens were generated, continuations and trees included; 0: never",
+    )
     batch: int = setting(256, "responses per rollout, all written at once")
     max_new_tokens: int = setting(64, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling and scoring in training")
-    warm_start_steps: int = setting(600, "supervised steps on noisy demonstrations before RL; 0 for none")
+    warm_start_steps: int = setting(
+        600, "supervised steps on noisy demonstrations before RL; 0 for none"
+    )
     warm_start_batch: int = setting(64, "demonstrations per step")
     warm_start_lr: float = setting(3e-3, "peak learning rate of the warm start")
     error_rate: float = setting(0.075, "probability that a demonstrated step is wrong")
-    actor_half_life: float = setting(5e5, "generated tokens in which --actor_lr falls by half; inf: it stays")
+    actor_half_life: float = setting(
+        5e5, "generated tokens in which --actor_lr falls by half; inf: it stays"
+    )
     eval_every: int = setting(20, "iterations between held-out evaluations at temperature 1")
     eval_episodes: int = setting(512, "held-out episodes per evaluation")
     checkpoint_every: int = setting(20, "iterations between checkpoints")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
-def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
-    """The command line -> settings. --resume starts from that run's config.json, and --method from its own defaults."""
-    parser = transformers.HfArgumentParser((Settings, sapo.SAPOConfig), description=__doc__.split("\n\n")[0])
-    known, _ = parser.parse_known_args(argv)
-    if known.resume:
-        if not (config := Path(known.resume) / "config.json").is_file():
-            raise SystemExit(f"--resume {known.resume}: no config.json there; give the folder of a run, runs/<name>")
-        stored = json.loads(config.read_text())
-        parser.set_defaults(**{**stored["settings"], **stored["config"], "resume": known.resume})
-    else:
-        parser.set_defaults(**baselines.SETTINGS[known.method])
-    settings, config = parser.parse_args_into_dataclasses(argv)
-    task = [settings.env.split("/")[-1].split("-")[0], settings.method, settings.cut, *settings.env_args]
-    settings.name = settings.name or "-".join([*task, f"seed{settings.seed}"]).replace("/", "_")
-    return settings, config
 
-def make_env(settings):
-    """One environment, from --env and --env_args (numbers, or else words)."""
+# -------------------------------------------------------------------------------------- a run
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the part of its state that a checkpoint keeps as plain numbers."""
+
+    iteration: int = 0  # of the last rollout that was collected
+    episodes: int = 0  # responses in them
+    generated_tokens: int = 0  # by the policy in training; continuations and trees count too
+    seconds: float = 0.0  # of training, with the evaluations in between
+    warm_start_seconds: float = 0.0
+    threshold: float | None = None  # --cut causal: entropy (nats) above which a segment ends
+    skipped_in_a_row: int = 0  # minibatches without a finite loss, up to now
+    evaluation_before: dict | None = None  # the held-out evaluation before training
+
+
+@dataclass
+class Run:
+    """A training run: its settings, its models, its environments, and how far it has come."""
+
+    settings: Settings
+    config: sapo.SAPOConfig
+    folder: Path  # of its files
+    models: models.Models  # policy, critic and reference with their optimizers
+    envs: list[gym.Env]  # one per response of a batch: each holds the example it asked about
+    grading_env: gym.Env  # one more: it grades Monte-Carlo continuations and knows the task
+    progress: Progress
+    board: Any = None  # a TensorBoard writer, with --tensorboard
+    tokens_written: int = 0  # by the policy since the process began, in evaluations too
+    command: str = ""  # the command line, for summary.json
+
+
+# ------------------------------------------------------------------------------ one iteration
+
+
+def iterate(run) -> dict:
+    """One iteration (Algorithm 1): collect, credit, update. -> metrics of the rollout, and of the
+    last epoch of the update."""
+    settings, config, progress = run.settings, run.config, run.progress
+    policy, critic = run.models.policy, run.models.critic
+    actor_lr = current_actor_lr(run)
+    run.models.actor_optimizer.param_groups[0]["lr"] = actor_lr  # it has one group
+    progress.iteration += 1
+
+    # 1. Collect: responses by the policy as it is, with the rewards that env.step paid for them
+    batch = rollout.collect(run, rollout.train_indices(settings, progress.iteration))
+
+    # 2. Credit: an advantage for each token, the same within a segment
+    credit = assign_credit(run, batch)
+    # SPO's loss reads some of the tokens only; for all other methods this changes nothing
+    trained_on, advantages = baselines.restrict(batch.rollout, credit.advantages, credit.loss_mask)
+
+    # 3. Update: epochs of minibatches, each scored and valued anew by the models as they move
+    def score(rows):
+        """(logp, entropy) of some responses under the policy as it is now. All that was written
+        is read, also what the environment no longer took: `trained_on.mask` leaves that out."""
+        inputs = vlm.take(batch.inputs, rows)
+        return vlm.score(
+            policy, inputs, batch.tokens[rows], batch.written[rows], settings.temperature
+        )
+
+    def value(rows):
+        """The critic's values of some responses, as it is now."""
+        inputs = vlm.take(batch.inputs, rows)
+        return vlm.prefix_values(critic, inputs, batch.tokens[rows], batch.written[rows])
+
+    history = sapo.sapo_update(
+        trained_on,
+        advantages,
+        credit.returns,
+        score,
+        None if critic is None else value,
+        (run.models.actor_optimizer, run.models.critic_optimizer),
+        config,
+        skipped_in_a_row=progress.skipped_in_a_row,
+    )
+
+    progress.skipped_in_a_row = history[-1]["skipped_in_a_row"]
+    progress.episodes += len(batch.tokens)
+    progress.generated_tokens += batch.generated_tokens
+    if settings.cut == "causal":
+        progress.threshold = sapo.entropy_quantile(batch.entropy, batch.rollout.mask, config.top_k)
+    return {
+        "accuracy": np.mean([info["correct"] for info in batch.infos]).item(),
+        "reward": batch.rollout.rewards.sum(1).mean().item(),
+        **history[-1],
+        "episodes": progress.episodes,
+        "generated_tokens": progress.generated_tokens,
+        "actor_lr": actor_lr,
+        "response_tokens": batch.rollout.mask.sum(1).float().mean().item(),
+    }
+
+
+@dataclass
+class Credit:
+    """What each token of a batch is praised or blamed for, (B, T) each."""
+
+    advantages: Tensor  # of every token that the environments took
+    returns: Tensor | None  # what the critic's values are trained towards; None: no values
+    loss_mask: Tensor | None = None  # the tokens that the loss reads; None: all of them
+
+
+def assign_credit(run, batch) -> Credit:
+    """SAPO's credit (PPO's and VC-PPO's too), or the own way of a method without a critic."""
+    if run.settings.credit == "critic":
+        advantages, returns = sapo.credit(batch.rollout, run.config)
+        return Credit(advantages, returns)
+    return credit_without_critic(run, batch)
+
+
+def credit_without_critic(run, batch) -> Credit:
+    """Credit by sampled values, a tree of responses, or a group of them: see baselines.py."""
+    settings, config, episodes = run.settings, run.config, batch.rollout
+    if settings.credit == "continuations":  # SPO-chain, VinePPO: GAE on sampled values
+        advantages, returns = sapo.credit(episodes, config)
+        if settings.loss_below < 1:  # SPO's probability mask
+            improbable = episodes.mask & (episodes.logp.exp() <= settings.loss_below)
+            return Credit(advantages, None, improbable)
+        return Credit(advantages, returns)  # nothing learns from these returns; they are logged
+
+    rewards = baselines.response_rewards(episodes, config)  # (B,), less the KL penalty
+    if settings.credit == "tree":  # SPO-tree
+        advantages, edges = baselines.tree_credit(
+            batch.tree, rewards, episodes.mask, settings.tree_advantage
+        )
+        return Credit(advantages, None, edges)
+
+    group_advantages = baselines.group_advantages(rewards, settings.group)  # (B,)
+    advantages = group_advantages[:, None] * episodes.mask  # (B, T): GRPO, GSPO
+    if settings.credit == "roles":  # SRPO
+        dropped = rollout.role_signal(run, batch)  # nats, without what each token rests on
+        advantages = advantages * baselines.role_weights(
+            dropped, episodes.mask, settings.role_temperature
+        )
+    return Credit(advantages, None)
+
+
+def current_actor_lr(run) -> float:
+    """--actor_lr, halved with every --actor_half_life generated tokens, and 0 in the first
+    --value_pretraining iterations: then the policy stays, and only the critic learns."""
+    if run.progress.iteration < run.settings.value_pretraining:
+        return 0.0
+    half_lives = run.progress.generated_tokens / run.settings.actor_half_life
+    return run.config.actor_lr * 0.5**half_lives
+
+
+# ----------------------------------------------------------------------------------- the loop
+
+
+def train(run) -> bool:
+    """The loop. -> True when it came to its end, False after Ctrl-C.
+
+    The checkpoint is written either way.
+    """
+    settings, progress = run.settings, run.progress
+    with ctrl_c_as_a_flag() as interrupted:
+        if progress.evaluation_before is None:
+            progress.evaluation_before = evaluation.evaluate(run)
+            log(run, "metrics.jsonl", {"iteration": 0, **progress.evaluation_before})
+            checkpoint.save(run)
+        started = time.time() - progress.seconds
+        bar = tqdm(
+            total=settings.iterations,
+            initial=progress.iteration,
+            desc=settings.method,
+            disable=None,
+        )
+        with bar:
+            while not is_done(run) and not interrupted():
+                metrics = iterate(run)
+                row = {"iteration": progress.iteration, **metrics}
+                progress.seconds = row["seconds"] = time.time() - started
+                if progress.iteration % settings.eval_every == 0 or is_done(run):
+                    row |= evaluation.evaluate(run)
+                    log(run, "samples.jsonl", *samples(run))
+                log(run, "metrics.jsonl", row)
+                show(run, bar, row)
+                due = progress.iteration % settings.checkpoint_every == 0
+                if due and progress.iteration < settings.iterations:
+                    checkpoint.save(run)
+            checkpoint.save(run)
+        return is_done(run)  # also when Ctrl-C came in the last iteration
+
+
+def is_done(run) -> bool:
+    """Has the run made its iterations, or spent its tokens?"""
+    if run.progress.iteration >= run.settings.iterations:
+        return True
+    return 0 < run.settings.token_budget <= run.progress.generated_tokens
+
+
+@contextlib.contextmanager
+def ctrl_c_as_a_flag() -> Iterator[Callable[[], bool]]:
+    """`with ctrl_c_as_a_flag() as interrupted`: the first Ctrl-C makes interrupted() true and no
+    more, so that an iteration ends in order; a second one interrupts as ever."""
+    pressed = []
+    previous = signal.getsignal(signal.SIGINT)
+
+    def on_ctrl_c(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, on_ctrl_c)
     try:
-        keywords = dict(word.split("=", 1) for word in settings.env_args)
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def log(run, name, *rows) -> None:
+    """Append JSON lines to a file of the run."""
+    checkpoint.append_lines(run.folder / name, rows)
+
+
+def show(run, bar, row) -> None:
+    """An iteration's metrics on the progress bar, and on TensorBoard if there is one."""
+    entropy = row.get("entropy", 0)  # missing when every minibatch was skipped
+    bar.set_postfix_str(f"accuracy {row['accuracy']:.2f}, entropy {entropy:.3f}", refresh=False)
+    bar.update()
+    if run.board is not None:
+        for name, number in row.items():
+            run.board.add_scalar(name, number, row["iteration"])
+
+
+def samples(run) -> list[dict]:
+    """Held-out responses with their credit, token by token: rows of samples.jsonl."""
+    batch = rollout.collect(run, evaluation.sample_indices(run.settings), "eval")
+    return evaluation.samples(run, batch, assign_credit(run, batch).advantages)
+
+
+def finish(run) -> None:
+    """Final evaluations, summary.json, the table on the terminal, and the pictures."""
+    summary = evaluation.summarise(run, evaluation.final_evaluations(run))
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    evaluation.print_summary(summary, run.progress.evaluation_before, run.folder)
+    try:
+        figures.learning_curve(run.folder)
+        credit_page.credit_map(run.folder)
+    except (ImportError, ValueError) as reason:
+        # no matplotlib, or no iteration to draw (--iterations 0): the run is no less finished
+        print(reason)
+
+
+# --------------------------------------------------------------------------- how a run begins
+
+
+def make_env(settings) -> gym.Env:
+    """One environment, from --env and --env_args: values as in JSON, or else words. ValueError for
+    an unknown id, and for keywords that the task refuses."""
+    try:
+        keywords = dict(pair.split("=", 1) for pair in settings.env_args)
         for name, word in keywords.items():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # not a number: it stays a word
                 keywords[name] = json.loads(word)
         return gym.make(settings.env, disable_env_checker=True, **keywords)
     except (ValueError, TypeError, ImportError, gym.error.Error) as error:
-        raise SystemExit(f"--env {settings.env} --env_args {' '.join(settings.env_args)}: expected a known id and "
-                         f"name=value pairs, such as n=9 ({error})") from None
+        raise ValueError(
+            f"--env {settings.env} --env_args {' '.join(settings.env_args)}: expected a known id "
+            f"and name=value pairs, such as n=9 ({error})"
+        ) from None
 
-# -------------------------------------------------------------------------------------------------------- warm start
-def warm_start(settings, directory):
-    """A tiny model, saved in `directory`, that has read demonstrations whose every step was wrong with probability
-    error_rate and then carried on consistently: it knows the format, and makes such slips. RL can take them away again.
+
+def build(settings, config, command="") -> Run:
+    """A run: fresh, or from its newest checkpoint with --resume.
+
+    ValueError for settings that do not fit together, OSError for a model that is not there,
+    ImportError for a missing package.
     """
-    task = make_env(settings).unwrapped.task
-    image = task.example_at(0).image
-    model = vlm.load(vlm.build_tiny(directory, image.size[0] if image else 16, seed=settings.seed), settings.device)
-    rng, steps = np.random.default_rng(settings.seed), settings.warm_start_steps
-    optimizer = torch.optim.Adam(model.model.parameters(), lr=settings.warm_start_lr, eps=1e-5)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.warm_start_lr, total_steps=steps + 1)
-    for _ in (bar := tqdm(range(steps), "warm start", disable=None)):
-        examples = [task.example_at(int(i)) for i in rng.integers(2**31, size=settings.warm_start_batch)]
-        texts = [task.demonstrate(example, rng, settings.error_rate) for example in examples]
-        inputs = vlm.encode(model, [e.question for e in examples], [e.image for e in examples])
-        tokens, mask = vlm.encode_responses(model, texts)
-        loss = -vlm.score(model, inputs, tokens, mask)[0].sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix_str(f"{loss.item():.3f} nats per token", refresh=False)
-    model.model.save_pretrained(directory)
-
-def digest(folder):
-    """{file: sha256} of everything in a folder but the manifest itself."""
-    return {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in folder.iterdir() if x.name != "manifest.json"}
-
-def cached_warm_start(settings) -> Path:
-    """The warm start's folder, made when it is missing or damaged. Its name is a hash of everything that shaped it."""
-    sources = [(Path(__file__).parent / name).read_text() for name in ("env.py", "vlm.py")]
-    shaped = [settings.env, settings.env_args, settings.seed, settings.warm_start_steps, settings.warm_start_batch,
-              settings.warm_start_lr, settings.error_rate, settings.device, torch.__version__, transformers.__version__,
-              *sources, inspect.getsource(warm_start)]
-    folder = Path(settings.runs) / "cache" / hashlib.sha256(json.dumps(shaped).encode()).hexdigest()[:16]
-    manifest = folder / "manifest.json"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # runs side by side wait for the one that makes it
-        if folder.exists():
-            with contextlib.suppress(ValueError, OSError):
-                if json.loads(manifest.read_text()) == digest(folder):
-                    return folder
-            warnings.warn(f"the cached warm start {folder} is damaged: building it again", stacklevel=2)
-        with replacing(folder) as aside:
-            warm_start(settings, aside)
-            (aside / "manifest.json").write_text(json.dumps(digest(aside)))
-    return folder
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
-@contextlib.contextmanager
-def replacing(folder):
-    """`with replacing(folder) as aside`: write `aside`; it takes the folder's place at the end, whole or not at all.
-    Between the two renames only `folder.old` exists, and `newest` finds it: a kill at any moment leaves a whole one."""
-    folder, aside, old = (Path(f"{folder}{end}") for end in ("", ".new", ".old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside  # an exception in the block ends it here
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-def newest(folder) -> Path:
-    """The whole checkpoint of a run folder: `checkpoint`, or `checkpoint.old` after a kill between two renames."""
-    for name in ("checkpoint", "checkpoint.old"):
-        if (Path(folder) / name / "trainer.pt").is_file():
-            return Path(folder) / name
-    raise SystemExit(f"{folder}: no checkpoint there yet; start the run again without --resume")
-
-def trained(run):
-    """The parameters that the optimizers move: adapters and float32 copies are not in the policy's own files."""
-    optimizers = filter(None, (run.actor_optimizer, run.critic_optimizer))
-    return [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
-
-def save(run):
-    """Write the checkpoint: policy and processor in Hugging Face format, the rest in trainer.pt."""
-    with replacing(run.folder / "checkpoint") as aside:
-        run.policy.enter().save_pretrained(aside)
-        run.policy.processor.save_pretrained(aside)
-        state = {part: getattr(run, part) and getattr(run, part).state_dict() for part in STATEFUL}
-        state["weights"] = trained(run) if run.settings.lora or run.settings.dtype != "float32" else []
-        torch.save({**state, "progress": run.progress, "rng": torch.get_rng_state(),
-                    "cuda_rng": torch.cuda.get_rng_state_all()}, aside / "trainer.pt")
-
-def models(run, start, stored):
-    """Policy, critic and reference with their optimizers: models of their own, or with --lora three views of one."""
-    settings, config, run.critic, run.critic_optimizer = run.settings, run.config, None, None
-    load = lambda checkpoint: vlm.load(checkpoint, settings.device, settings.dtype, settings.gradient_checkpointing)
-    run.policy = load(start if settings.lora else stored or start)
-    if settings.lora:
-        run.policy, judge, run.reference = vlm.lora(run.policy, settings.lora)
-    run.reference = (run.reference if settings.lora else load(start)) if config.kl_coef else None
-    run.actor_optimizer = vlm.adam([p for p in run.policy.enter().parameters() if p.requires_grad], config.actor_lr)
-    if settings.credit == "critic":
-        view = judge if settings.lora else run.policy if settings.critic == "shared" else None
-        backbone = vlm.Backbone(view) if view else copy.deepcopy(run.policy.model.base_model)
-        run.critic = sapo.SegmentCritic(backbone, run.policy.hidden_size).to(settings.device)
-        run.critic_optimizer = vlm.adam(run.critic.parameters(), config.critic_lr)
-
-def build(settings, config):
-    """The run: models, optimizers, environments and progress; fresh, or from the newest checkpoint with --resume."""
     transformers.utils.logging.disable_progress_bar()
     if settings.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise SystemExit("--tensorboard needs a package that is not installed: pip install tensorboard")
-    envs = [make_env(settings) for _ in range(settings.batch + 1)]
-    if size := getattr(envs[0].unwrapped.task, "size", None):  # a data set ends: no row is judged twice
-        settings.eval_episodes = min(settings.eval_episodes, size("eval"))
-    baselines.check(settings, not {"image", "images"}.isdisjoint(envs[0].observation_space.spaces))
+        raise ImportError(
+            "--tensorboard needs a package that is not installed: pip install tensorboard"
+        )
+    grading_env, *envs = [make_env(settings) for _ in range(settings.batch + 1)]
+    task = grading_env.unwrapped.task
+    held_out = task.size("eval")
+    if held_out is not None:  # a data set ends: no row is asked twice
+        settings = replace(settings, eval_episodes=min(settings.eval_episodes, held_out))
+    observed = grading_env.observation_space.spaces
+    baselines.check(settings, has_picture="image" in observed or "images" in observed)
+
     folder = Path(settings.resume or f"{settings.runs}/{settings.name}")
-    run = SimpleNamespace(settings=settings, config=config, folder=folder, written=0, envs=envs[1:], judge=envs[0])
     torch.manual_seed(settings.seed)
-    started, stored = time.time(), newest(folder) if settings.resume else None
-    warm = settings.model == "tiny" and (config.kl_coef or settings.lora or not stored)
-    start = cached_warm_start(settings) if warm else settings.model
-    if folder.exists() and not stored:  # an earlier run of the same name is kept, under the time of the move
-        folder.rename(f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}")
-    run.progress = {"iteration": 0, "episodes": 0, "generated_tokens": 0, "seconds": 0.0, "threshold": None,
-                    "skipped_in_a_row": 0, "warm_start_seconds": time.time() - started}
-    models(run, start, stored)
-    if stored:
-        saved = torch.load(stored / "trainer.pt", map_location="cpu", weights_only=True)
-        for part in STATEFUL:
-            if saved[part]:
-                getattr(run, part).load_state_dict(saved[part])
-        for p, kept in zip(trained(run), saved["weights"], strict=False):
-            p.data.copy_(kept)
-        run.progress = saved["progress"]
-        torch.set_rng_state(saved["rng"]), torch.cuda.set_rng_state_all(saved["cuda_rng"])
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.board = settings.tensorboard and importlib.import_module("torch.utils.tensorboard").SummaryWriter(run.folder)
-    (run.folder / "config.json").write_text(json.dumps({"method": settings.method, "env": settings.env, "seed":
-        settings.seed, "settings": asdict(settings), "config": asdict(config)}, indent=1))
-    for file in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):  # what came after the checkpoint goes
-        lines = file.read_text().splitlines(keepends=True) if stored and file.exists() else []
-        file.write_text("".join(x for x in lines if x.endswith("}\n")
-                                and json.loads(x)["iteration"] <= run.progress["iteration"]))
-    return run
+    started = time.time()
+    saved = checkpoint.newest(folder) if settings.resume else None
+    start = settings.model  # the checkpoint that training begins, or once began, from
+    # Who resumes has the policy's own weights, and needs the start only as the reference of a KL
+    # penalty or under LoRA's adapters
+    needs_start = saved is None or config.kl_coef or settings.lora
+    if settings.model == "tiny" and needs_start:
+        start = tiny.cached_warm_start(task, settings)
+    progress = Progress(warm_start_seconds=time.time() - started)
+    if saved is None:
+        checkpoint.set_aside(folder)
+    run_models = models.build(settings, config, start, saved)
+    if saved is not None:
+        progress = Progress(**checkpoint.restore(run_models, saved))
 
-# ----------------------------------------------------------------------------------------------------------- rollout
-def ask(run, indices, split):
-    """Reset an environment per index. -> (environments, the model's inputs)."""
-    envs = run.envs[:len(indices)]
-    seen = [e.reset(options={"index": int(i), "split": split})[0] for e, i in zip(envs, indices, strict=True)]
-    first, place = np.unique(indices, return_index=True, return_inverse=True)[1:]  # a group's prompt is prepared once
-    seen = [seen[i] for i in first]
-    pictures = [list(map(Image.fromarray, o.get("images", [o["image"]] if "image" in o else []))) for o in seen]
-    inputs = vlm.encode(run.policy, [o["prompt"] for o in seen], pictures, envs[0].unwrapped.task.system)
-    return envs, vlm.take(inputs, torch.from_numpy(place))
+    prepare_folder(folder, settings, config, progress)
+    board = None
+    if settings.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
 
-def write(run, inputs, temperature, top_p=1.0, limit=None):
-    """The policy's answers, of at most `limit` tokens. -> (tokens, mask, texts per token)."""
-    stop = STOP if run.judge.unwrapped.task.cut(f"<answer>{STOP}")[1] else None
-    tokens, mask = vlm.generate(run.policy, inputs, limit or run.settings.max_new_tokens, temperature, top_p, stop)
-    run.written += int(mask.sum())
-    return tokens, mask, vlm.token_texts(run.policy, tokens, mask, env.END)
+        board = SummaryWriter(folder)
+    return Run(
+        settings, config, folder, run_models, envs, grading_env, progress, board, command=command
+    )
 
-def replay(envs, texts, ends, mask):
-    """Pass each segment to its environment. -> rewards (B, T), each on its segment's last token; mask, less the tokens
-    that an environment no longer took because the episode was over; last infos."""
-    rewards, mask, infos = np.zeros(mask.shape, np.float32), mask.cpu().clone(), []
-    for row, (e, pieces, cuts) in enumerate(zip(envs, texts, ends.tolist(), strict=True)):
-        first, over = 0, False
-        for last in [t for t in range(len(pieces)) if cuts[t]]:
-            if over:
-                mask[row, first:] = False
-                break
-            _, rewards[row, last], terminated, truncated, info = e.step("".join(pieces[first:last + 1]))
-            first, over = last + 1, terminated or truncated
-        infos.append(info)
-    return torch.from_numpy(rewards).to(ends.device), mask.to(ends.device), infos
 
-@torch.no_grad()
-def collect(run, indices, split="train"):
-    """One batch of responses, scored, cut, replayed and credited. -> a namespace: a sapo.Rollout and what made it."""
-    settings, policy, temperature, tree = run.settings, run.policy, run.settings.temperature, None
-    size = run.config.micro_batch or run.config.minibatch
-    in_parts = lambda function: vlm.in_parts(function, size, inputs, tokens, mask)
-    envs, inputs = ask(run, indices, split)
-    after = lambda rows, prefix, lengths, limit: write(
-        run, vlm.extended(vlm.take(inputs, rows), prefix, lengths), temperature, limit=limit)
-    if settings.credit == "tree":
-        prompt, tokens, mask, tree = baselines.grow(
-            len(indices), settings, after, lambda text: bool(envs[0].unwrapped.task.cut(text)[1]))
-        indices, texts = indices[prompt.numpy()], vlm.token_texts(policy, tokens, mask, env.END)
-        envs, inputs = ask(run, indices, split)
+def prepare_folder(folder, settings, config, progress) -> None:
+    """Write config.json, and let the logs hold what the run's progress says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "method": settings.method,
+        "env": settings.env,
+        "seed": settings.seed,
+        "settings": asdict(settings),
+        "config": asdict(config),
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=1))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        file = folder / name
+        file.touch()
+        checkpoint.drop_lines_after(file, progress.iteration)
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
+    """The command line -> settings.
+
+    --method brings its own defaults, --resume those of that run's config.json; flags win.
+    """
+    parser = transformers.HfArgumentParser(
+        (Settings, sapo.SAPOConfig), description=__doc__.split("\n\n")[0]
+    )
+    known, _ = parser.parse_known_args(argv)
+    if known.resume:
+        file = Path(known.resume) / "config.json"
+        if not file.is_file():
+            raise SystemExit(
+                f"--resume {known.resume}: no config.json there; give the folder of a run, "
+                "runs/<name>"
+            )
+        earlier = json.loads(file.read_text())
+        parser.set_defaults(**earlier["settings"])
+        parser.set_defaults(**earlier["config"])
+        parser.set_defaults(resume=known.resume)
     else:
-        tokens, mask, texts = write(run, inputs, temperature)
-    logp, entropy = in_parts(lambda *x: vlm.score(policy, *x, temperature))
-    ref_logp = in_parts(lambda *x: vlm.score(run.reference, *x, temperature)[0]) if run.reference else None
-    values = in_parts(lambda *x: vlm.prefix_values(run.critic, *x)) if run.critic else None
-    if settings.cut == "causal" and run.progress["threshold"] is None:  # a first threshold needs a batch of its own
-        run.progress["threshold"] = sapo.entropy_quantile(entropy, mask, run.config.top_k)
-        return collect(run, indices, split)
-    ends = baselines.cut(settings.cut, mask, entropy, logp, texts, run.config.top_k, run.progress["threshold"],
-                         settings.segment_tokens)
-    rewards, used, infos = replay(envs, texts, ends, mask)
-    batch = SimpleNamespace(rollout=sapo.Rollout(used, ends & used, logp, rewards, values, ref_logp), tree=tree,
-                            inputs=inputs, tokens=tokens, mask=mask, texts=texts, entropy=entropy, infos=infos,
-                            envs=envs, indices=indices)
+        parser.set_defaults(**baselines.SETTINGS[known.method])
+    settings, config = parser.parse_args_into_dataclasses(argv)
+    if not settings.name:
+        task = settings.env.split("/")[-1].split("-")[0]  # SAPO/DiceSum-v0 -> DiceSum
+        words = [task, settings.method, settings.cut, *settings.env_args, f"seed{settings.seed}"]
+        settings.name = "-".join(words).replace("/", "_")
+    return settings, config
 
-    def judge(row, prefix, text):
-        run.judge.reset(options={"index": int(indices[row]), "split": split, "response": prefix})
-        return run.judge.step(text)[1]
-    baselines.give_credit(
-        batch, settings, run.config, lambda rows, lengths, limit: after(rows, tokens[rows], lengths, limit)[2], judge,
-        lambda mask, noised: vlm.score(policy, vlm.noised(inputs) if noised else inputs, tokens, mask, temperature)[0])
-    return batch
 
-def train_indices(settings, iteration):
-    """Which training examples iteration 1, 2, ... sees: fresh ones each time, each `group` times for a group's mean."""
-    count = settings.batch // (per := baselines.responses_per_prompt(settings))
-    return np.repeat(np.arange(count) + count * (iteration - 1), 1 if settings.credit == "tree" else per)
-
-def step(run) -> dict:
-    """One iteration: collect, update. -> metrics of the last epoch."""
-    progress, settings, before = run.progress, run.settings, run.written
-    lr = run.config.actor_lr * 0.5 ** (progress["generated_tokens"] / settings.actor_half_life)
-    lr = run.actor_optimizer.param_groups[0]["lr"] = lr * (progress["iteration"] >= settings.value_pretraining)
-    progress["iteration"] += 1
-    rollout = (batch := collect(run, train_indices(settings, progress["iteration"]))).rollout
-    if settings.cut == "causal":
-        progress["threshold"] = sapo.entropy_quantile(batch.entropy, rollout.mask, run.config.top_k)
-    part = lambda rows: (vlm.take(batch.inputs, rows), batch.tokens[rows], batch.mask[rows])
-    learned = rollout if batch.keep is None else baselines.masked(rollout, batch.keep, run.config)
-    history = sapo.sapo_update(
-        learned, lambda rows: vlm.score(run.policy, *part(rows), settings.temperature),
-        run.critic and (lambda rows: vlm.prefix_values(run.critic, *part(rows))),
-        run.actor_optimizer, run.critic_optimizer, run.config, skipped_in_a_row=progress["skipped_in_a_row"])
-    progress["skipped_in_a_row"] = history[-1]["skipped_in_a_row"]
-    progress |= (counts := {"episodes": progress["episodes"] + len(rollout.mask),
-                            "generated_tokens": progress["generated_tokens"] + run.written - before})
-    return {"accuracy": np.mean([i["correct"] for i in batch.infos]).item(),
-            "reward": rollout.rewards.sum(1).mean().item(), **history[-1], **counts, "actor_lr": lr,
-            "response_tokens": rollout.mask.sum(1).float().mean().item()}
-
-# -------------------------------------------------------------------------------------------------------- evaluation
-def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
-    """Accuracy on the first eval_episodes held-out examples, with its 95% interval."""
-    right, n = 0, run.settings.eval_episodes
-    for first in range(0, n, len(run.envs)):
-        envs, inputs = ask(run, range(first, min(n, first + len(run.envs))), "eval")
-        texts = write(run, inputs, temperature, top_p)[2]
-        right += sum(e.step("".join(text))[4]["correct"] for e, text in zip(envs, texts, strict=True))
-    return dict(zip(("eval_accuracy", "eval_low", "eval_high"), (right / n, *figures.wilson(right, n)), strict=True))
-
-def samples(run, count=64):
-    """Held-out responses with their credit, token by token, for figures.credit_map."""
-    prompts = train_indices(run.settings, 1)  # as many, and as often, as in training; here of the held-out ones
-    batch = collect(run, prompts[prompts < count], "eval")
-    advantages, rollout = sapo.credit(batch.rollout, run.config)[0], batch.rollout
-    reads = sapo.boundaries(rollout.ends, rollout.mask, run.config.value_at)  # elsewhere V is neither read nor trained
-    values = None if rollout.values is None else sapo.segment_sum(rollout.values * reads, rollout.ends, rollout.mask)
-    for row in np.unique(batch.indices, return_index=True)[1]:  # the first response to each prompt
-        e, info = batch.envs[row].unwrapped, batch.infos[row]
-        example, task = e.example, e.task
-        tokens = batch.texts[row][:(n := int(rollout.mask[row].sum()))]
-        token_of = [t for t, text in enumerate(tokens) for _ in text]  # character -> token
-        response, png = "".join(tokens), io.BytesIO()
-        if example.image:
-            example.image.save(png, "PNG")
-        spans = zip(task.step_spans(response), task.check_steps(example, response), strict=True)
-        row_of = lambda x: None if x is None else [round(float(v), 4) for v in x[row, :n]]  # noqa: B023
-        yield {"iteration": run.progress["iteration"], "example_id": info["example_id"], "method": run.settings.method,
-               "cut": run.settings.cut, "prompt": example.question, "answer": example.answer,
-               "image": example.image and base64.b64encode(png.getvalue()).decode(), "predicted": info["predicted"],
-               "reward": float(rollout.rewards[row].sum()), "tokens": tokens, "entropy": row_of(batch.entropy),
-               "values": row_of(values), "advantages": row_of(advantages),
-               "ends": rollout.ends[row, :n].tolist(),
-               "steps": [[token_of[a], token_of[b - 1], right] for (a, b), right in spans if b > a]}
-
-# ---------------------------------------------------------------------------------------------------------- the loop
-def log(run, name, *rows):
-    """Append JSON lines to a file of the run."""
-    with open(run.folder / name, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-def train(run) -> bool:
-    """The loop. -> True when it came to its end, False after Ctrl-C; the checkpoint is written either way."""
-    settings, progress, stop = run.settings, run.progress, []
-    spent = lambda: 0 < settings.token_budget <= progress["generated_tokens"]
-    previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, previous)))
-    if "before" not in progress:
-        progress["before"] = evaluate(run)
-        log(run, "metrics.jsonl", {"iteration": 0, **progress["before"]})
-        save(run)
-    started = time.time() - progress["seconds"]
-    bar = tqdm(total=settings.iterations, initial=progress["iteration"], desc=settings.method, disable=None)
+def main(argv=None) -> None:
+    """The command line. Whatever is wrong with the input becomes one line here."""
+    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        while progress["iteration"] < settings.iterations and not stop and not spent():
-            row = {"iteration": progress["iteration"] + 1, **step(run)}
-            progress["seconds"] = row["seconds"] = time.time() - started
-            if row["iteration"] % settings.eval_every == 0 or row["iteration"] == settings.iterations or spent():
-                row |= evaluate(run)
-                log(run, "samples.jsonl", *samples(run))
-            log(run, "metrics.jsonl", row)
-            for key, x in row.items() if run.board else ():
-                run.board.add_scalar(key, x, row["iteration"])
-            bar.set_postfix_str(f"accuracy {row['accuracy']:.2f}, entropy {row.get('entropy', 0):.3f}", refresh=False)
-            bar.update()
-            if row["iteration"] % settings.checkpoint_every == 0 and row["iteration"] < settings.iterations:
-                save(run)
-        save(run)
-    finally:
-        bar.close(), signal.signal(signal.SIGINT, previous)
-    return not stop
-
-def finish(run):
-    """Final evaluations, summary.json, pictures, and the table on the terminal."""
-    settings, progress = run.settings, run.progress
-    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])  # evaluated, but after some resumes
-    final = {x: last[x] for x in progress["before"]} if "eval_accuracy" in last else evaluate(run)
-    seen = {"temperature 1": final, "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95), "greedy": evaluate(run, 0)}
-    summary = {"command": run.command, "date": time.strftime("%Y-%m-%d"), "method": settings.method,
-               "env": settings.env, "seed": settings.seed, "threads": torch.get_num_threads(), "versions": {
-                   "python": sys.version.split()[0], **{x.__name__: x.__version__ for x in (torch, transformers)}},
-               "warm_start_accuracy": progress["before"]["eval_accuracy"], "accuracy": final["eval_accuracy"],
-               "accuracy_low": final["eval_low"], "accuracy_high": final["eval_high"],
-               **{x: progress[x] for x in ("episodes", "generated_tokens", "seconds", "warm_start_seconds")},
-               "peak_rss_mb": bench.peak_megabytes(), "eval_episodes": settings.eval_episodes, "evaluations": seen}
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    figures.report(run.folder, progress["before"])
-
-def main(argv=None):
-    """The command line."""
-    try:
-        run = build(*parse(argv))
-    except (ValueError, OSError, ImportError) as error:  # a checkpoint or a data set that is not what it should be
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    run.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+        run = build(*parse(argv), command)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"train.py: {error}") from error
     try:
         finished = train(run)
-    except (FloatingPointError, RuntimeError) as error:  # the last checkpoint is from before it
-        reason = bench.out_of_memory(run, error) if isinstance(error, RuntimeError) else error
-        raise SystemExit(f"iteration {run.progress['iteration']}: {reason}") from None
-    if not finished:
-        return print(f"stopped at iteration {run.progress['iteration']}; python train.py --resume {run.folder} goes on")
-    finish(run)
+    except FloatingPointError as error:  # the last checkpoint is from before it
+        raise SystemExit(f"iteration {run.progress.iteration}: {error}") from None
+    except RuntimeError as error:
+        reason = models.explain_out_of_memory(
+            run.models, run.settings, run.config, run.folder, error
+        )
+        raise SystemExit(f"iteration {run.progress.iteration}: {reason}") from None
+    if finished:
+        finish(run)
+    else:
+        print(
+            f"stopped at iteration {run.progress.iteration}; "
+            f"python train.py --resume {run.folder} goes on"
+        )
+
 
 if __name__ == "__main__":
     main()

@@ -1,400 +1,599 @@
-"""The model's edge: load a vision-language model, or build a tiny one; write responses; score them.
+"""A vision-language model's edge: open one, encode prompts, write responses, score them.
 
-One path for both: a directory or hub name, opened with `AutoProcessor` and `AutoModelForImageTextToText` (never
-`trust_remote_code`). The tiny model is a real `Idefics3ForConditionalGeneration` (SmolVLM's class, 0.27 M parameters,
-one token per character and per tag), saved with its processor and loaded like any other; it needs no torchvision.
+One path for the tiny model (tiny.py) and for real ones: a directory or hub name, opened with
+`AutoProcessor` and `AutoModelForImageTextToText`, never with `trust_remote_code`.
 
-Sampling and scoring use one distribution: the same temperature, and the same banned tokens (image placeholders, padding
-and other special ids: a sampled one would crash the next forward pass). There is no top-k or top-p in training. Padding
-is by length, never by token id: with pad = EOS, an id cannot tell the stop the policy wrote from filling. Log-probs and
-entropy are float32 under any model dtype. The text of a response is never tokenised again.
+    opened = vlm.load("HuggingFaceTB/SmolVLM-256M-Instruct", device="cuda", dtype="bfloat16")
+    inputs = vlm.encode(opened, ["How many dice?"], [picture])
+    tokens, mask = vlm.generate(opened, inputs, max_new_tokens=64)
+    logp, entropy = vlm.score(opened, inputs, tokens, mask)
 
-Nothing here knows a model family: what a processor returns for a prompt travels with it (`Inputs`), the head reads only
-the tokens that count, in pieces (`score`), and one backbone in memory can be policy, critic and reference (`lora`).
+Four rules hold throughout:
 
-Shapes: B responses, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary.
+- Sampling and scoring use one distribution: the same temperature and the same banned tokens (image
+  placeholders, padding and other special ids, since a sampled one would crash the next forward
+  pass). There is no top-k or top-p in training.
+- Padding is by length, never by token id. Where the padding token is the EOS token, an id cannot
+  tell the stop that the policy wrote from filling.
+- Log-probabilities and entropies are float32 under any dtype of the weights.
+- The text of a response is never tokenised again: tokens and text travel side by side.
+
+Nothing here knows a model family. What a processor returns for a prompt travels with that prompt
+(`Inputs`), and the language-model head reads only the tokens that count, in pieces (`score`).
+
+Shapes: B responses, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary,
+H hidden size, N tokens under a mask.
 """
 
 import functools
-import string
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import decoders
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast, StoppingCriteria
+from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-# transformers 5.17 shows a placeholder for this class where torchvision is missing, although it works without
-sys.modules["transformers.models.idefics3"].Idefics3ImageProcessorPil = Idefics3ImageProcessorPil
+PIECE = 2**24  # logits that `score` holds at once: 64 MiB in float32
 
-TAGS = ("<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
-)
 
-PIECE = 2**24  # logits held at once by `score`: 64 MiB in float32
+# -------------------------------------------------------------- a loaded model and its inputs
+
 
 @dataclass
 class VLM:
     """A loaded model with what sampling needs to know of it."""
+
     model: torch.nn.Module
+    """a transformers model with a language-model head"""
     processor: transformers.ProcessorMixin
-    banned: Tensor       # bool (V,): ids that are never sampled and score -inf
-    eos_ids: list[int]   # ids that end a response
-    adapter: str = ""    # with `lora`: the adapter that this view of the model speaks through, or "none"
+    """makes the model's inputs from text and pictures; holds the tokenizer"""
+    banned: Tensor
+    """bool (V,): ids that are never sampled and score -inf"""
+    eos_ids: list[int]
+    """ids that end a response; the first one also fills up behind it"""
+    adapter: str = ""
+    """of a LoRA view (models.lora): the adapter it speaks through, or "none"; "": a plain model"""
 
-    tokenizer = property(lambda self: self.processor.tokenizer)
-    hidden_size = property(lambda self: self.model.config.get_text_config().hidden_size)
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
 
-    def enter(self):
-        """Make the model this view's: its adapter on, gradient checkpointing on where there are gradients."""
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    def enter(self) -> torch.nn.Module:
+        """Make the model this view's: its adapter on, recomputing where there are gradients."""
         if self.adapter == "none":
             self.model.disable_adapters()
         elif self.adapter:
             self.model.enable_adapters()
             self.model.set_adapter(self.adapter)
-        _recompute(self.model)
+        _recompute_for_gradients(self.model)
         return self.model
 
     def hidden(self, inputs: dict) -> Tensor:
         """The backbone's last hidden states, (B, L, H)."""
         return self.enter().base_model(**inputs, use_cache=False).last_hidden_state
 
-def _recompute(module):
-    # Layers checkpoint in training mode alone: they get it without their parts (there is no dropout), and only where
-    # there are gradients, as it would cost generation its cache.
+
+def _recompute_for_gradients(module):
+    """Let layers with gradient checkpointing recompute their activations, if gradients are kept.
+
+    Layers checkpoint in training mode alone. They get this mode without their parts (there is no
+    dropout), and only where there are gradients, because it would cost generation its cache.
+    """
     for layer in module.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = layer.gradient_checkpointing and torch.is_grad_enabled()
 
+
 class Inputs(dict):
-    """What a model takes for B prompts: text tensors (B, P), and picture tensors whose first dimension need not be B;
-    counts: how many rows of each of the latter belong to each prompt (pictures, tiles or patches, 0 for none)."""
-    def __init__(self, tensors, counts=None):
+    """What a model takes for B prompts, by name.
+
+    Text tensors are (B, P). The first dimension of a picture tensor need not be B: it counts
+    pictures, tiles or patches. `counts[name][b]` says how many of its rows belong to prompt b
+    (0 where the prompt has no picture). A tensor that is not in `counts` has one row per prompt.
+    """
+
+    def __init__(self, tensors: dict, counts: dict[str, list[int]] | None = None):
         super().__init__(tensors)
         self.counts = counts or {}
 
-# -------------------------------------------------------------------------------------------------- build and load
-def build_tiny(directory, image_size: int = 32, hidden_size: int = 64, layers: int = 4, seed: int = 0) -> Path:
-    """Write a tiny random SmolVLM-family checkpoint, with its processor, into `directory`. -> the directory.
-    image_size: side of the picture in pixels, a multiple of 16: a 16 x 16 block becomes one image token (patch 8, pixel
-    shuffle 2). The alphabet is printable ASCII and newline, one token per character, one per tag."""
-    if image_size < 16 or image_size % 16:
-        raise ValueError(f"image_size: {image_size}, expected a positive multiple of 16 (patch 8, pixel shuffle 2)")
-    tokenizer = _tiny_tokenizer()
-    processor = transformers.Idefics3Processor(
-        Idefics3ImageProcessorPil(do_resize=False, do_image_splitting=False,  # one resize is enough, to
-                                  max_image_size={"longest_edge": image_size}),
-        tokenizer, image_seq_len=(image_size // 16) ** 2, chat_template=CHAT_TEMPLATE)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    config = transformers.Idefics3Config(
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=2,
-        vision_config=dict(hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,
-                           num_attention_heads=4, image_size=image_size, patch_size=8),
-        text_config=transformers.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096,
-            **ids))
-    with torch.random.fork_rng(devices=[]):  # the caller's random stream does not move
-        torch.manual_seed(seed)
-        model = transformers.Idefics3ForConditionalGeneration(config)
-    model.generation_config = transformers.GenerationConfig(**ids)
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
-    return Path(directory)
 
-def _tiny_tokenizer():
-    """One token per printable character and per tag; pad is EOS, as in many real checkpoints."""
-    characters = sorted(set(string.printable) - set("\t\r\x0b\x0c"))
-    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(["<unk>", *characters])}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.decoder = decoders.Fuse()
-    inner.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
-    end = "<end_of_utterance>"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", eos_token=end, pad_token=end,
-        additional_special_tokens=["<fake_token_around_image>", "<image>", "<global-img>", end])
+def _counts(inputs):
+    """The counts of `Inputs`; a plain dict of tensors has one row per prompt everywhere."""
+    return getattr(inputs, "counts", {})
 
-def load(name_or_directory, device: str = "cpu", dtype: str = "float32", gradient_checkpointing: bool = False) -> VLM:
-    """Open a checkpoint: a directory or a hub name. dtype is that of the weights: "float32", "bfloat16" or "float16".
-    Raises ImportError when its processor needs a package that is missing (torchvision, for the Qwen-VL families),
-    OSError when there is no such checkpoint, ValueError when its head is not its last layer."""
-    if not Path(name_or_directory).exists() and str(name_or_directory).count("/") != 1:  # a hub name is owner/name
+
+def _up_to(lengths, width):
+    """bool (B, width): True on the first lengths[b] positions of row b."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+# --------------------------------------------------------------------------------------- open
+
+
+def load(
+    name_or_directory,
+    device: str = "cpu",
+    dtype: str = "float32",
+    gradient_checkpointing: bool = False,
+) -> VLM:
+    """Open a checkpoint: a directory or a hub name (owner/name).
+
+    dtype: of the weights, "float32", "bfloat16" or "float16".
+    gradient_checkpointing: keep fewer activations, and make them again for the gradient.
+
+    Raises OSError when there is no such checkpoint, ImportError when its processor needs a package
+    that is missing (torchvision, for the Qwen-VL families), and ValueError when its head is not its
+    last layer.
+    """
+    processor = _open_processor(name_or_directory)
+    model = AutoModelForImageTextToText.from_pretrained(  # with PyTorch's own (sdpa) attention
+        name_or_directory, dtype=getattr(torch, dtype)
+    )
+    model.to(device).eval()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = processor.tokenizer.eos_token_id
+    eos_ids = [eos] if isinstance(eos, int) else list(eos)
+    # A checkpoint's repetition penalty, min-p and the like would reach sampling but not scoring.
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=eos, pad_token_id=eos_ids[0]
+    )
+    banned = _banned_ids(model.config, processor.tokenizer, eos_ids)
+    if not _head_is_last(model, torch.tensor([eos_ids], device=device)):
+        raise ValueError(
+            f"{name_or_directory}: its logits are capped or scaled behind its head: not supported"
+        )
+    return VLM(model, processor, banned.to(device), eos_ids)
+
+
+def idefics3_image_processor() -> type:
+    """Idefics3's image processor that needs no torchvision, made known to transformers.
+
+    Where torchvision is missing, transformers 5.17 shows a placeholder in this class's place, which
+    raises when it is used, although the class itself works without torchvision.
+    """
+    package = sys.modules["transformers.models.idefics3"]
+    package.Idefics3ImageProcessorPil = Idefics3ImageProcessorPil
+    return Idefics3ImageProcessorPil
+
+
+def _open_processor(name_or_directory):
+    if not Path(name_or_directory).exists() and str(name_or_directory).count("/") != 1:
         raise OSError(f"{name_or_directory}: neither a folder nor a hub name (owner/name)")
+    idefics3_image_processor()
     try:
         processor = AutoProcessor.from_pretrained(name_or_directory)
     except ValueError as error:
         raise OSError(f"{name_or_directory}: no checkpoint there ({error})") from None
     except ImportError as error:
-        what = "torchvision" if "torchvision" in str(error).lower() else str(error).strip().splitlines()[0]
-        raise ImportError(f"{name_or_directory}: its processor needs {what}, which is not installed") from None
+        missing = str(error).strip().splitlines()[0]
+        if "torchvision" in str(error).lower():  # the first line does not always name it
+            missing = "torchvision"
+        raise ImportError(
+            f"{name_or_directory}: its processor needs {missing}, which is not installed"
+        ) from None
     processor.tokenizer.padding_side = "left"
-    model = AutoModelForImageTextToText.from_pretrained(name_or_directory, dtype=getattr(torch, dtype))  # with sdpa
-    model.to(device).eval()
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokenizer, generation = processor.tokenizer, model.generation_config
-    eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    eos_ids = [eos] if isinstance(eos, int) else list(eos)
-    # a checkpoint's repetition penalty, min-p and the like would reach sampling but not scoring
-    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=eos_ids[0])
-    banned = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
-    banned[len(tokenizer):] = True  # rows that only fill the embedding up to a round size
+    return processor
+
+
+def _banned_ids(config, tokenizer, eos_ids):
+    """bool (V,): the ids that no response may hold. EOS ids are allowed, also where they pad."""
+    banned = torch.zeros(config.get_text_config().vocab_size, dtype=torch.bool)
+    banned[len(tokenizer) :] = True  # rows that only fill the embedding up to a round size
     banned[tokenizer.all_special_ids] = True
-    banned[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            banned[token_id] = True
     for name in ("image_token_id", "video_token_id"):
-        if getattr(model.config, name, None) is not None:
-            banned[getattr(model.config, name)] = True
+        token_id = getattr(config, name, None)
+        if token_id is not None:
+            banned[token_id] = True
     banned[eos_ids] = False
-    with torch.no_grad():
-        logits, hidden = (x(input_ids=torch.tensor([eos_ids], device=device)) for x in (model, model.base_model))
-        if not torch.allclose(logits.logits, model.get_output_embeddings()(hidden.last_hidden_state), 1e-3, 1e-5):
-            raise ValueError(f"{name_or_directory}: its logits are capped or scaled behind its head: not supported")
-    return VLM(model, processor, banned.to(device), eos_ids)
+    return banned
 
-# ---------------------------------------------------------------------------------------------------------- prompts
-def encode(vlm: VLM, prompts: list[str], images: list, system: str = "") -> Inputs:
-    """Prompts and their pictures -> the model's inputs, (B, P) and more. Padded on the left, never truncated.
-    images: for each prompt a picture (PIL or array), a list of them, or None; the chat template says where they stand.
-    system: the text of a system turn before each prompt."""
-    images = [list(x) if isinstance(x, (list, tuple)) else [x] * (x is not None) for x in images]
-    chat = functools.cache(lambda prompt, pictures: _chat(vlm, prompt, pictures, system))  # tasks repeat their question
-    texts = [chat(prompt, len(pictures)) for prompt, pictures in zip(prompts, images, strict=True)]
-    if len({len(pictures) for pictures in images}) == 1 and len(images[0]) < 2:  # the usual case, in one call
-        inputs = _process(vlm, texts, images)
-        if all(len(x) == len(texts) for x in inputs.values()):
-            return Inputs(inputs)
-    rows = [_process(vlm, [text], [pictures]) for text, pictures in zip(texts, images, strict=True)]
-    words = {name for name, x in rows[0].items() if x.shape == rows[0]["input_ids"].shape}
-    counts = {name: [len(row.get(name, ())) for row in rows] for row in rows for name in row.keys() - words}
-    return Inputs({name: _stacked([row[name] for row in rows if name in row], name in words,
-                                  vlm.eos_ids[0] * (name == "input_ids")) for name in (*words, *counts)}, counts)
-
-def _chat(vlm, prompt, pictures, system):
-    """The text of a system turn, a user turn with so many pictures, and the start of an answer."""
-    if not getattr(vlm.processor, "chat_template", None):  # a base model: its processor puts the pictures first
-        return "\n".join([system] * bool(system) + [prompt])
-    turn = lambda role, text, n=0: {"role": role, "content": [{"type": "image"}] * n + [{"type": "text", "text": text}]}
-    chat = lambda *turns: vlm.processor.apply_chat_template(turns, add_generation_prompt=True)
-    try:
-        return chat(*[turn("system", system)] * bool(system), turn("user", prompt, pictures))
-    except TemplateError:  # a template without a system role
-        return chat(turn("user", f"{system}\n\n{prompt}", pictures))
-
-def _process(vlm, texts, images):
-    """The processor's tensors for some prompts with equally many pictures each."""
-    bos = vlm.tokenizer.bos_token  # some chat templates write it themselves
-    kwargs = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
-    inputs = vlm.processor(text=texts, images=images if images[0] else None, padding=True, return_tensors="pt",
-                           **kwargs)
-    return {name: x.to(vlm.model.device) for name, x in inputs.items()
-            if isinstance(x, Tensor) and name != "labels"}
-
-def _stacked(parts, left, fill):
-    """The rows of all parts; where other dimensions differ, smaller parts are filled up, on the left or the right."""
-    shape = torch.tensor([part.shape[1:] for part in parts]).amax(0).tolist()
-    gaps = [[n - m for n, m in zip(shape, part.shape[1:], strict=True)] for part in parts]
-    pads = [[x for gap in reversed(of) for x in ((gap, 0) if left else (0, gap))] for of in gaps]
-    return torch.cat([F.pad(part, pad, value=fill) for part, pad in zip(parts, pads, strict=True)])
-
-def encode_responses(vlm: VLM, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Written responses, for supervised training: tokens (B, T) with an EOS at the end of each, and mask (B, T)."""
-    rows = [ids + vlm.eos_ids[:1] for ids in vlm.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], True, vlm.eos_ids[0])
-    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(ids) for ids in rows])[:, None]
-    return tokens.to(vlm.model.device), mask.to(vlm.model.device)
-
-def take(inputs: dict, rows: Tensor) -> Inputs:
-    """Some rows of the inputs, with their pictures."""
-    counts = getattr(inputs, "counts", {})
-    found = Inputs({name: x[rows] for name, x in inputs.items() if name not in counts})
-    for name, count in counts.items():
-        if any(kept := [count[row] for row in rows]):  # or none of them has a picture
-            parts = inputs[name].split(count)
-            found[name], found.counts[name] = torch.cat([parts[row] for row in rows]), kept
-    return found
-
-def _joined(inputs, tokens, mask):
-    """Prompt and response as one input. Everything after a response's length is hidden from attention."""
-    attention = torch.cat([inputs["attention_mask"], mask.to(inputs["attention_mask"].dtype)], 1)  # (B, P + T)
-    joined = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1), "attention_mask": attention}
-    for name, text in (("mm_token_type_ids", 0), ("token_type_ids", 1)):  # what marks an answer's text, if it is marked
-        if name in inputs:
-            joined[name] = torch.cat([inputs[name], torch.full_like(tokens, text)], 1)
-    return joined
-
-def extended(inputs: dict, tokens: Tensor, lengths: Tensor) -> dict:
-    """The inputs with the first lengths[b] tokens of a response as part of the prompt, padded on the left again."""
-    T = tokens.shape[1]
-    joined = _joined(inputs, tokens, torch.arange(T, device=tokens.device) < lengths[:, None])
-    L = joined["input_ids"].shape[1]
-    source = (torch.arange(L, device=tokens.device) - (T - lengths)[:, None]) % L  # (B, L): what is cut off goes left
-    first = L - int(joined["attention_mask"].sum(1).max())
-    rolled = {name: joined[name].gather(1, source)[:, first:]
-              for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids") if name in joined}
-    return Inputs({**joined, **rolled}, getattr(inputs, "counts", {}))
-
-def noised(inputs: dict) -> dict:
-    """The inputs with every picture replaced by Gaussian noise of the pixels' mean and spread."""
-    pixels = inputs["pixel_values"]
-    real = pixels != 0  # what a processor fills up stays zero, and no real pixel is exactly that
-    noise = torch.where(real, pixels[real].mean() + pixels[real].std() * torch.randn_like(pixels), 0.0)
-    return Inputs({**inputs, "pixel_values": noise}, getattr(inputs, "counts", {}))
-
-# --------------------------------------------------------------------------------------------------------- generate
-@functools.lru_cache
-def _completing(tokenizer, stop, V):
-    """bool (V,): the tokens that can complete `stop`: they hold it, or begin with an end of it or half a character."""
-    tokens = tokenizer.batch_decode([[i] for i in range(min(V, len(tokenizer)))]) if stop else []
-    ends = tuple(stop[k:] for k in range(len(stop))) if stop else ()
-    return torch.tensor([stop in t or t.startswith((*ends, "\ufffd")) for t in tokens] + [False] * (V - len(tokens)))
-
-class _Stop(StoppingCriteria):
-    """Ends a row at an EOS id or at the stop string, and remembers how long the row was: the only trusted length."""
-    def __init__(self, vlm, prompt_tokens, stop):
-        self.vlm, self.prompt_tokens, self.stop, self.lengths = vlm, prompt_tokens, stop, None
-        self.eos = torch.zeros(len(vlm.banned), dtype=torch.bool)
-        self.eos[vlm.eos_ids] = True
-        self.may_stop = _completing(vlm.tokenizer, stop, len(vlm.banned))
-
-    def __call__(self, input_ids, scores, **kwargs):
-        written = input_ids[:, self.prompt_tokens:].cpu()
-        if self.lengths is None:
-            self.lengths = torch.zeros(len(written), dtype=torch.long)
-        last, T = written[:, -1], written.shape[1]
-        done = self.eos[last]
-        for row in (self.may_stop[last] & (self.lengths == 0)).nonzero().flatten().tolist():
-            # a token holds at least one byte, so the stop string lies within its last 4 * len(stop) tokens
-            done[row] |= self.stop in self.vlm.tokenizer.decode(written[row, -4 * len(self.stop):])
-        self.lengths[done & (self.lengths == 0)] = T
-        return (self.lengths > 0).to(input_ids.device)
 
 @torch.no_grad()
-def generate(vlm: VLM, inputs: dict, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
-             stop: str | None = None, return_logp: bool = False):
-    """Sample one response per prompt. -> tokens (B, T) long, mask (B, T) bool [, logp (B, T) with return_logp].
-    A row ends with an EOS id, with the token that completes `stop`, or at max_new_tokens; these last tokens belong to
-    the response. temperature 0 is greedy. Draws from torch's global random stream. logp is that of the distribution
-    sampled from; ask for it only with small vocabularies, since it keeps (T, B, V) scores."""
+def _head_is_last(model, token_ids):
+    """Are the model's logits its head's output? `score` applies the head itself, and no more."""
+    logits = model(input_ids=token_ids).logits
+    hidden = model.base_model(input_ids=token_ids).last_hidden_state
+    return torch.allclose(logits, model.get_output_embeddings()(hidden), 1e-3, 1e-5)
+
+
+# ------------------------------------------------------------------------------------- encode
+
+
+def encode(vlm: VLM, prompts: list[str], images: list, system: str = "") -> Inputs:
+    """Prompts and their pictures -> the model's inputs, (B, P) and more.
+
+    Padded on the left, never truncated.
+    images: for each prompt a picture (PIL or array), a list of them, or None. Where they stand in
+        the prompt is the chat template's business.
+    system: the text of a system turn before each prompt; "": none.
+    Raises ValueError when there are not as many images as prompts.
+    """
+    pictures = [_as_list(image) for image in images]
+
+    @functools.cache  # the prompts of a task repeat its question
+    def chat(prompt, count):
+        return _chat(vlm, prompt, count, system)
+
+    texts = [chat(prompt, len(own)) for prompt, own in zip(prompts, pictures, strict=True)]
+
+    numbers = {len(own) for own in pictures}
+    if numbers == {0} or numbers == {1}:  # the usual case: the processor is called once
+        tensors = _process(vlm, texts, pictures)
+        if all(len(tensor) == len(texts) for tensor in tensors.values()):
+            return Inputs(tensors)
+
+    # Otherwise one prompt at a time, which shows what rows of a picture tensor belong to a prompt.
+    rows = [_process(vlm, [text], [own]) for text, own in zip(texts, pictures, strict=True)]
+    text_shape = rows[0]["input_ids"].shape
+    tensors, counts = {}, {}
+    for name in dict.fromkeys(name for row in rows for name in row):  # every name, once, in order
+        parts = [row[name] for row in rows if name in row]
+        if name in rows[0] and rows[0][name].shape == text_shape:
+            filling = vlm.eos_ids[0] if name == "input_ids" else 0
+            tensors[name] = _stacked(parts, left=True, filling=filling)
+        else:
+            tensors[name] = _stacked(parts, left=False, filling=0)
+            counts[name] = [len(row[name]) if name in row else 0 for row in rows]
+    return Inputs(tensors, counts)
+
+
+def _as_list(image):
+    """A prompt's pictures as a list: of one, of several, or of None."""
+    if image is None:
+        return []
+    if isinstance(image, list | tuple):
+        return list(image)
+    return [image]
+
+
+def _chat(vlm, prompt, count, system):
+    """The text of a system turn, a user turn with `count` pictures, and the start of an answer."""
+    if not getattr(vlm.processor, "chat_template", None):
+        # a base model: its processor puts the pictures first
+        return f"{system}\n{prompt}" if system else prompt
+
+    def rendered(*turns):
+        return vlm.processor.apply_chat_template(turns, add_generation_prompt=True)
+
+    if not system:
+        return rendered(_turn("user", prompt, count))
+    try:
+        return rendered(_turn("system", system), _turn("user", prompt, count))
+    except TemplateError:  # a template without a system role
+        return rendered(_turn("user", f"{system}\n\n{prompt}", count))
+
+
+def _turn(role, text, count=0):
+    """One message of a chat: `count` pictures, then text."""
+    pictures = [{"type": "image"} for _ in range(count)]
+    return {"role": role, "content": [*pictures, {"type": "text", "text": text}]}
+
+
+def _process(vlm, texts, pictures):
+    """The processor's tensors for some prompts with equally many pictures each."""
+    kwargs = {}
+    bos = vlm.tokenizer.bos_token
+    if bos and texts[0].startswith(bos):  # the chat template wrote it, so the tokenizer must not
+        kwargs["add_special_tokens"] = False
+    inputs = vlm.processor(
+        text=texts,
+        images=pictures if pictures[0] else None,
+        padding=True,
+        return_tensors="pt",
+        **kwargs,
+    )
+    tensors = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and name != "labels":  # PaliGemma's processor makes labels
+            tensors[name] = value.to(vlm.model.device)
+    return tensors
+
+
+def _stacked(parts, left, filling):
+    """The rows of all parts. Where other dimensions differ, the smaller parts are filled up.
+
+    left: whether the filling goes before the content or behind it.
+    """
+    sizes = [max(lengths) for lengths in zip(*(part.shape[1:] for part in parts), strict=True)]
+    filled = []
+    for part in parts:
+        padding = []  # F.pad wants (before, behind) of the last dimension first
+        for size, length in zip(reversed(sizes), reversed(part.shape[1:]), strict=True):
+            gap = size - length
+            padding += [gap, 0] if left else [0, gap]
+        filled.append(F.pad(part, padding, value=filling))
+    return torch.cat(filled)
+
+
+def encode_responses(vlm: VLM, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Responses to learn from: tokens (B, T), with an EOS behind each response, and mask (B, T)."""
+    eos = vlm.eos_ids[0]
+    token_ids = vlm.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor([*ids, eos]) for ids in token_ids]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos)  # (B, T)
+    mask = _up_to(torch.tensor([len(row) for row in rows]), tokens.shape[1])
+    return tokens.to(vlm.model.device), mask.to(vlm.model.device)
+
+
+# -------------------------------------------------------------------------- rows and prefixes
+
+
+def take(inputs: dict, rows: Tensor) -> Inputs:
+    """Some prompts of the inputs, with their pictures. rows: their numbers; they may repeat."""
+    counts = _counts(inputs)
+    tensors = {name: tensor[rows] for name, tensor in inputs.items() if name not in counts}
+    taken_counts = {}
+    for name, count in counts.items():
+        taken = [count[row] for row in rows]
+        if any(taken):  # where none of these prompts has a picture, there is no picture tensor
+            parts = inputs[name].split(count)  # one part per prompt
+            tensors[name] = torch.cat([parts[row] for row in rows])
+            taken_counts[name] = taken
+    return Inputs(tensors, taken_counts)
+
+
+def joined(inputs: dict, tokens: Tensor, mask: Tensor) -> dict:
+    """Prompt and response as one input, (B, P + T). What the mask leaves out is not attended to."""
+    attention = inputs["attention_mask"]
+    whole = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], tokens], 1),  # (B, P + T)
+        "attention_mask": torch.cat([attention, mask.to(attention.dtype)], 1),  # (B, P + T)
+    }
+    # Some families mark the kind of each token; this is how they mark the text of an answer.
+    for name, answer_text in (("mm_token_type_ids", 0), ("token_type_ids", 1)):
+        if name in inputs:
+            whole[name] = torch.cat([inputs[name], torch.full_like(tokens, answer_text)], 1)
+    return whole
+
+
+def extended(inputs: dict, tokens: Tensor, lengths: Tensor) -> Inputs:
+    """The inputs with the first lengths[b] tokens of a response as part of the prompt.
+
+    Padded on the left again: each row is rolled to the right, so that its last kept token comes to
+    stand last, and the tokens it does not keep become padding on the left.
+    """
+    T = tokens.shape[1]
+    whole = joined(inputs, tokens, _up_to(lengths, T))
+    L = whole["input_ids"].shape[1]
+    # source[b, p]: the column that column p of row b is read from
+    source = (torch.arange(L, device=tokens.device) - (T - lengths)[:, None]) % L  # (B, L)
+    first = L - int(whole["attention_mask"].sum(1).max())  # columns up to here are all padding
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        if name in whole:
+            whole[name] = whole[name].gather(1, source)[:, first:]  # (B, L - first)
+    return Inputs(whole, _counts(inputs))
+
+
+def noised(inputs: dict) -> Inputs:
+    """The inputs with every picture replaced by Gaussian noise of the pixels' mean and spread.
+
+    Draws from torch's global random stream.
+    """
+    pixels = inputs["pixel_values"]
+    real = pixels != 0  # what a processor fills up stays zero, and no real pixel is exactly that
+    noise = pixels[real].mean() + pixels[real].std() * torch.randn_like(pixels)
+    return Inputs({**inputs, "pixel_values": torch.where(real, noise, 0.0)}, _counts(inputs))
+
+
+# ----------------------------------------------------------------------------------- generate
+
+
+@torch.no_grad()
+def generate(
+    vlm: VLM,
+    inputs: dict,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop: str | None = None,
+    return_logp: bool = False,
+):
+    """Sample one response per prompt. -> tokens (B, T) long, mask (B, T) bool [, logp (B, T)].
+
+    A row ends with an EOS id, with the token that completes the string `stop`, or at
+    max_new_tokens. This last token belongs to the response.
+    temperature: 0 is greedy. Otherwise the draws come from torch's global random stream.
+    return_logp: return also the log-probability of each token under the distribution that it was
+        sampled from. Only for small vocabularies, since it keeps (T, B, V) scores.
+    """
     P = inputs["input_ids"].shape[1]
     stopping = _Stop(vlm, P, stop)
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}
+    sampling = {}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     config = transformers.GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=vlm.eos_ids, pad_token_id=vlm.eos_ids[0], **sampling,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=vlm.eos_ids,
+        pad_token_id=vlm.eos_ids[0],
         suppress_tokens=vlm.banned.nonzero().flatten().tolist(),
-        return_dict_in_generate=True, output_scores=return_logp)
-    out = vlm.enter().generate(**inputs, generation_config=config, stopping_criteria=[stopping])
-    tokens = out.sequences[:, P:]
-    lengths = stopping.lengths.masked_fill(stopping.lengths == 0, tokens.shape[1]).to(tokens.device)
-    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        return_dict_in_generate=True,
+        output_scores=return_logp,
+        **sampling,
+    )
+    output = vlm.enter().generate(**inputs, generation_config=config, stopping_criteria=[stopping])
+    tokens = output.sequences[:, P:]  # (B, T)
+    T = tokens.shape[1]
+    lengths = stopping.lengths.masked_fill(stopping.lengths == 0, T)  # (B,): 0 means never stopped
+    mask = _up_to(lengths.to(tokens.device), T)  # (B, T)
     if not return_logp:
         return tokens, mask
-    logp = torch.stack(out.scores, 1).float().log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
+    all_logp = torch.stack(output.scores, 1).float().log_softmax(-1)  # (B, T, V)
+    logp = all_logp.gather(2, tokens[..., None]).squeeze(2)  # (B, T)
     return tokens, mask, torch.where(mask, logp, 0.0)
 
-def token_texts(vlm: VLM, tokens: Tensor, mask: Tensor, end: str) -> list[list[str]]:
-    """The text that each token adds, per response; they join to the whole. An EOS id reads as `end`. A token that stops
-    inside a multi-byte character adds "", and the one that completes it the character: a cut between loses nothing."""
-    rows = []
-    for ids in (row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)):
-        stream, texts = decoders.DecodeStream(skip_special_tokens=False), []
-        for i in ids:
-            texts.append(end if i in vlm.eos_ids else stream.step(vlm.tokenizer.backend_tokenizer, i) or "")
-        written = len(ids) - bool(ids and ids[-1] in vlm.eos_ids)
-        if written:  # a character left unfinished at the end still shows, as U+FFFD
-            texts[written - 1] += vlm.tokenizer.decode(ids[:written])[len("".join(texts[:written])):]
-        rows.append(texts)
-    return rows
 
-# ------------------------------------------------------------------------------------------------------------ score
-def score(vlm: VLM, inputs: dict, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token written, and the entropy of the distribution it came from: (B, T) each, nats.
-    float32, 0 off the mask; log-probabilities are differentiable, the entropy is a measurement. A banned token inside
-    the mask scores -inf. Logits are made for the tokens under the mask alone, PIECE numbers at a time, and made again
-    for the gradient, so that (B, T, V) is never in memory."""
-    P, T = inputs["input_ids"].shape[1], _used(mask)
-    hidden = vlm.hidden(_joined(inputs, tokens[:, :T], mask[:, :T]))[:, P - 1:-1][mask[:, :T]]  # (N, H)
+class _Stop(StoppingCriteria):
+    """Ends a row at an EOS id or at the stop string, and remembers how long the row was.
+
+    These `lengths`, (B,) and 0 for a row that goes on, are the only ones to trust: an EOS id behind
+    a row's end is padding. Finished rows do not move the random stream of the others.
+    """
+
+    def __init__(self, vlm, prompt_tokens, stop):
+        self.vlm = vlm
+        self.prompt_tokens = prompt_tokens
+        self.stop = stop
+        self.lengths = None
+        self.is_eos = torch.zeros(len(vlm.banned), dtype=torch.bool)
+        self.is_eos[vlm.eos_ids] = True
+        self.may_complete = _may_complete(vlm.tokenizer, stop, len(vlm.banned))
+
+    def __call__(self, input_ids, scores, **kwargs):
+        tokens = input_ids[:, self.prompt_tokens :].cpu()  # (B, T so far)
+        if self.lengths is None:
+            self.lengths = torch.zeros(len(tokens), dtype=torch.long)
+        last = tokens[:, -1]  # (B,)
+        ended = self.is_eos[last]
+        candidates = self.may_complete[last] & (self.lengths == 0)
+        for row in candidates.nonzero().flatten().tolist():
+            # A token holds at least one byte and a character at most four, so a stop string that
+            # was just completed lies within the last 4 * len(stop) tokens.
+            recent = self.vlm.tokenizer.decode(tokens[row, -4 * len(self.stop) :])
+            if self.stop in recent:
+                ended[row] = True
+        self.lengths[ended & (self.lengths == 0)] = tokens.shape[1]
+        return (self.lengths > 0).to(input_ids.device)
+
+
+@functools.lru_cache
+def _may_complete(tokenizer, stop, V):
+    """bool (V,): the tokens after which `stop` may be complete, so that others need no decoding.
+
+    Such a token holds `stop`, or begins with an end of it, or with half a character (U+FFFD).
+    """
+    if not stop:
+        return torch.zeros(V, dtype=torch.bool)
+    texts = tokenizer.batch_decode([[token_id] for token_id in range(min(V, len(tokenizer)))])
+    beginnings = (*(stop[k:] for k in range(len(stop))), "\ufffd")
+    possible = [stop in text or text.startswith(beginnings) for text in texts]
+    return torch.tensor(possible + [False] * (V - len(texts)))  # ids without a token never do
+
+
+def token_texts(vlm: VLM, tokens: Tensor, mask: Tensor, end: str) -> list[list[str]]:
+    """The text that each token adds, per response; joined they are the whole response.
+
+    An EOS id reads as `end`. A token that stops inside a multi-byte character adds "", and the
+    token that completes the character adds it: a segment that ends between the two loses nothing.
+    """
+    return [_texts_of(vlm, row[kept].tolist(), end) for row, kept in zip(tokens, mask, strict=True)]
+
+
+def _texts_of(vlm, ids, end):
+    stream = decoders.DecodeStream(skip_special_tokens=False)
+    texts = []
+    for token_id in ids:
+        if token_id in vlm.eos_ids:
+            texts.append(end)
+        else:
+            texts.append(stream.step(vlm.tokenizer.backend_tokenizer, token_id) or "")
+
+    # The stream holds back a character left unfinished at the end. It still shows, as U+FFFD.
+    count = len(ids)
+    if ids and ids[-1] in vlm.eos_ids:
+        count -= 1
+    if count:
+        shown = "".join(texts[:count])
+        texts[count - 1] += vlm.tokenizer.decode(ids[:count])[len(shown) :]
+    return texts
+
+
+# -------------------------------------------------------------------------------------- score
+
+
+def score(
+    vlm: VLM, inputs: dict, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token, and the entropy of the distribution it came from, in nats.
+
+    (B, T) each, float32, 0 off the mask. Log-probabilities are differentiable; the entropy is a
+    measurement and is not. A banned token inside the mask scores -inf.
+
+    Logits are made for the N tokens under the mask alone, PIECE numbers at a time, and made again
+    for the gradient, so that (B, T, V) is never in memory.
+    """
+    P = inputs["input_ids"].shape[1]
+    T = _used_columns(mask)
+    hidden = vlm.hidden(joined(inputs, tokens[:, :T], mask[:, :T]))  # (B, P + T, H)
+    hidden = hidden[:, P - 1 : -1][mask[:, :T]]  # (N, H): position p predicts token p + 1
+    head = vlm.model.get_output_embeddings()
     size = max(1, PIECE // len(vlm.banned))
     pieces = list(zip(hidden.split(size), tokens[mask].split(size), strict=True))
-    again = (lambda *x: checkpoint(_head, *x, use_reentrant=False)) if len(pieces) > 1 else _head
-    found = [again(vlm.model.get_output_embeddings(), *piece, vlm.banned, temperature) for piece in pieces]
-    return tuple(hidden.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, torch.cat(x))
-                 for x in zip(*found, strict=True))
+    logps, entropies = [], []
+    for piece in pieces:
+        arguments = (head, *piece, vlm.banned, temperature)
+        if len(pieces) > 1:
+            logp, entropy = checkpoint(_token_scores, *arguments, use_reentrant=False)
+        else:
+            logp, entropy = _token_scores(*arguments)
+        logps.append(logp)
+        entropies.append(entropy)
+    zeros = hidden.new_zeros(mask.shape, dtype=torch.float32)
+    logp = zeros.masked_scatter(mask, torch.cat(logps))  # (N,) -> (B, T)
+    entropy = zeros.masked_scatter(mask, torch.cat(entropies))  # (N,) -> (B, T)
+    return logp, entropy
 
-def _used(mask):
-    """How many columns hold anything: what lies behind the longest of these responses is not worth a forward pass."""
-    return int(mask.any(0).nonzero().max()) + 1 if mask.any() else mask.shape[1]
 
-def _head(head, hidden, tokens, banned, temperature):
-    """(N, H), (N,) -> log-probabilities and entropies, (N,)."""
-    logits = (head(hidden).float() / temperature).masked_fill_(banned, -torch.inf)  # (N, V): the division copies
+def _used_columns(mask):
+    """How many columns of a (B, T) mask hold anything: the others are not worth a forward pass."""
+    if not mask.any():
+        return mask.shape[1]
+    return int(mask.any(0).nonzero().max()) + 1
+
+
+def _token_scores(head, hidden, tokens, banned, temperature):
+    """hidden (N, H), tokens (N,) -> log-probabilities and entropies, (N,) each."""
+    # The division makes a copy, so that the ban is not written into the head's own output.
+    logits = (head(hidden).float() / temperature).masked_fill_(banned, -torch.inf)  # (N, V)
     logp = logits.log_softmax(-1)
     with torch.no_grad():
-        entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)  # (N,): 0 for a banned token
+        finite = logp.clamp(min=torch.finfo(logp.dtype).min)  # a banned token adds 0 * min = 0
+        entropy = -(logp.exp() * finite).sum(-1)  # (N,)
     return logp.gather(1, tokens[:, None]).squeeze(1), entropy
 
+
 def prefix_values(critic, inputs: dict, tokens: Tensor, mask: Tensor) -> Tensor:
-    """The critic's V of the prefix before each response token: (B, T) float32, 0 off the mask."""
-    P, T = inputs["input_ids"].shape[1], _used(mask)
-    _recompute(critic)
-    values = critic(**_joined(inputs, tokens[:, :T], mask[:, :T]), use_cache=False)  # (B, P + T): position p has read p
-    return F.pad(torch.where(mask[:, :T], values[:, P - 1:-1], 0.0), (0, mask.shape[1] - T))
+    """The critic's V of the prefix *before* each response token: (B, T) float32, 0 off the mask.
 
-def in_parts(function, size: int | None, inputs: dict, tokens: Tensor, mask: Tensor):
-    """function(inputs, tokens, mask) -> one tensor or several with a row per response, `size` responses at a time."""
-    found = [function(take(inputs, rows), tokens[rows], mask[rows])
-             for rows in torch.arange(len(mask)).split(size or len(mask))]
-    return torch.cat(found) if isinstance(found[0], Tensor) else tuple(map(torch.cat, zip(*found, strict=True)))
+    critic: a module that maps the model's inputs to a value per position, (B, L), where position p
+    has read the tokens up to and including p (a `sapo.SegmentCritic`).
+    """
+    P = inputs["input_ids"].shape[1]
+    T = _used_columns(mask)
+    _recompute_for_gradients(critic)
+    values = critic(**joined(inputs, tokens[:, :T], mask[:, :T]), use_cache=False)  # (B, P + T)
+    values = torch.where(mask[:, :T], values[:, P - 1 : -1], 0.0)  # (B, T used)
+    return F.pad(values, (0, mask.shape[1] - T))  # (B, T)
 
-# ------------------------------------------------------------------------------------------- one backbone, three views
-class Backbone(torch.nn.Module):
-    """A shared model's hidden states, as a module that owns, trains and saves the view's adapter alone. Without an
-    adapter it owns nothing, and gradients stop here."""
-    def __init__(self, vlm: VLM):
-        super().__init__()
-        self.shared = [vlm]  # in a list, so that the model does not become a part of this module
-        self.adapter = torch.nn.ParameterList(
-            p for name, p in vlm.model.named_parameters() if vlm.adapter and f".{vlm.adapter}." in name)
 
-    def forward(self, use_cache=False, **inputs):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and len(self.adapter) > 0):
-            return self.shared[0].hidden(inputs)
+def in_parts(function: Callable, size: int | None, inputs: dict, tokens: Tensor, mask: Tensor):
+    """Call function(inputs, tokens, mask) on `size` responses at a time and join what it returns.
 
-def lora(vlm: VLM, rank: int) -> tuple[VLM, VLM, VLM]:
-    """Low-rank adapters (arXiv:2106.09685) on the text model's linear layers, in float32, alpha = 2 rank. -> (policy,
-    critic, reference): three views of one frozen backbone, the last without an adapter."""
-    try:
-        import peft
-    except ImportError:
-        raise ImportError("--lora needs a package that is not installed: pip install peft") from None
-    text = set(vlm.model.get_decoder().modules())
-    layers = [name for name, x in vlm.model.named_modules() if x in text and isinstance(x, torch.nn.Linear)]
-    for adapter in ("policy", "critic"):
-        vlm.model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), adapter)
-    for name, p in vlm.model.named_parameters():
-        p.data = p.data.float() if "lora_" in name else p.data
-    return tuple(replace(vlm, adapter=name) for name in ("policy", "critic", "none"))
-
-def adam(parameters, lr: float) -> torch.optim.Adam:
-    """Adam. Weights of lower precision learn through float32 copies, since a step of 1e-6 would vanish in bfloat16, and
-    their gradients are summed in float32, so that micro-batches lose nothing."""
-    pairs = [(p, p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())) for p in parameters]
-    optimizer = torch.optim.Adam([copy for _, copy in pairs], lr, eps=1e-5, fused=True)  # at 1e-8 noise gets unit steps
-    pairs = [pair for pair in pairs if pair[0] is not pair[1]]
-    for p, copy in pairs:
-        def hand_over(p, copy=copy):
-            copy.grad = p.grad.float() if copy.grad is None else copy.grad.add_(p.grad)
-            p.grad = None
-        p.register_post_accumulate_grad_hook(hand_over)
-    optimizer.register_step_post_hook(lambda *_: [p.data.copy_(copy) for p, copy in pairs])
-    return optimizer
+    function returns one tensor, or a tuple of tensors, with a row per response.
+    size: 0 or None means all at once.
+    """
+    results = []
+    for rows in torch.arange(len(mask)).split(size or len(mask)):
+        results.append(function(take(inputs, rows), tokens[rows], mask[rows]))
+    if isinstance(results[0], Tensor):
+        return torch.cat(results)
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))

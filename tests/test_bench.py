@@ -1,59 +1,142 @@
-"""bench.py: a fair race is one in which all compute the same, and its file says how it was run."""
+"""lab/bench.py: in a fair race all compute the same, and a file says how it was made."""
 
 import json
-from types import SimpleNamespace as Space
 
 import pytest
 import torch
 
-import bench
-import sapo
+from lab import bench, bench_gpu, bench_iteration, bench_math, bench_memory
 
 
-@pytest.mark.parametrize("loop", bench.LOOPS.values(), ids=bench.LOOPS)
+# ---------------------------------------------------------------------------- the mathematics
+@pytest.mark.parametrize("loop", bench_math.LOOPS.values(), ids=bench_math.LOOPS)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_loop_computes_the_same(loop, seed):
-    batch = bench.make_batch(9, 40, seed, torch.float64)
-    for mine, theirs in zip(bench.by_sapo(*batch), loop(*batch), strict=True):
-        torch.testing.assert_close(theirs, mine, rtol=1e-9, atol=1e-9)
+    batch = bench_math.make_batch(9, 40, seed, torch.float64)
+    for ours, theirs in zip(bench_math.by_sapo(*batch), loop(*batch), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-9)
 
 
 def test_a_small_race_is_printed_and_written(tmp_path, capsys):
-    times, ratios, differences = bench.main(["--batch", "32", "--tokens", "256", "--repeats", "1",
-                                             "--out", str(tmp_path / "results" / "bench.json")])
-    assert max(differences.values()) < 1e-5
-    assert ratios["torch slices"] > 3  # (32, 256) is small; at (512, 2048) it is far more
+    file = tmp_path / "results" / "bench.json"
+    size = ["--batch", "32", "--tokens", "256", "--repeats", "1"]
+    outcome = bench.main([*size, "--out", str(file)])
+    assert max(outcome["largest_difference"].values()) < 1e-5
+    assert outcome["ratio"]["torch slices"] > 3  # (32, 256) is small; at (512, 2048) it is far more
     printed = capsys.readouterr().out
-    assert all(name in printed for name in times)
-    written = json.loads((tmp_path / "results" / "bench.json").read_text())
-    assert written["ratio"] == ratios and {"command", "seeds", "date", "versions"} <= set(written)
+    assert all(name in printed for name in outcome["seconds"])
+    stored = json.loads(file.read_text())
+    assert outcome.items() <= stored.items() and {"date", "versions", "seeds"} <= stored.keys()
+    flags = "--batch 32 --tokens 256 --repeats 1 --seed 0"
+    assert stored["command"] == f"python -m lab.bench {flags}"
+    for name, ratio in stored["ratio"].items():
+        assert ratio == stored["seconds"][name] / stored["seconds"]["sapo.py"]
 
 
 def test_other_sizes_leave_the_results_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
     bench.main(["--batch", "2", "--tokens", "4", "--repeats", "1"])
     assert not list(tmp_path.iterdir())
 
 
-def test_the_true_sizes_are_those_of_the_published_models():
-    """Parameters, counted without making them: SmolVLM's 256 M and 2.25 B, Qwen2.5-VL's 3.75 B and 8.29 B."""
-    for (name, size), millions in zip(list(bench.SIZES.items())[1:], (256, 2246, 3755, 8292), strict=True):
-        kind, config, picture_tokens, _ = size()
-        with torch.device("meta"):
-            model = kind._from_config(config, dtype=torch.bfloat16)
-        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02), name
-        assert config.image_token_id in picture_tokens
+def test_the_usual_measurements_go_to_results(tmp_path, monkeypatch):
+    """Each kind to its file, with its own versions beside ours."""
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "measure", lambda args: {"versions": {"trl": "1"}})
+    for what, name in bench.FILES.items():
+        bench.main([what])
+        stored = json.loads((tmp_path / name).read_text())
+        assert {"trl", "torch", "numpy", "python"} == stored["versions"].keys()
+    assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize(("name", "rank"), [("tiny", 0), ("small Qwen", 2)])
-def test_the_gpu_measurement_runs_whole_on_a_small_model(monkeypatch, name, rank):
-    if rank:
-        pytest.importorskip("peft", reason="LoRA needs peft")
-    monkeypatch.setitem(bench.SIZES, "small Qwen", lambda: bench._qwen(
-        256, 1, 2, 1, 32, 152_000, True, depth=2, hidden_size=32, intermediate_size=32, num_heads=2))
-    row = bench.one_size(name, "cpu", rank, rows=2, written=3, prompt=4, micro_batch=1)
-    assert row["seconds"].keys() == {"generate", "score", "values", "update"} and row["generated_per_second"] > 0
-    assert (row["trained"] < row["parameters"] / 2) == bool(rank)
+# ------------------------------------------------------------------------------------- memory
+def test_all_ways_to_score_give_the_same_numbers(capsys):
+    outcome = bench_memory.measure(rows=2, tokens=16, vocabulary=2048)
+    printed = capsys.readouterr().out
+    assert outcome["shape"] == [2, 16, 2048]
+    assert outcome["ways"].keys() == {"in pieces", "log_softmax", "torch.distributions"}
+    for name, way in outcome["ways"].items():
+        assert max(way["largest_difference"]) < 1e-5
+        assert f"{name:22}{way['megabytes']:8} MB" in printed
+
+
+# --------------------------------------------------------------------------------- iterations
+def test_seconds_of_our_iterations_are_one_each(monkeypatch):
+    iterations = []
+    monkeypatch.setattr(bench_iteration.train, "iterate", iterations.append)
+    seconds = bench_iteration.seconds_here("a run", 3)
+    assert iterations == ["a run"] * 3 and len(seconds) == 3 and min(seconds) >= 0
+
+
+# -------------------------------------------------------------------- true sizes, on one card
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("SmolVLM-256M", 256),
+        ("SmolVLM-2.2B", 2246),
+        ("Qwen2.5-VL-3B", 3755),
+        ("Qwen2.5-VL-7B", 8292),
+    ],
+)
+def test_the_true_sizes_are_those_of_the_published_models(name, millions):
+    """Parameters, counted without making them."""
+    size = bench_gpu.SIZES[name]
+    with torch.device("meta"):
+        model = size.kind._from_config(size.config, dtype=torch.bfloat16)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters / 1e6 == pytest.approx(millions, rel=0.02)
+    assert size.config.image_token_id in size.picture_tokens
+
+
+def small_smolvlm():
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 64, "patch_size": 8}
+    return bench_gpu.smolvlm(64, 2, 4, 4, 128, vision, side=32, scale=2)
+
+
+def small_qwen():
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    return bench_gpu.qwen(256, 1, 2, 1, 32, 152_000, tied=True, vision=vision)
+
+
+def check_row(row):
+    assert row["seconds"].keys() == {"generate", "score", "values", "update"}
+    assert row["generated_per_second"] > 0 and row["peak_gib"] > 0
+    assert row["seconds_per_iteration"] == pytest.approx(sum(row["seconds"].values()))
+
+
+def test_the_gpu_measurement_runs_whole_on_a_small_smolvlm():
+    row = bench_gpu.one_size(
+        small_smolvlm(), "cpu", 0, rows=2, new_tokens=3, prompt=4, micro_batch=1
+    )
+    check_row(row)
+    assert row["trained"] >= row["parameters"] / 2  # all weights
+
+
+def test_the_gpu_measurement_runs_whole_on_a_small_qwen_with_lora():
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    row = bench_gpu.one_size(small_qwen(), "cpu", 2, rows=2, new_tokens=3, prompt=4, micro_batch=1)
+    check_row(row)
+    assert row["trained"] < row["parameters"] / 2
+
+
+def test_every_size_is_measured_with_and_without_lora(monkeypatch, capsys):
+    measured = []
+
+    def one_size(size, device, lora, rows, new_tokens):
+        measured.append((size, lora))
+        if size == "large":
+            raise torch.OutOfMemoryError("no room\nfor it")
+        return {"scoring_rate": 5.0}
+
+    monkeypatch.setattr(bench_gpu, "one_size", one_size)
+    outcome = bench_gpu.measure("cpu", {"a": "small", "b": "large"}, rank=2, rows=1, new_tokens=1)
+    assert measured == [("small", 0), ("small", 2), ("large", 0), ("large", 2)]
+    small, _, large, _ = outcome["rows"]
+    assert small["share_of_matrix_rate"] == 5.0 / outcome["matrix_rate"]
+    assert large == {"model": "b", "lora": 0, "out_of_memory": "no room"}
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_without_a_card_the_gpu_measurement_says_so(monkeypatch, tmp_path):
@@ -61,11 +144,3 @@ def test_without_a_card_the_gpu_measurement_says_so(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="needs a CUDA card"):
         bench.main(["gpu", "--out", str(tmp_path / "gpu.json")])
     assert not list(tmp_path.iterdir())
-
-
-def test_out_of_memory_counts_weights_gradients_and_adams_moments():
-    trained, frozen = (torch.nn.Linear(2**15, 2**13, bias=False, device="meta") for _ in range(2))  # 1 GiB each
-    run = Space(policy=Space(model=trained), critic=None, reference=Space(model=frozen), critic_optimizer=None,
-                actor_optimizer=torch.optim.Adam(trained.parameters()), folder="runs/x",
-                settings=Space(device="cpu", batch=8), config=sapo.SAPOConfig(micro_batch=2))
-    assert "Adam take 5.00" in bench.out_of_memory(run, RuntimeError("can't allocate memory"))

@@ -1,114 +1,88 @@
-"""figures.py on files written here: what it promises to draw, to escape and to refuse."""
+"""lab/figures.py: what its pictures show, whether they can be read, and what they refuse."""
 
-import base64
-import io
+import itertools
 import json
-import re
+import math
 import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
+from run_files import finished_run, write_lines
 
-import figures
+from lab import common, figures
+from lab.credit_page import credit_map
 
-HOSTILE = [
-    "<script>",
-    "&",
-    "\x00",
-    "\ud800",
-    "\n",
-    " ",
-    "\u202e",
-    "\uffff",
-    "]]>",
-    '"',
-    "é",
-    "骰子",
-    "🎲",
-    "",
-    "x" * 500,
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+SWEEPS = [
+    file
+    for file in sorted(RESULTS.glob("*.json"))
+    if json.loads(file.read_text()).get("experiment") in figures.ROWS
 ]
-
-
-def png():
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), (0, 120, 80)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def sample(tokens, reward=1.0, iteration=4, **changes):
-    n = len(tokens)
-    fields = {
-        "iteration": iteration,
-        "example_id": 7,
-        "prompt": "Add up the dice.",
-        "image": png(),
-        "answer": "16",
-        "predicted": "16" if reward else "15",
-        "reward": reward,
-        "tokens": tokens,
-        "entropy": [0.1 * (i % 5) for i in range(n)],
-        "values": [i / n for i in range(n)],
-        "advantages": [(-1) ** i * i / n for i in range(n)],
-        "ends": [i % 3 == 2 or i == n - 1 for i in range(n)],
-        "method": "sapo",
-        "cut": "topk",
-    }
-    return fields | changes
-
-
-def write(folder, name, lines):
-    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+MAIN = [file for file in SWEEPS if file.name.startswith("main-")]
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run of 20 iterations, evaluated at 0, 10 and 20, with four responses sampled at 0 and at 4."""
-    train = [
-        {
-            "iteration": i,
-            "accuracy": 0.5 + i / 50,
-            "entropy": 0.3 - i / 100,
-            "value_loss": 0.2 / i,
-            "clip_fraction": 0.1,
-        }
-        for i in range(1, 21)
-    ]
-    evaluation = [
-        {"iteration": i, "eval_accuracy": 0.5 + i / 50, "eval_low": 0.45 + i / 50, "eval_high": 0.55 + i / 50}
-        for i in (0, 10, 20)
-    ]
-    write(tmp_path, "metrics.jsonl", evaluation[:1] + train[:10] + evaluation[1:2] + train[10:] + evaluation[2:])
-    early = [sample(["early"], iteration=0)]
-    late = [sample(list("<3526> 16"), reward) for reward in (1.0, 1.0, 1.0, 0.0)]
-    write(tmp_path, "samples.jsonl", early + late)
-    (tmp_path / "config.json").write_text(json.dumps({"method": "sapo", "env": "SAPO/DiceSum-v0", "seed": 3}))
-    return tmp_path
+    return finished_run(tmp_path)
 
 
-def draw(run, samples, **options):
-    """The credit map of these samples: the parsed SVG, after the page was seen to hold the same drawing."""
-    write(run, "samples.jsonl", samples)
-    assert figures.credit_map(run, **options) == run / "credit.html"
-    svg = (run / "credit.svg").read_text(encoding="utf-8")
-    assert svg in (run / "credit.html").read_text(encoding="utf-8")
-    return ElementTree.fromstring(svg)
+def sweep(accuracies, experiment="main", **curves):
+    """A sweep's JSON: for each label the held-out accuracy of every seed, all with these curves."""
+    curves = {"generated_tokens": [1000, 2000, 3000], "accuracy": [0.5, 0.6, 0.7]} | curves
+    runs = []
+    for label, seeds in accuracies.items():
+        for accuracy in seeds:
+            run = {"label": label, "accuracy": accuracy, "warm_start_accuracy": 0.5}
+            runs.append(run | {"curve": curves})
+    keys = {"experiment": experiment, "task": "DiceSum", "budget_tokens": 3000}
+    return keys | {"runs": runs}
 
 
-def of_class(root, name):
-    return [element for element in root.iter() if name in element.get("class", "").split()]
+def is_grey(colour):
+    red, green, blue = to_rgb(colour)
+    return red == green == blue
 
 
-def tints(root):
-    """Fill of each token cell, as (red, green, blue)."""
-    fills = [group.find("{*}rect").get("fill") for group in of_class(root, "token")]
-    return [tuple(int(fill[i : i + 2], 16) for i in (1, 3, 5)) for fill in fills]
+def names_of_lines(axes):
+    return [text.get_text() for text in axes.texts]
 
 
-# The learning curve
+def boxes_of_texts(figure):
+    """(text, its box in pixels) of all that is written in a figure but for numbers at ticks."""
+    figure.draw_without_rendering()
+    texts = list(figure.texts)
+    for axes in figure.axes:
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        named = [tick for tick in axes.get_yticklabels() if not tick.get_text()[-1:].isdigit()]
+        texts += named
+    # Text's own extent: that of an annotation holds its leader, too.
+    return [(text.get_text(), Text.get_window_extent(text)) for text in texts if text.get_text()]
+
+
+def assert_readable(figure):
+    """Nothing written is cut off by the edge of the figure, and nothing covers another."""
+    boxes = boxes_of_texts(figure)
+    for text, box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0, f"{text!r} is cut"
+        assert box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height, f"{text!r} is cut"
+    for (one, box), (other, other_box) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other_box), f"{one!r} covers {other!r}"
+
+
+# ------------------------------------------------------------------------- the learning curve
+
+
+def thick_line(axes):
+    """(iterations, means) of the one moving mean on these axes."""
+    (line,) = [line for line in axes.lines if line.get_label().startswith("mean over")]
+    return line.get_xdata().tolist(), line.get_ydata().tolist()
 
 
 def test_learning_curve_is_a_picture_of_the_promised_size(run):
@@ -116,9 +90,18 @@ def test_learning_curve_is_a_picture_of_the_promised_size(run):
     assert path == run / "learning_curve.png"
     with Image.open(path) as picture:
         assert picture.size == (1800, 600)
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 20)}
-    for colour in (figures.BLUE, figures.VERMILLION, figures.PURPLE, figures.GREEN):
-        assert tuple(bytes.fromhex(colour[1:])) in colours  # batch accuracy, held-out accuracy, entropy, value loss
+        pixels = picture.convert("RGB").getcolors(maxcolors=1 << 20)
+    colours = {colour for _, colour in pixels}
+    # Accuracy in training and held-out, entropy, the critic.
+    for colour in (common.BLUE, common.VERMILLION, common.PURPLE, common.GREEN):
+        assert tuple(bytes.fromhex(colour[1:])) in colours
+
+
+def test_learning_curve_can_be_read(run):
+    lines = common.read_lines(run / "metrics.jsonl")
+    figure = figures.learning_figure(lines, "SAPO on DiceSum, seed 3")
+    assert_readable(figure)
+    assert figure.get_suptitle().endswith(": held-out accuracy 50% → 90% in 20 iterations")
 
 
 @pytest.mark.parametrize(
@@ -127,18 +110,74 @@ def test_learning_curve_is_a_picture_of_the_promised_size(run):
         [{"iteration": 0, "eval_accuracy": 0.5, "eval_low": 0.4, "eval_high": 0.6}],
         [
             {"iteration": 0, "eval_accuracy": 0.5, "eval_low": None},
-            {"iteration": 1, "accuracy": 0.5, "value_loss": None},
+            {"iteration": 1, "accuracy": 0.5, "explained_variance": None},
         ],
         [{"iteration": 1, "accuracy": 0.5, "entropy": float("nan")}],
-        [{"iteration": i, "accuracy": 0.5, "entropy": 0.2} for i in (*range(1, 30), 20, 21)],  # resumed at 20
+        [{"iteration": 1, "accuracy": 0.5, "explained_variance": float("nan")}],
+        [{"iteration": i, "accuracy": 0.5, "entropy": 0.2} for i in (*range(1, 30), 20, 21)],
         [{"iteration": 3}],
     ],
-    ids=["only the warm start", "nulls", "nan", "resumed", "no metric"],
+    ids=["only the warm start", "nulls", "nan", "nan of the critic", "resumed at 20", "no metric"],
 )
 def test_learning_curve_draws_what_there_is(run, lines):
-    write(run, "metrics.jsonl", lines)
+    write_lines(run, "metrics.jsonl", lines)
     (run / "config.json").unlink()
     assert figures.learning_curve(run).stat().st_size > 10_000
+
+
+def test_of_two_lines_of_an_iteration_the_later_is_drawn():
+    lines = [{"iteration": i, "entropy": i} for i in (1, 2, 3)]
+    figure = figures.learning_figure([*lines, {"iteration": 2, "entropy": 7}], "resumed at 2")
+    (line,) = figure.axes[1].lines
+    assert line.get_ydata().tolist() == [1, 7, 3]
+
+
+@pytest.mark.parametrize("count", [20, 39, 40, 60, 200])
+def test_the_thick_line_has_no_point_before_a_whole_window(count):
+    """Nor behind the last one; in between, each is the mean of the values around it."""
+    values = [math.sin(i) + i / 10 for i in range(count)]
+    lines = [{"iteration": i + 1, "entropy": value} for i, value in enumerate(values)]
+    iterations, means = thick_line(figures.learning_figure(lines, "a run that rises").axes[1])
+    reach = count // 20
+    assert iterations == list(range(1 + reach, count - reach + 1))
+    for iteration, mean in zip(iterations, means, strict=True):
+        window = [values[iteration - 1 + offset] for offset in range(-reach, reach + 1)]
+        assert mean == pytest.approx(sum(window) / len(window))
+
+
+def test_a_run_too_short_for_a_window_has_no_thick_line():
+    lines = [{"iteration": i, "entropy": 0.2} for i in range(19)]
+    (line,) = figures.learning_figure(lines, "19 iterations").axes[1].lines
+    assert line.get_label() == "training batch"
+
+
+def test_the_third_panel_draws_the_explained_variance():
+    """Not the value loss; with a dashed line at 0, where a constant guess would be."""
+    values = [-0.3, 0.1, 0.4]
+    lines = []
+    for i, value in enumerate(values):
+        lines.append({"iteration": i, "explained_variance": value, "value_loss": 9.0})
+    critic = figures.learning_figure(lines, "a critic that learns").axes[2]
+    logged, constant = critic.lines
+    assert logged.get_ydata().tolist() == values
+    assert set(constant.get_ydata()) == {0} and constant.get_linestyle() == "--"
+    assert "1 perfect, 0 a constant guess" in critic.get_title()
+    assert "explained variance" in critic.get_ylabel()
+    low, high = critic.get_ylim()
+    assert low < min(values) and high > 1
+
+
+def test_a_critic_far_below_a_constant_guess_leaves_the_scale_as_it_is():
+    lines = [{"iteration": i, "explained_variance": value} for i, value in enumerate((-40, 0.5))]
+    low, high = figures.learning_figure(lines, "an untaught critic").axes[2].get_ylim()
+    assert -1.1 < low < -1 and 1 < high < 1.1
+
+
+def test_a_method_without_a_critic_says_so():
+    lines = [{"iteration": i, "accuracy": 0.5, "entropy": 0.2} for i in range(5)]
+    critic = figures.learning_figure(lines, "GRPO on DiceSum, seed 0").axes[2]
+    assert names_of_lines(critic) == ["not logged in this run"]
+    assert not critic.lines
 
 
 def test_without_matplotlib_one_line_says_what_to_install(run, monkeypatch):
@@ -146,145 +185,286 @@ def test_without_matplotlib_one_line_says_what_to_install(run, monkeypatch):
     with pytest.raises(ImportError, match="pip install matplotlib") as caught:
         figures.learning_curve(run)
     assert "\n" not in str(caught.value) and caught.value.__suppress_context__
-    figures.credit_map(run)  # needs none
+    credit_map(run)  # needs none
 
 
 def test_importing_figures_does_not_import_matplotlib():
-    program = "import sys, figures; sys.exit('matplotlib' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], cwd=Path(figures.__file__).parent, check=True)
+    program = "import sys, lab.figures; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-# The credit map
+# ------------------------------------------------------------- the names at the ends of lines
+
+heights = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=9)
 
 
-def test_a_cell_per_token_and_a_mark_per_end(run):
-    samples = [sample(list("<see>3526</see>") * repeat, reward=repeat % 2) for repeat in (1, 2, 15)]
-    root = draw(run, samples)
-    marks = len(of_class(root, "cut")) - 1  # one more explains it in the legend
-    assert len(of_class(root, "token")) == sum(len(s["tokens"]) for s in samples)
-    assert marks == sum(sum(s["ends"]) for s in samples)
-    width = float(root.get("width"))
-    for group in of_class(root, "token"):
-        cell = group.find("{*}rect")
-        assert 0 <= float(cell.get("x")) and float(cell.get("x")) + float(cell.get("width")) <= width  # long ones wrap
+@given(heights)
+def test_spread_heights_keep_their_order_their_gap_and_their_range(heights):
+    gap = 0.1
+    moved = figures.spread(heights, gap, 0, 1)
+    for i, j in itertools.combinations(range(len(heights)), 2):
+        assert abs(moved[i] - moved[j]) >= gap - 1e-9
+        if heights[i] < heights[j]:
+            assert moved[i] < moved[j]
+    assert min(moved) >= -1e-9 and max(moved) <= 1 + 1e-9
 
 
-def test_the_tint_says_sign_and_size_of_the_advantage(run):
-    advantages = [0.0, 0.1, 0.5, 1.0, -0.1, -0.5, -1.0, None]
-    zero, *rest, missing = tints(draw(run, [sample(list("abcdefgh"), advantages=advantages)]))
-    assert zero == (255, 255, 255) and len(set(missing)) == 1 and missing != zero
-    credit, blame = rest[:3], rest[3:]
-    assert all(blue > red for red, _, blue in credit) and all(red > blue for red, _, blue in blame)
-    assert [sum(colour) for colour in credit] == sorted((sum(colour) for colour in credit), reverse=True)
-    assert [sum(colour) for colour in blame] == sorted((sum(colour) for colour in blame), reverse=True)
+@given(heights, st.lists(st.floats(0, 1, allow_subnormal=False), min_size=10, max_size=10))
+def test_no_other_heights_a_gap_apart_are_nearer(heights, slack):
+    """Against any others: a start and the room between neighbours, scaled into the range."""
+    heights = sorted(heights)
+    gap, count = 0.1, len(heights)
+    moved = figures.spread(heights, gap, 0, 1)
+    room = 1 - (count - 1) * gap
+    scale = room / max(1, sum(slack[: count + 1]))
+    others = [scale * sum(slack[: i + 1]) + i * gap for i in range(count)]
 
+    def distance(places):
+        return sum((a - b) ** 2 for a, b in zip(places, heights, strict=True))
 
-def test_one_colour_scale_for_the_whole_page(run):
-    big, small = tints(draw(run, [sample(["a"], advantages=[4.0]), sample(["b"], advantages=[0.4])]))
-    assert sum(big) < sum(small) < 3 * 255
-    assert draw(run, [sample(["a"], advantages=[0.0])]) is not None  # no advantage at all: nothing to divide by
-
-
-def test_right_and_wrong_responses_of_the_last_iteration_by_turns(run):
-    for count, expected in [(1, "✓"), (2, "✓✗"), (3, "✓✗✓"), (6, "✓✗✓✓")]:  # there are four
-        figures.credit_map(run, count=count)
-        text = (run / "credit.svg").read_text(encoding="utf-8")
-        assert "".join(re.findall("[✓✗]", text)) == expected and "early" not in text
-
-
-def test_wrong_steps_are_underlined_and_right_ones_are_not(run):
-    steps = [[0, 1, True], [2, 4, False]]
-    assert len(of_class(draw(run, [sample(list("abcdef"), steps=steps)]), "wrong")) == 3 + 1  # + 1 in the legend
-    assert len(of_class(draw(run, [sample(list("abcdef"))]), "wrong")) == 1
-
-
-def test_hostile_text_is_shown_and_never_markup(run):
-    hostile = "".join(HOSTILE)
-    root = draw(
-        run, [sample(HOSTILE, prompt=hostile, answer=hostile, predicted=hostile, image='"/><script>', steps=[])]
-    )
-    assert len(of_class(root, "token")) == len(HOSTILE)
-    shown = [group.find("{*}text").text for group in of_class(root, "token")]
-    assert shown[:8] == ["<script>", "&", "␀", "\ufffd", "⏎", "·", "\ufffd", "\ufffd"]
-    assert shown[8:13] == ["]]>", '"', "é", "骰子", "🎲"] and len(shown[-1]) < 30
-    for name in ("credit.svg", "credit.html"):
-        text = (run / name).read_text(encoding="utf-8")
-        assert "<script" not in text
-        assert all(char == "\n" or char >= " " for char in text)
-
-
-def test_no_request_leaves_the_page(run):
-    figures.credit_map(run)
-    for name in ("credit.svg", "credit.html"):
-        text = (run / name).read_text(encoding="utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
-        assert "http" not in text and "url(" not in text.replace("url(#scale)", "") and "@import" not in text
-        assert set(re.findall(r'(?:href|src)="(.{0,21})', text)) == {"data:image/png;base64"}
-
-
-@pytest.mark.parametrize("key", ["values", "entropy", "image", "predicted", "prompt", "steps"])
-def test_what_may_be_absent(run, key):
-    null = sample(list("3+5=8"), **{key: None})
-    absent = {name: value for name, value in null.items() if name != key}
-    for fields in (null, absent):
-        root = draw(run, [fields])
-        assert len(of_class(root, "token")) == 5
-        assert len(of_class(root, "value")) == (key != "values") and len(of_class(root, "entropy")) == (
-            key != "entropy"
-        )
-
-
-def test_numbers_that_are_not_finite_leave_a_gap(run):
-    root = draw(
-        run, [sample(list("abc"), values=[0.1, float("nan"), 0.3], advantages=[float("nan"), 0.1, float("inf")])]
-    )
-    (path,) = (element.get("d") for element in of_class(root, "value"))
-    assert path.count("M") == 2 and "nan" not in path
-
-
-# What is refused, and how
+    assert distance(moved) <= distance(others) + 1e-9
 
 
 @pytest.mark.parametrize(
-    "make, name", [(figures.learning_curve, "metrics.jsonl"), (figures.credit_map, "samples.jsonl")]
+    "heights, expected",
+    [
+        ([5.0, 1.0, 9.0], [5, 1, 9]),  # far apart: they stay
+        ([5.0, 5.0], [4, 6]),
+        ([5.0, 5.0, 5.0], [3, 5, 7]),
+        ([0.0, 0.0], [0, 2]),  # at the lower edge
+        ([10.0, 9.5], [10, 8]),  # at the upper one
+    ],
 )
-def test_missing_empty_and_torn_files(run, make, name):
+def test_spread_heights_by_hand(heights, expected):
+    assert figures.spread(heights, 2, 0, 10) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------- the comparisons
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_one_line_is_coloured_and_the_others_are_greys_that_differ(file):
+    results = json.loads(file.read_text())
+    ends, paths = figures.comparison_figure(results).axes
+    (strong,) = [line for line in paths.lines if not is_grey(line.get_color())]
+    assert strong.get_label() == {"cuts": "topk", "topk": "30%"}.get(results["experiment"], "sapo")
+    styles = [(line.get_color(), line.get_linestyle()) for line in paths.lines]
+    assert len(set(styles)) == len(styles) == len({run["label"] for run in results["runs"]})
+    rows = {line.get_color() for line in ends.lines} - {common.FAINT}  # of the warm start
+    assert rows == {common.BLUE, figures.GREYS[2]}
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_line_is_named_at_its_end_and_no_name_covers_another(file):
+    figure = figures.comparison_figure(json.loads(file.read_text()))
+    ends, paths = figure.axes
+    assert names_of_lines(paths) == [line.get_label() for line in paths.lines]
+    for line, name in zip(paths.lines, paths.texts, strict=True):
+        assert name.xy == pytest.approx(line.get_xydata()[-1])
+    assert ends.get_legend() is None and paths.get_legend() is None
+    assert_readable(figure)
+
+
+def test_names_of_lines_that_end_together_do_not_cover_each_other():
+    labels = ["sapo", *(f"method {letter}" for letter in "abcdefghijk")]
+    assert_readable(figures.comparison_figure(sweep({label: [0.5] for label in labels})))
+
+
+@pytest.mark.parametrize(
+    "name, title",
+    [
+        (
+            "main-DiceSum",
+            "Held-out accuracy after 150,000 tokens: nine methods on DiceSum, 5 seeds",
+        ),
+        (
+            "main-ArrowPath-length=10-grid=4-long",
+            "Held-out accuracy after 100,000 tokens: "
+            "nine methods on ArrowPath (length=10, grid=4), 5 seeds",
+        ),
+        (
+            "controls-DiceSum",
+            "Held-out accuracy after 150,000 tokens: four variants of SAPO on DiceSum, 3 seeds",
+        ),
+        (
+            "topk-DiceSum",
+            "Held-out accuracy after 150,000 tokens: six values of top-k on DiceSum, 3 seeds",
+        ),
+    ],
+)
+def test_titles_say_in_words_what_is_compared(name, title):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    assert figures.comparison_figure(results).get_suptitle() == title
+
+
+def test_titles_count_one_and_many():
+    one = figures.comparison_figure(sweep({"grpo": [0.5]})).get_suptitle()
+    assert ": one method on DiceSum" in one
+    many = figures.comparison_figure(sweep({str(i): [0.5] for i in range(10)})).get_suptitle()
+    assert ": 10 methods on DiceSum" in many
+
+
+def test_a_comparison_shows_the_interquartile_mean_the_interval_and_the_start():
+    results = sweep({"sapo": [0.5, 0.6, 0.7, 0.9], "ppo": [0.4]})
+    ends, paths = figures.comparison_figure(results).axes
+    low, value, high = 100 * 0.5, 100 * 0.65, 100 * 0.9
+    bar, dot, *_ = ends.lines
+    assert dot.get_xdata()[0] == pytest.approx(value)
+    assert low <= bar.get_xdata()[0] < value < bar.get_xdata()[1] <= high
+    start = ends.lines[-1]
+    assert list(start.get_xdata()) == pytest.approx([50, 50]) and start.get_linestyle() == "--"
+    for line in paths.lines:
+        assert line.get_xdata().tolist() == pytest.approx([1, 2, 3])  # thousands of tokens
+        assert line.get_ydata().tolist() == pytest.approx([50, 60, 70])
+
+
+def test_a_curve_ends_with_its_shortest_run():
+    results = sweep({"sapo": [0.5, 0.5]})
+    results["runs"][1] |= {"curve": {"generated_tokens": [3000, 4000], "accuracy": [0.7, 0.8]}}
+    _, paths = figures.comparison_figure(results).axes
+    (line,) = paths.lines
+    assert line.get_xdata().tolist() == pytest.approx([2, 3])
+    assert line.get_ydata().tolist() == pytest.approx([60, 70])
+
+
+def test_a_sweep_without_a_finished_run_is_refused(tmp_path):
+    file = tmp_path / "main-DiceSum.json"
+    file.write_text(json.dumps(sweep({})))
+    with pytest.raises(ValueError, match="main-DiceSum.json holds no finished run"):
+        figures.comparison(file)
+
+
+@pytest.mark.parametrize("file", MAIN, ids=lambda file: file.stem)
+def test_training_names_its_lines_and_colours_sapo_alone(file):
+    methods = ("sapo", "ppo", "vc-ppo", "grpo")
+    figure = figures.training_figure(json.loads(file.read_text()), methods)
+    value_loss, entropy, length = figure.axes
+    assert names_of_lines(value_loss) == ["sapo", "ppo", "vc-ppo"]  # GRPO has no critic
+    assert names_of_lines(entropy) == names_of_lines(length) == list(methods)
+    styles = {}
+    for line in [line for axes in figure.axes for line in axes.lines]:
+        styles.setdefault(line.get_label(), set()).add((line.get_color(), line.get_linestyle()))
+    assert all(len(drawn) == 1 for drawn in styles.values())  # the same in every panel
+    assert len(set.union(*styles.values())) == 4
+    ((colour, _),) = styles.pop("sapo")
+    assert colour == common.BLUE
+    assert all(is_grey(colour) for ((colour, _),) in styles.values())
+    assert_readable(figure)
+
+
+def test_training_of_methods_that_were_not_run_is_empty_but_drawn(tmp_path):
+    file = tmp_path / "main-DiceSum.json"
+    file.write_text(json.dumps(sweep({"vineppo": [0.5]})))
+    assert figures.training(file).name == "main-DiceSum-training.svg"
+
+
+def test_truth_colours_the_row_of_sapo_in_both_panels():
+    figure = figures.truth_figure(json.loads((RESULTS / "truth-DiceSum.json").read_text()))
+    for axes in figure.axes:
+        rows = [line for line in axes.lines if line.get_color() == common.BLUE]
+        assert rows and all(set(line.get_ydata()) == {0} for line in rows)  # the first row
+        assert all(is_grey(line.get_color()) for line in axes.lines if line not in rows)
+        first, *others = axes.get_yticklabels()
+        assert first.get_text() == "sapo" and first.get_color() == common.BLUE
+        assert all(name.get_color() != common.BLUE for name in others)
+    assert_readable(figure)
+
+
+def test_lift_can_be_read():
+    assert_readable(figures.lift_figure(json.loads((RESULTS / "lift-DiceSum.json").read_text())))
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path):
+    """Whatever was drawn in between, and without a date."""
+    file = tmp_path / "main-DiceSum.json"
+    file.write_text(json.dumps(sweep({"sapo": [0.7, 0.8], "ppo": [0.6, 0.7]})))
+    first = figures.comparison(file).read_bytes()
+    figures.training(file)
+    assert figures.comparison(file).read_bytes() == first
+    assert b"<dc:date>" not in first
+
+
+def test_a_folder_of_results_is_drawn_but_for_tunings_and_benchmarks(tmp_path):
+    made = json.dumps(sweep({"sapo": [0.5]}))
+    for name in ("main-DiceSum", "tune-DiceSum", "cuts-DiceSum"):
+        (tmp_path / f"{name}.json").write_text(made)
+    (tmp_path / "bench_math.json").write_text('{"seconds": 1}')
+    names = [path.name for path in figures.drawn(tmp_path)]
+    assert names == ["cuts-DiceSum.svg", "main-DiceSum.svg", "main-DiceSum-training.svg"]
+
+
+# ------------------------------------------------------------------- what is refused, and how
+
+
+@pytest.mark.parametrize(
+    "make, name", [(figures.learning_curve, "metrics.jsonl"), (credit_map, "samples.jsonl")]
+)
+def test_a_torn_last_line_is_dropped(run, make, name):
     path = run / name
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: whole.index(b"\n") // 2])  # killed while it wrote a line
     make(run)
-    path.write_bytes(whole.replace(b"\n", b"\n\n") + b'{"iteration": "\xe2')  # inside a character; blank lines
+    # Torn inside a character; blank lines between the others.
+    path.write_bytes(whole.replace(b"\n", b"\n\n") + b'{"iteration": "\xe2')
     make(run)
-    for text, message in [
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
         ("", "no complete line"),
         ('{"iter', "no complete line"),
         ("[1]\n", "line 1: no object"),
         ('{"a": 1}\n', "line 1: no object"),
         ('{"iter\n{"iteration": 1}\n', "line 1 is not JSON"),
-    ]:
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message) as caught:
-            make(run)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    path.unlink()
+    ],
+)
+@pytest.mark.parametrize(
+    "make, name", [(figures.learning_curve, "metrics.jsonl"), (credit_map, "samples.jsonl")]
+)
+def test_unusable_files_are_named_in_one_line(run, make, name, text, message):
+    path = run / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        make(run)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make, name", [(figures.learning_curve, "metrics.jsonl"), (credit_map, "samples.jsonl")]
+)
+def test_missing_files_are_named(run, make, name):
+    (run / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
         make(run)
 
 
-def test_samples_that_do_not_fit_together_are_named(run):
-    with pytest.raises(ValueError, match=r"samples.jsonl, iteration 4, example 7: 1 ends for 3 tokens"):
-        draw(run, [sample(list("abc"), ends=[True])])
-    with pytest.raises(ValueError, match="example 7: no tokens, reward"):
-        draw(run, [sample(list("abc"), reward=1.0) | {"tokens": None, "reward": None}])
-    with pytest.raises(ValueError, match="count is 0"):
-        figures.credit_map(run, count=0)
+# --------------------------------------------------------------------------- the command line
 
 
-def test_the_command_draws_both_or_says_why_not_in_one_line(run, tmp_path):
-    command = [sys.executable, figures.__file__]
-    done = subprocess.run([*command, str(run), "--count", "2"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.split() == [str(run / "learning_curve.png"), str(run / "credit.html")]
-    for folder, message in [(tmp_path / "none", "is no folder"), (tmp_path / "empty", "metrics.jsonl is missing")]:
-        if "empty" in folder.name:
-            folder.mkdir()
-        failed = subprocess.run([*command, str(folder)], capture_output=True, text=True)
-        assert failed.returncode == 1 and message in failed.stderr and failed.stderr.count("\n") == 1
+def command(*arguments):
+    """`python -m lab.figures` as a process of its own."""
+    program = [sys.executable, "-m", "lab.figures", *map(str, arguments)]
+    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_draws_a_run(run):
+    done = command(run, "--count", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(run / "learning_curve.png"), str(run / "credit.html")]
+
+
+def test_the_command_draws_a_folder_of_results(tmp_path):
+    (tmp_path / "cuts-DiceSum.json").write_text(json.dumps(sweep({"topk": [0.5]}, "cuts")))
+    done = command(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "cuts-DiceSum.svg")]
+
+
+def test_the_command_says_in_one_line_why_it_cannot_draw(tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = [("none", "is no folder"), ("empty", "metrics.jsonl is missing")]
+    for folder, message in cases:
+        failed = command(tmp_path / folder)
+        assert failed.returncode == 1
+        assert message in failed.stderr and failed.stderr.count("\n") == 1

@@ -1,0 +1,118 @@
+"""A run's folder on disk: replaced whole or not at all, saved, found again and restored.
+
+A checkpoint has the policy and its processor in Hugging Face format, like any other model, and
+everything else in trainer.pt: critic, optimizers, progress, random state. A kill at any moment
+leaves a whole one behind, and a resumed run on a CPU ends bit for bit where an uncut one does.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import models
+
+STATEFUL = ("critic", "actor_optimizer", "critic_optimizer")  # of models.Models, beside the policy
+
+
+@contextlib.contextmanager
+def replacing(folder):
+    """`with replacing(folder) as aside`: write `aside`; it takes the folder's place at the end.
+
+    An exception in the block leaves the old folder as it was. Between the two renames only
+    `<folder>.old` exists, and `newest` finds it: a kill at any moment leaves a whole one.
+    """
+    folder = Path(folder)
+    aside = Path(f"{folder}.new")
+    old = Path(f"{folder}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def digest(folder) -> dict:
+    """{file name: sha256} of everything in a folder but its manifest.json."""
+    hashes = {}
+    for file in Path(folder).iterdir():
+        if file.name != "manifest.json":
+            hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashes
+
+
+def set_aside(folder) -> None:
+    """Keep an earlier run of the same name, under the time of the move."""
+    folder = Path(folder)
+    if folder.exists():
+        moment = time.strftime("%Y%m%d-%H%M%S")
+        folder.rename(f"{folder}-{moment}-{time.time_ns() % 10**6:06d}")
+
+
+def newest(folder) -> Path:
+    """The whole checkpoint of a run's folder: `checkpoint`, or `checkpoint.old` after a kill
+    between the two renames. ValueError if there is none."""
+    for name in ("checkpoint", "checkpoint.old"):
+        if (Path(folder) / name / "trainer.pt").is_file():
+            return Path(folder) / name
+    raise ValueError(f"{folder}: no checkpoint there yet; start the run again without --resume")
+
+
+def save(run) -> None:
+    """Write the run's checkpoint in place of the last one."""
+    with replacing(run.folder / "checkpoint") as aside:
+        policy = run.models.policy
+        policy.enter().save_pretrained(aside)
+        policy.processor.save_pretrained(aside)
+        state = {"progress": asdict(run.progress), "weights": []}
+        for name in STATEFUL:
+            part = getattr(run.models, name)
+            state[name] = None if part is None else part.state_dict()
+        if run.settings.lora or run.settings.dtype != "float32":
+            # adapters and float32 copies are not in the policy's own files
+            state["weights"] = models.trained_parameters(run.models)
+        state["rng"] = torch.get_rng_state()
+        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+        torch.save(state, aside / "trainer.pt")
+
+
+def restore(run_models, stored) -> dict:
+    """Load what `save` wrote into the models and the random streams. -> the progress, as a dict.
+
+    stored: the checkpoint's folder, from `newest`. The policy itself was loaded from it before.
+    """
+    state = torch.load(Path(stored) / "trainer.pt", map_location="cpu", weights_only=True)
+    for name in STATEFUL:
+        if state[name]:
+            getattr(run_models, name).load_state_dict(state[name])
+    if state["weights"]:
+        parameters = models.trained_parameters(run_models)
+        for parameter, kept in zip(parameters, state["weights"], strict=True):
+            parameter.data.copy_(kept)
+    torch.set_rng_state(state["rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state["progress"]
+
+
+def append_lines(file, rows) -> None:
+    """Append JSON lines to a file."""
+    with open(file, "a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def drop_lines_after(file, iteration) -> None:
+    """Keep a file's JSON lines up to an iteration. What a killed run wrote after its last
+    checkpoint goes, a torn last line too."""
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        if line.endswith("}\n") and json.loads(line)["iteration"] <= iteration:
+            kept.append(line)
+    file.write_text("".join(kept))

@@ -1,0 +1,175 @@
+"""What a run has learned: held-out accuracy, responses with their credit, the final outcome.
+
+Everything here reads a run and leaves it as it is, but for torch's random stream: the policy writes
+on held-out examples, from which it never learns. `run` is a `train.Run`.
+"""
+
+import base64
+import io
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+import transformers
+
+import models
+import rollout
+import sapo
+from lab.stats import wilson
+
+
+def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
+    """Accuracy on the first --eval_episodes held-out examples, with its 95% interval (Wilson).
+
+    temperature 0 is greedy. Draws from torch's global random stream.
+    """
+    right, count = 0, run.settings.eval_episodes
+    for first in range(0, count, len(run.envs)):
+        indices = range(first, min(count, first + len(run.envs)))
+        envs, inputs = rollout.ask(run, indices, "eval")
+        _, _, texts = rollout.write(run, inputs, temperature, top_p)
+        for episode, pieces in zip(envs, texts, strict=True):
+            *_, info = episode.step("".join(pieces))
+            right += info["correct"]
+    low, high = wilson(right, count)
+    return {"eval_accuracy": right / count, "eval_low": low, "eval_high": high}
+
+
+# ---------------------------------------------------------------- responses with their credit
+
+
+def sample_indices(settings, count=64) -> np.ndarray:
+    """Held-out examples for samples.jsonl: as many, and each as often, as an iteration has."""
+    indices = rollout.train_indices(settings, 1)
+    return indices[indices < count]
+
+
+def samples(run, batch, advantages) -> list[dict]:
+    """The rows of samples.jsonl: the first response to each prompt of a batch, token by token."""
+    episodes = batch.rollout
+    values = None
+    if episodes.values is not None:  # V is neither read nor trained but at the boundaries
+        reads = sapo.boundaries(episodes.ends, episodes.mask, run.config.value_at)
+        values = sapo.segment_sum(episodes.values * reads, episodes.ends, episodes.mask)
+    _, first_of_each_prompt = np.unique(batch.indices, return_index=True)
+    return [sample(run, batch, row, advantages, values) for row in first_of_each_prompt]
+
+
+def sample(run, batch, row, advantages, values) -> dict:
+    """One response with its credit. steps: [first token, last token, was it right?] each."""
+    task, example = batch.envs[row].unwrapped.task, batch.envs[row].unwrapped.example
+    info = batch.infos[row]
+    length = int(batch.rollout.mask[row].sum())
+    pieces = batch.texts[row][:length]
+
+    def rounded(numbers):
+        return [round(float(number), 4) for number in numbers[row, :length]]
+
+    return {
+        "iteration": run.progress.iteration,
+        "example_id": info["example_id"],
+        "method": run.settings.method,
+        "cut": run.settings.cut,
+        "prompt": example.question,
+        "answer": example.answer,
+        "image": example.image and png_base64(example.image),
+        "predicted": info["predicted"],
+        "reward": float(batch.rollout.rewards[row].sum()),
+        "tokens": pieces,
+        "entropy": rounded(batch.entropy),
+        "values": None if values is None else rounded(values),
+        "advantages": rounded(advantages),
+        "ends": batch.rollout.ends[row, :length].tolist(),
+        "steps": step_tokens(task, example, pieces),
+    }
+
+
+def step_tokens(task, example, pieces) -> list[list]:
+    """[first token, last token, was it right?] of every reasoning step in a response, whose tokens
+    read `pieces`. A step is given in characters; a token counts to it if one of its characters
+    does."""
+    response = "".join(pieces)
+    token_of = [t for t, piece in enumerate(pieces) for _ in piece]  # character -> token
+    spans = task.step_spans(response)
+    verdicts = task.check_steps(example, response)
+    steps = []
+    for (start, end), right in zip(spans, verdicts, strict=True):
+        if end > start:
+            steps.append([token_of[start], token_of[end - 1], right])
+    return steps
+
+
+def png_base64(image) -> str:
+    """A picture as the text of a PNG file, for JSON and for a page's data: address."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+# -------------------------------------------------------------------------- the final outcome
+
+
+def final_evaluations(run) -> dict:
+    """Held-out accuracy at the end, by the way of decoding. The curve's last point is not made
+    a second time."""
+    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    if "eval_accuracy" in last:
+        at_temperature_1 = {name: last[name] for name in run.progress.evaluation_before}
+    else:  # resumed after Ctrl-C, with nothing left to do
+        at_temperature_1 = evaluate(run)
+    return {
+        "temperature 1": at_temperature_1,
+        "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95),
+        "greedy": evaluate(run, 0),
+    }
+
+
+def summarise(run, evaluations) -> dict:
+    """The content of summary.json: accuracies before and after, cost, and what made them."""
+    settings, progress = run.settings, run.progress
+    after = evaluations["temperature 1"]
+    return {
+        "command": run.command,
+        "date": time.strftime("%Y-%m-%d"),
+        "method": settings.method,
+        "env": settings.env,
+        "seed": settings.seed,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "warm_start_accuracy": progress.evaluation_before["eval_accuracy"],
+        "accuracy": after["eval_accuracy"],
+        "accuracy_low": after["eval_low"],
+        "accuracy_high": after["eval_high"],
+        "episodes": progress.episodes,
+        "generated_tokens": progress.generated_tokens,
+        "seconds": progress.seconds,
+        "warm_start_seconds": progress.warm_start_seconds,
+        "peak_rss_mb": models.peak_megabytes(),
+        "eval_episodes": settings.eval_episodes,
+        "evaluations": evaluations,
+    }
+
+
+def print_summary(summary, evaluation_before, folder) -> None:
+    """The outcome as a table on the terminal."""
+    print(
+        f"\n{summary['method']} on {summary['env']}, seed {summary['seed']}: "
+        f"{summary['eval_episodes']} held-out episodes"
+    )
+    rows = {"before, temperature 1": evaluation_before, **summary["evaluations"]}
+    for kind, evaluation in rows.items():
+        low, high = evaluation["eval_low"], evaluation["eval_high"]
+        print(
+            f"  {kind:<30}{evaluation['eval_accuracy']:7.1%}   95% interval {low:.1%} to {high:.1%}"
+        )
+    print(
+        f"  {summary['seconds']:.0f} s of training, "
+        f"{summary['warm_start_seconds']:.0f} s of warm start, "
+        f"{summary['peak_rss_mb']:.0f} MB at most; files in {folder}"
+    )

@@ -1,0 +1,1 @@
+"""The laboratory: comparisons of methods, ground truth, benchmarks, statistics and pictures."""

@@ -1,0 +1,98 @@
+"""How fast, and how much memory: as ratios within one run.
+
+    python -m lab.bench                          # the mathematics at (512, 2048)
+    python -m lab.bench --batch 64 --tokens 512  # another size, printed only
+    python -m lab.bench memory                   # scoring at a vocabulary of 151,936
+    python -m lab.bench iteration                # SAPO, GRPO and TRL's GRPO
+    python -m lab.bench gpu                      # true sizes, random weights, a CUDA card
+
+They write results/bench_math.json, bench_memory.json, bench_iteration.json and gpu.json. What each
+measures, and how, stands at the head of lab/bench_math.py, bench_memory.py, bench_iteration.py and
+bench_gpu.py.
+"""
+
+import argparse
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent.parent / "results"
+FILES = {
+    "math": "bench_math.json",
+    "memory": "bench_memory.json",
+    "iteration": "bench_iteration.json",
+    "gpu": "gpu.json",
+}
+
+
+def main(argv=None) -> dict:
+    """The command line: measure, print, write the outcome. -> the outcome."""
+    parser = argparse.ArgumentParser("python -m lab.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="?", default="math", choices=list(FILES))
+    parser.add_argument("--batch", type=int, default=512, help="math: responses")
+    parser.add_argument("--tokens", type=int, default=2048, help="math: tokens of the longest one")
+    parser.add_argument("--repeats", type=int, default=3, help="math: rounds; the best times count")
+    parser.add_argument("--seed", type=int, default=0, help="math: of the batch")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where to write (default: in results/; nowhere for another --batch or --tokens)",
+    )
+    args = parser.parse_args(argv)
+    command = "python -m lab.bench"
+    if args.what == "math":
+        command += f" --batch {args.batch} --tokens {args.tokens}"
+        command += f" --repeats {args.repeats} --seed {args.seed}"
+    else:
+        command += f" {args.what}"
+    try:
+        outcome = measure(args)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"{command}: {error}") from None
+    is_usual_size = (args.batch, args.tokens) == (512, 2048)
+    if args.out:
+        save(args.out, outcome, command)
+    elif args.what != "math" or is_usual_size:
+        save(RESULTS / FILES[args.what], outcome, command)
+    return outcome
+
+
+def measure(args) -> dict:
+    """Take the measurement called `args.what`. Each module is imported only when it is wanted."""
+    if args.what == "math":
+        from lab import bench_math
+
+        return bench_math.measure(args.batch, args.tokens, args.repeats, args.seed)
+    if args.what == "memory":
+        from lab import bench_memory
+
+        return bench_memory.measure()
+    if args.what == "iteration":
+        from lab import bench_iteration
+
+        return bench_iteration.measure()
+    from lab import bench_gpu
+
+    return bench_gpu.measure()
+
+
+def save(file, outcome, command):
+    """Write an outcome with what made it."""
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        **outcome.get("versions", {}),
+    }
+    made = {"command": command, "date": date.today().isoformat()}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(made | outcome | {"versions": versions}, indent=1) + "\n")
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()

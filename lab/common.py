@@ -1,0 +1,59 @@
+"""What the pictures share: their colours, and reading the files in the folder of a run.
+
+Imports none of the project's modules, so that a picture can be made again long after the run.
+"""
+
+import json
+
+# The colours of Okabe and Ito (2008), told apart with any common colour blindness.
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#A8437E"
+INK = "#222222"
+FAINT = "#6B6B6B"
+
+
+def read_lines(path):
+    """The JSON objects of a .jsonl file as dicts without their nulls, each with an `iteration`.
+
+    A torn last line is dropped: the run was killed while it wrote that line. Raises
+    FileNotFoundError for a missing file; ValueError for a line that is no such object, and for a
+    file without a complete line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: expected the folder of a run, as train.py writes it"
+        )
+    # Not splitlines(), which also cuts at U+2028: a character that may stand inside a JSON string.
+    rows = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [(number, row) for number, row in enumerate(rows, 1) if row.strip()]
+    lines = []
+    for number, row in rows:
+        try:
+            line = json.loads(row)
+        except json.JSONDecodeError as error:
+            if number == rows[-1][0]:
+                break
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error.msg}): repair or remove that line"
+            ) from None
+        if not isinstance(line, dict) or not isinstance(line.get("iteration"), int):
+            raise ValueError(
+                f"{path}, line {number}: no object with a whole `iteration` but {row[:60]!r}"
+            )
+        lines.append({key: value for key, value in line.items() if value is not None})
+    if not lines:
+        raise ValueError(f"{path} holds no complete line: let the run finish an iteration first")
+    return lines
+
+
+def run_title(run_folder):
+    """A title, "SAPO on DiceSum, seed 1"; the folder's name without a usable config.json."""
+    try:
+        config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
+        method, env, seed = config["method"], config["env"], config["seed"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return run_folder.resolve().name
+    task = str(env).removeprefix("SAPO/").rsplit("-v", 1)[0]
+    return f"{str(method).upper()} on {task}, seed {seed}"

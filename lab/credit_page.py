@@ -1,0 +1,354 @@
+"""The credit map of a run: did the credit land on the right tokens?
+
+One drawing of a few held-out responses, as credit.svg and inside the page credit.html. Each token
+stands in a cell tinted by its advantage, bars mark where segments end, waves underline steps known
+to be wrong, and two curves show entropy and value. `python -m lab.figures runs/<name>` makes it
+from samples.jsonl.
+
+Needs the standard library alone. Left out: whatever needs a network, a browser script or the model
+itself.
+"""
+
+import math
+import unicodedata
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+from lab.common import FAINT, GREEN, INK, PURPLE, VERMILLION, read_lines, run_title
+
+# All in pixels. A letter's width is the advance of a 12-pixel monospace letter.
+PAGE_WIDTH = 1000
+MARGIN = 20
+PICTURE_SIDE = 128
+LETTER_WIDTH = 7.2
+TOKEN_HEIGHT = 24
+WAVE_ROOM = 10  # below the tokens, for the wave under a wrong step
+CURVE_HEIGHT = 26
+CURVE_GAP = 8  # below a curve
+SANS = 'system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif'
+MONOSPACE = 'ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace'
+CSS = f"""
+text {{ font: 12px {SANS}; fill: {INK} }}
+.token text {{ font: 12px {MONOSPACE}; text-anchor: middle }}
+.token rect {{ stroke: #D9D9D9; stroke-width: 0.7 }}
+.cut {{ stroke: #000; stroke-width: 3 }} .guide {{ stroke: #BDBDBD; stroke-width: 1 }}
+.wrong {{ stroke: {INK}; stroke-width: 1.6; fill: none }}
+.entropy {{ stroke: {PURPLE} }} .value {{ stroke: {GREEN} }} \
+.curve {{ stroke-width: 1.6; fill: none }}
+text.small {{ font-size: 10px; fill: {FAINT} }} text.end {{ text-anchor: end }}
+text.big {{ font-size: 18px; font-weight: 700 }} text.head {{ font-size: 14px; font-weight: 600 }}
+image {{ image-rendering: pixelated }}
+"""
+HOW_TO_READ_THE_CELLS = (
+    "Each box is a token the model wrote. Between two bars lies one segment; its tokens share one "
+    "advantage: the credit or blame they get in training."
+)
+HOW_TO_READ_THE_CURVES = (
+    "Entropy: how unsure the model was of the token, in nats; SAPO cuts after the peaks. "
+    "Value: the reward that the critic expected where the segment begins."
+)
+
+
+class Cell(NamedTuple):
+    """A token's place in its row of the drawing."""
+
+    index: int  # of the token in its response
+    text: str  # as shown: short and escaped
+    left_edge: float  # in pixels
+    width: float
+
+    @property
+    def right_edge(self):
+        return self.left_edge + self.width
+
+
+# ---------------------------------------------------------------------- the responses to show
+
+
+def _choose(samples, count):
+    """At most `count` responses: right and wrong by turns, as far as there are some of each."""
+    right = [sample for sample in samples if sample["reward"] > 0.5]
+    wrong = [sample for sample in samples if sample["reward"] <= 0.5]
+    by_turns = [sample for pair in zip_longest(right, wrong) for sample in pair]
+    return [sample for sample in by_turns if sample is not None][:count]
+
+
+def _checked(sample, path):
+    """The response, NaN for null; ValueError for a missing key or a list that does not fit."""
+    where = f"{path}, iteration {sample['iteration']}, example {sample.get('example_id')!r}"
+    missing = [key for key in ("tokens", "advantages", "ends", "reward") if key not in sample]
+    if missing:
+        raise ValueError(f"{where}: no {', '.join(missing)}")
+    for key in ("advantages", "ends", "entropy", "values"):
+        if key in sample and len(sample[key]) != len(sample["tokens"]):
+            raise ValueError(
+                f"{where}: {len(sample[key])} {key} for {len(sample['tokens'])} tokens"
+            )
+    checked = dict(sample)
+    for key in ("advantages", "entropy", "values"):
+        if key in sample:
+            checked[key] = [math.nan if number is None else number for number in sample[key]]
+    return checked
+
+
+def _last_samples(path, count):
+    """The iteration that was sampled last, and at most `count` of its responses."""
+    samples = read_lines(path)
+    last = max(sample["iteration"] for sample in samples)
+    samples = [_checked(sample, path) for sample in samples if sample["iteration"] == last]
+    return last, _choose(samples, count)
+
+
+# ---------------------------------------------------------------------------- text and colour
+
+
+def _visible(text, limit, token=False):
+    """At most `limit` characters for SVG and HTML: markup escaped, marks for what has no shape.
+
+    Control characters, lone surrogates and the like are no legal XML, and direction marks would
+    reorder the line.
+    """
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    shown = []
+    for char in text:
+        category = unicodedata.category(char)
+        if category == "Zs":
+            char = "·" if token else " "
+        elif char == "\n":
+            char = "⏎"
+        elif char == "\t":
+            char = "⇥"
+        elif char < " ":
+            char = chr(0x2400 + ord(char))  # Unicode holds their pictures there
+        elif category[0] == "C" or category in ("Zl", "Zp"):
+            char = "\ufffd"
+        shown.append(char)
+    return escape("".join(shown))
+
+
+def _tint(advantage, limit):
+    """Cell colour: white at 0, blue for credit, orange for blame, full at ±limit; grey for NaN.
+
+    The share is raised to the power 0.6, here and in the legend alike, so that small credits are
+    still seen.
+    """
+    if not math.isfinite(advantage):
+        return "#DDDDDD"
+    full = (77, 157, 224) if advantage > 0 else (240, 146, 60)
+    share = min(1.0, abs(advantage) / limit) ** 0.6
+    return "#" + "".join(f"{round(255 + (part - 255) * share):02X}" for part in full)
+
+
+# ------------------------------------------------------------------------- the rows of tokens
+
+
+def _wrap(tokens, ends, left):
+    """Rows of cells between `left` and the right margin, with room for a bar after each segment."""
+    rows = [[]]
+    edge = left
+    for index, token in enumerate(tokens):
+        letters = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in token[:24])
+        width = max(1, letters) * LETTER_WIDTH + 4
+        if rows[-1] and edge + width > PAGE_WIDTH - MARGIN:
+            rows.append([])
+            edge = left
+        rows[-1].append(Cell(index, _visible(token, 24, token=True), edge, width))
+        edge += width
+        if ends[index]:
+            edge += 4
+    return rows
+
+
+def _token(cell, top, sample, curves, limit):
+    """A token's cell: its tint, its text, and its numbers for whoever points at it."""
+    advantage = sample["advantages"][cell.index]
+    notes = [f"advantage {advantage:+.3f}"]
+    notes += [f"{kind} {numbers[cell.index]:.3f}" for kind, numbers in curves.items()]
+    return (
+        f'<g class="token"><title>token {cell.index}: {", ".join(notes)}</title>'
+        f'<rect x="{cell.left_edge:.1f}" y="{top}" width="{cell.width:.1f}" '
+        f'height="{TOKEN_HEIGHT}" fill="{_tint(advantage, limit)}"/>'
+        f'<text x="{cell.left_edge + cell.width / 2:.1f}" y="{top + 16}">{cell.text}</text></g>'
+    )
+
+
+def _wave(cell, top):
+    """The wave under a token of a wrong step, of about 8 pixels each."""
+    waves = round(cell.width / 8)
+    quarter, half = cell.width / waves / 4, cell.width / waves / 2
+    wave = f"q{quarter:.2f} -4 {half:.2f} 0t{half:.2f} 0" * waves
+    return f'<path class="wrong" d="M{cell.left_edge:.1f} {top + TOKEN_HEIGHT + 4.5}{wave}"/>'
+
+
+def _curve(row, numbers, kind, top, low, high):
+    """A step curve of one number per token, as wide as its token; its scale on the left."""
+    path = []
+    pen_is_down = False
+    for cell in row:
+        number = numbers[cell.index]
+        if not math.isfinite(number):
+            pen_is_down = False  # a gap
+            continue
+        height = top + CURVE_HEIGHT * (high - number) / (high - low)
+        if pen_is_down:
+            path.append(f"H{cell.left_edge:.1f}V{height:.1f}H{cell.right_edge:.1f}")
+        else:
+            path.append(f"M{cell.left_edge:.1f} {height:.1f}H{cell.right_edge:.1f}")
+        pen_is_down = True
+    left, bottom = row[0].left_edge, top + CURVE_HEIGHT
+    return [
+        f'<path class="guide" d="M{left:.1f} {bottom}H{row[-1].right_edge:.1f}"/>',
+        f'<path class="curve {kind}" d="{"".join(path)}"/>' if path else "",
+        f'<text class="small end" x="{left - 32}" y="{top + CURVE_HEIGHT / 2 + 3}">{kind}</text>',
+        f'<text class="small end" x="{left - 5}" y="{top + 8}">{high:.2g}</text>',
+        f'<text class="small end" x="{left - 5}" y="{bottom}">{low:.2g}</text>',
+    ]
+
+
+def _cut(cell, top, bottom):
+    """The bar after a segment's last token, and a thin line through the curves down to `bottom`."""
+    place = cell.right_edge + 2
+    return [
+        f'<path class="guide" d="M{place:.1f} {top + TOKEN_HEIGHT}V{bottom}"/>',
+        f'<path class="cut" d="M{place:.1f} {top - 4}V{top + TOKEN_HEIGHT + 4}"/>',
+    ]
+
+
+def _rows(sample, top, left, limit, scales):
+    """A response's rows of cells, waves, curves and cuts: (SVG elements, y below them)."""
+    wrong = set()
+    for first, last, right in sample.get("steps") or []:
+        if not right:
+            wrong.update(range(first, last + 1))
+    curves = {"entropy": sample.get("entropy"), "value": sample.get("values")}
+    curves = {kind: numbers for kind, numbers in curves.items() if numbers}
+    elements = []
+    for row in _wrap(sample["tokens"], sample["ends"], left):
+        for cell in row:
+            elements.append(_token(cell, top, sample, curves, limit))
+            if cell.index in wrong:
+                elements.append(_wave(cell, top))
+        curve_top = top + TOKEN_HEIGHT + WAVE_ROOM
+        for kind, numbers in curves.items():
+            elements += _curve(row, numbers, kind, curve_top, *scales[kind])
+            curve_top += CURVE_HEIGHT + CURVE_GAP
+        bottom = curve_top - CURVE_GAP
+        for cell in row:
+            if sample["ends"][cell.index]:
+                elements += _cut(cell, top, bottom)
+        top = bottom + 22
+    return elements, top
+
+
+# ----------------------------------------------------------------------------------- the page
+
+
+def _card(sample, top, limit, scales, pictures):
+    """One response: picture, question, outcome, tokens; (SVG elements, y below them).
+
+    `pictures`: some response has one, so all make room for it.
+    """
+    left = MARGIN
+    if pictures:
+        left += PICTURE_SIDE + 20
+    elements = [f'<path class="guide" d="M{MARGIN} {top}H{PAGE_WIDTH - MARGIN}"/>']
+    picture_bottom = top
+    if sample.get("image"):
+        place = f'x="{MARGIN}" y="{top + 16}" width="{PICTURE_SIDE}" height="{PICTURE_SIDE}"'
+        image = _visible(str(sample["image"]), 10**9)
+        elements.append(f'<image {place} href="data:image/png;base64,{image}"/>')
+        picture_bottom = top + PICTURE_SIDE + 34
+    if sample["reward"] > 0.5:
+        mark, colour = "✓ right", GREEN
+    else:
+        mark, colour = "✗ wrong", VERMILLION
+    predicted = _visible(str(sample.get("predicted", "nothing")), 24)
+    answer = _visible(str(sample.get("answer", "nothing")), 24)
+    outcome = f"answered {predicted}, true answer {answer}, reward {sample['reward']:g}"
+    question = _visible(str(sample.get("prompt", "")), 120)
+    elements += [
+        f'<text class="head" x="{left}" y="{top + 30}">'
+        f'<tspan fill="{colour}">{mark}</tspan>  {outcome}</text>',
+        f'<text x="{left}" y="{top + 50}">{question}</text>',
+    ]
+    rows, rows_bottom = _rows(sample, top + 68, left + 64, limit, scales)
+    return elements + rows, max(rows_bottom, picture_bottom)
+
+
+def _legend(title, limit):
+    """The page's head: title, how to read it, the colour scale and the marks."""
+    stops = [f'<stop offset="{i / 16}" stop-color="{_tint(i / 8 - 1, 1)}"/>' for i in range(17)]
+    wave = "q2 -4 4 0t4 0" * 4
+    return [
+        f'<text class="big" x="{MARGIN}" y="34">{title}</text>',
+        f'<text x="{MARGIN}" y="58">{HOW_TO_READ_THE_CELLS}</text>',
+        f'<text x="{MARGIN}" y="76">{HOW_TO_READ_THE_CURVES}</text>',
+        f'<linearGradient id="scale">{"".join(stops)}</linearGradient>',
+        f'<text class="end" x="105" y="114">blame  −{limit:.2g}</text>',
+        '<rect x="111" y="102" width="160" height="16" fill="url(#scale)" stroke="#D9D9D9"/>',
+        f'<text x="277" y="114">+{limit:.2g}  credit</text>',
+        '<path class="cut" d="M400 98v24"/><text x="409" y="114">cut: a segment ends here</text>',
+        f'<path class="wrong" d="M590 111{wave}"/>'
+        '<text x="630" y="114">step known to be wrong</text>',
+    ]
+
+
+def _drawing(samples, title):
+    """The SVG of these responses, with one colour scale and one scale per curve for all of them."""
+
+    def numbers(key):
+        return [n for sample in samples for n in sample.get(key, []) if math.isfinite(n)]
+
+    limit = max(map(abs, numbers("advantages")), default=0) or 1.0
+    scales = {
+        "entropy": (0.0, max(numbers("entropy"), default=0) or 1.0),
+        "value": (min([0.0, *numbers("values")]), max([1.0, *numbers("values")])),
+    }
+    pictures = any(sample.get("image") for sample in samples)
+    elements = _legend(title, limit)
+    height = 140
+    for sample in samples:
+        card, height = _card(sample, height, limit, scales, pictures)
+        elements += card
+    size = f'viewBox="0 0 {PAGE_WIDTH} {height}" width="{PAGE_WIDTH}" height="{height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
+        f"<title>{title}</title><style>{CSS}</style>"
+        f'<rect width="{PAGE_WIDTH}" height="{height}" fill="#FFFFFF"/>'
+        + "\n".join(elements)
+        + "</svg>\n"
+    )
+
+
+def _page(drawing, title):
+    """The HTML page around the drawing."""
+    css = (
+        "body { margin: 0; background: #FFFFFF } "
+        "svg { display: block; margin: auto; max-width: 100%; height: auto }"
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="color-scheme" content="light">'
+        f"<title>{title}</title><style>{css}</style></head><body>\n{drawing}</body></html>\n"
+    )
+
+
+def credit_map(run_folder, count=6):
+    """Draw `count` responses of the last sampled iteration; return the path of credit.html.
+
+    Writes credit.html and credit.svg into the run's folder. Both hold the same drawing; the page
+    also shows a token's numbers when pointed at. Raises FileNotFoundError for a missing
+    samples.jsonl, ValueError for an unusable one and for a count below 1.
+    """
+    run_folder = Path(run_folder)
+    if count < 1:
+        raise ValueError(f"count is {count}: expected at least 1 response")
+    iteration, samples = _last_samples(run_folder / "samples.jsonl", count)
+    title = f"Where the credit went: {_visible(run_title(run_folder), 80)}, iteration {iteration}"
+    drawing = _drawing(samples, title)
+    (run_folder / "credit.svg").write_text(drawing, encoding="utf-8")
+    (run_folder / "credit.html").write_text(_page(drawing, title), encoding="utf-8")
+    return run_folder / "credit.html"

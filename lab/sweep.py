@@ -1,0 +1,282 @@
+"""A sweep: which runs a comparison of methods needs, running them, and the table of what came out.
+
+The budget of a run counts every token that the policy writes in training: groups, trees and
+Monte-Carlo continuations too. Each run is a `python train.py` of its own with one thread, so a
+sweep that was killed goes on where it was. The command line is lab/compare.py.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import baselines
+import checkpoint
+from lab.stats import interval
+from sapo import setting
+
+ROOT = Path(__file__).parent.parent
+
+
+# --------------------------------------------------------------------------- what is compared
+METHODS = list(baselines.SETTINGS)
+
+# The learning rates of the tuning, the same for every method, from small to large.
+GRID = ["1e-4", "3e-4", "6e-4", "1.2e-3"]
+
+# Monte-Carlo values cost many tokens per response, so these methods take smaller batches from the
+# same budget.
+BATCHES = {
+    "spo-chain": ["--batch", "64", "--minibatch", "32", "--continuations", "4"],
+    "vineppo": ["--batch", "32", "--minibatch", "16", "--continuations", "4"],
+}
+
+CUTS = ("topk", "causal", "delimiter", "low-prob", "fixed")
+TOP_K_PERCENT = (5, 10, 20, 30, 50, 100)
+
+# {experiment: {label: the flags of train.py that make this variant}}
+EXPERIMENTS = {
+    "tune": {
+        f"{method} {rate}": ["--method", method, "--actor_lr", rate]
+        for method in METHODS
+        for rate in GRID
+    },
+    "main": {method: ["--method", method] for method in METHODS},
+    "cuts": {cut: ["--cut", cut] for cut in CUTS},
+    "topk": {f"{percent}%": ["--top_k", str(percent / 100)] for percent in TOP_K_PERCENT},
+    "horizon": {
+        "sapo": [],
+        "ppo": ["--method", "ppo"],
+        "ppo, lambda 0.99": ["--method", "ppo", "--lam", "0.99"],
+        "grpo": ["--method", "grpo"],
+    },
+    "controls": {
+        "sapo": [],
+        "sapo, token ratio": ["--ratio", "token"],
+        "sapo, V at end": ["--value_at", "end"],
+        "sapo, token mean": ["--average", "token"],
+    },
+}
+
+
+@dataclass
+class Sweep:
+    """What to compare."""
+
+    experiment: str = setting("main", f"one of {', '.join(EXPERIMENTS)}, truth, lift")
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "only these methods, in place of all of main"}
+    )
+    env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
+    env_args: list[str] = field(
+        default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"}
+    )
+    tag: str = setting(
+        "", "one more word in the names of the outcome and the runs; by default train.py's flags"
+    )
+    seeds: int = setting(5, "runs per method")
+    first_seed: int = setting(0, "the first of them; tuning takes others than the comparison")
+    tokens: int = setting(500_000, "budget of a run, in tokens generated while training")
+    jobs: int = setting(2, "processes side by side, one thread each")
+    runs: str = setting("runs", "folder of all runs")
+    results: str = setting("results", "folder of the outcomes")
+
+    @property
+    def task(self) -> str:
+        """The task and its keywords in one word: "ArrowPath-length=12-grid=4"."""
+        return "-".join([self.env.split("/")[-1].split("-")[0], *self.env_args])
+
+    @property
+    def name(self) -> str:
+        """What the outcome's file and the folder of the runs are called."""
+        words = [self.experiment, self.task]
+        if self.tag:
+            words.append(self.tag)
+        return "-".join(words)
+
+    @property
+    def file(self) -> Path:
+        """Where the outcome is written."""
+        return ROOT / self.results / f"{self.name}.json"
+
+    @property
+    def task_flags(self) -> list[str]:
+        """The task, as flags of train.py."""
+        flags = ["--env", self.env]
+        if self.env_args:
+            flags += ["--env_args", *self.env_args]
+        return flags
+
+
+# ----------------------------------------------------------------------------------- the runs
+class Planned(NamedTuple):
+    """A run of a sweep, made already or not."""
+
+    label: str  # the variant's name within the experiment
+    seed: int
+    folder: Path
+    flags: list[str]  # of train.py
+
+
+def best_rate(sweep: Sweep, method: str) -> list[str]:
+    """The smallest learning rate within a standard error of the tuning's best, as train.py's flags.
+
+    The tuning is the "tune" experiment of the same task and tag. No flags where it has no run of
+    this method: then train.py's default holds.
+    """
+    file = replace(sweep, experiment="tune").file
+    if sweep.experiment == "tune" or not file.is_file():
+        return []
+    runs = json.loads(file.read_text())["runs"]
+    accuracies = {}  # rate -> the accuracies of its seeds
+    for rate in GRID:
+        at_rate = [run["accuracy"] for run in runs if run["label"] == f"{method} {rate}"]
+        if at_rate:
+            accuracies[rate] = at_rate
+    if not accuracies:
+        return []
+    best, seeds = max((np.mean(at_rate), len(at_rate)) for at_rate in accuracies.values())
+    # The standard error of 512 evaluations per seed alone: runs vary more than that.
+    enough = best - math.sqrt(best * (1 - best) / (512 * seeds))
+    return next(
+        ["--actor_lr", rate] for rate, at_rate in accuracies.items() if np.mean(at_rate) >= enough
+    )
+
+
+def plan(sweep: Sweep, extra: list[str]):
+    """Every run of the sweep, all variants on a seed before the next seed. Yields Planned.
+
+    `extra`: flags of train.py for every run. They win over the tuned learning rate; a method's own
+    batch and a variant's own flags win over them. Raises ValueError for an unknown experiment.
+    """
+    if sweep.experiment not in EXPERIMENTS:
+        known = ", ".join([*EXPERIMENTS, "truth", "lift"])
+        raise ValueError(f"--experiment {sweep.experiment}: expected one of {known}")
+    variants = EXPERIMENTS[sweep.experiment]
+    for seed in range(sweep.first_seed, sweep.first_seed + sweep.seeds):
+        for label, variant in variants.items():
+            if sweep.methods and label.split(" ")[0] not in sweep.methods:
+                continue
+            method = variant[variant.index("--method") + 1] if "--method" in variant else "sapo"
+            if method == "srpo" and "TextSum" in sweep.env:  # it weighs what was seen on a picture
+                continue
+            words = label.replace(" ", "_").replace(",", "")
+            name = f"{sweep.name}/{words}-seed{seed}"
+            flags = [
+                *sweep.task_flags,
+                *best_rate(sweep, method),
+                *extra,
+                *BATCHES.get(method, []),
+                *variant,
+            ]
+            flags += ["--seed", str(seed), "--name", name, "--runs", sweep.runs]
+            # The budget alone ends a run, and it is evaluated at its start and its end only.
+            flags += ["--token_budget", str(sweep.tokens), "--iterations", "100000"]
+            flags += ["--eval_every", "100000"]
+            yield Planned(label, seed, Path(sweep.runs) / name, flags)
+
+
+def finished(folder: Path) -> bool:
+    """Is the run in this folder done? train.py writes summary.json last."""
+    return (folder / "summary.json").is_file()
+
+
+def execute(folder: Path, flags: list[str]):
+    """Make one run, from where it was left; its output goes to <folder>.log.
+
+    Raises ChildProcessError, naming the log, when train.py fails.
+    """
+    if finished(folder):
+        return
+    with contextlib.suppress(ValueError):  # no checkpoint: it starts from nothing
+        checkpoint.newest(folder)
+        flags = ["--resume", str(folder)]
+    command = [sys.executable, "train.py", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a") as log:
+        process = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+    if process.returncode or not finished(folder):
+        raise ChildProcessError(
+            f"{shlex.join(command)} ended with {process.returncode}; see {folder}.log"
+        )
+
+
+# ------------------------------------------------------------------------------ what came out
+SUMMARISED = (
+    "warm_start_accuracy",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "generated_tokens",
+    "seconds",
+)
+CURVES = (
+    "accuracy",
+    "entropy",
+    "value_loss",
+    "explained_variance",
+    "response_tokens",
+    "segments_per_response",
+)
+
+
+def training_curve(rows: list[dict], bins: int = 20) -> dict[str, list]:
+    """A run's metrics as means over at most `bins` equal parts, and the tokens at a part's end."""
+    parts = np.array_split(np.arange(len(rows)), min(bins, len(rows)))
+    curve = {"generated_tokens": [rows[part[-1]]["generated_tokens"] for part in parts]}
+    for metric in CURVES:
+        if metric in rows[-1]:  # GRPO has no value loss
+            curve[metric] = [_mean_of(metric, [rows[i] for i in part]) for part in parts]
+    return curve
+
+
+def _mean_of(metric, rows):
+    """The mean over the rows that have the metric: a row of skipped updates has no loss."""
+    values = [row[metric] for row in rows if metric in row]
+    return round(float(np.mean(values)), 5)
+
+
+def outcome(planned: Planned) -> dict:
+    """What results/ keeps of a finished run: numbers of its summary, and its training curve."""
+    summary = json.loads((planned.folder / "summary.json").read_text())
+    lines = (planned.folder / "metrics.jsonl").read_text().splitlines()
+    # The evaluation before training stands in a row of its own, without a learning rate.
+    rows = [json.loads(line) for line in lines if '"actor_lr"' in line]
+    return {
+        "label": planned.label,
+        "seed": planned.seed,
+        "flags": shlex.join(planned.flags),
+        "iterations": len(rows),
+        **{key: summary[key] for key in SUMMARISED},
+        "greedy": summary["evaluations"]["greedy"]["eval_accuracy"],
+        "curve": training_curve(rows),
+    }
+
+
+def table(results: dict) -> str:
+    """A comparison's outcome as a Markdown table: per variant the IQM over seeds, 95% interval."""
+    lines = [
+        "| | seeds | before | after: IQM, 95% interval | beats its start | tokens | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label in dict.fromkeys(run["label"] for run in results["runs"]):
+        runs = [run for run in results["runs"] if run["label"] == label]
+        start = np.mean([run["warm_start_accuracy"] for run in runs])
+        tokens = np.mean([run["generated_tokens"] for run in runs])
+        seconds = np.mean([run["seconds"] for run in runs])
+        value, low, high = interval([run["accuracy"] for run in runs])
+        better = sum(run["accuracy"] > run["warm_start_accuracy"] for run in runs)
+        lines.append(
+            f"| {label} | {len(runs)} | {start:.3f} | {value:.3f} ({low:.3f} to {high:.3f}) | "
+            f"{better} of {len(runs)} | {tokens:.0f} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,322 @@
+"""Ground truth on one frozen policy: is a method's credit right, are its values, is its gradient?
+
+The tasks know which steps of a response are right, Monte Carlo knows what a prefix is worth, and a
+REINFORCE gradient over thousands of responses knows where the objective rises. All methods meet the
+same policy. `truth` measures these three; `lifts` asks whether V jumps where entropy is high
+(Eq. 12 of arXiv:2605.01327).
+
+Shapes: B responses, T tokens, as in sapo.py.
+"""
+
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.nn.functional import cosine_similarity
+from tqdm import tqdm
+
+import baselines
+import rollout
+import sapo
+import train
+import vlm
+from lab.stats import auroc, interval, lift
+from lab.sweep import BATCHES, EXPERIMENTS, execute, plan
+
+# {label: flags of train.py}: the methods of the comparison, and SAPO with one thing changed.
+TRUTH = {
+    **EXPERIMENTS["main"],
+    "sapo, causal cut": ["--cut", "causal"],
+    "sapo, V at end": ["--value_at", "end"],
+}
+SHARES = (0.5, 0.3, 0.2, 0.1, 0.05)  # of tokens called high-entropy: q of Eq. 12
+
+
+def mean(values):
+    """Mean over the last axis."""
+    return values.mean(-1)
+
+
+# ------------------------------------------------------------------------- one policy for all
+def frozen(sweep, extra, flags, critic_rollouts=0):
+    """A run whose policy stays as it is; its critic learns from `critic_rollouts` batches first.
+
+    Whatever the method, that policy is the same.
+    """
+    argv = [*sweep.task_flags, "--seed", str(sweep.first_seed)]
+    argv += ["--value_pretraining", "1000000"]  # for so many iterations only the critic learns
+    argv += ["--runs", sweep.runs, "--name", "truth", *flags, *extra]
+    run = train.build(*train.parse(argv))
+    if run.models.critic is None:
+        return run
+    label = f"critic, {' '.join(flags)}"
+    for _ in tqdm(range(critic_rollouts), label, leave=False, disable=None):
+        train.iterate(run)
+    return run
+
+
+def same_batch(run, count, group=8, seed=0):
+    """`count` responses to held-out prompts, `group` to each, as a rollout.Batch.
+
+    The same under every method, as the policy and the seed are. Except for a tree, which grows its
+    own responses to each prompt.
+    """
+    torch.manual_seed(seed)
+    if run.settings.credit == "tree":
+        indices = np.arange(count // baselines.responses_per_prompt(run.settings))
+    else:
+        indices = np.repeat(np.arange(count // group), group)
+    return rollout.collect(run, indices, "eval")
+
+
+# ----------------------------------------------------------------------- is the credit right?
+def step_tokens(environment, token_texts):
+    """The steps of a response, in tokens: [(first, past the last, is the step right?), ...].
+
+    token_texts: what each of the response's tokens reads. Empty steps are left out.
+    """
+    task, example = environment.unwrapped.task, environment.unwrapped.example
+    text = "".join(token_texts)
+    token_of = [t for t, token_text in enumerate(token_texts) for _ in token_text]  # per character
+    steps = []
+    spans = zip(task.step_spans(text), task.check_steps(example, text), strict=True)
+    for (first, end), right in spans:
+        if end > first:
+            steps.append((token_of[first], token_of[end - 1] + 1, right))
+    return steps
+
+
+def share_on_first_wrong(advantages, steps):
+    """Sum of |A| over the first wrong step, as a share of the whole response's. advantages (T,).
+
+    None where no step is wrong or every advantage is 0.
+    """
+    total = np.abs(advantages).sum()
+    for first, end, right in steps:
+        if not right and total > 0:
+            return float(np.abs(advantages[first:end]).sum() / total)
+    return None
+
+
+def pooled_auroc(responses):
+    """AUROC over all steps of some responses: do right steps have the higher advantage?
+
+    responses: of each its steps as [(mean advantage, is the step right?), ...]. NaN where all
+    steps are right, or all wrong.
+    """
+    steps = [step for response in responses for step in response]
+    return auroc([advantage for advantage, _ in steps], [right for _, right in steps])
+
+
+def credit_accuracy(run, count):
+    """How well the advantages tell right steps from wrong ones, over `count` responses.
+
+    "auroc": of all steps, its 95% interval by bootstrap over responses. "auroc_in_wrong_responses":
+    within responses that have a wrong step; 0.5 where all their steps are blamed alike.
+    "share_on_first_wrong_step": the mean over responses, and its 95% interval.
+    """
+    batch = same_batch(run, count)
+    # Of all used tokens: what the loss leaves out (SPO's confident tokens, say) has credit too.
+    advantages = train.assign_credit(run, batch).advantages  # (B, T)
+    responses, shares = [], []
+    for row, environment in enumerate(batch.envs):
+        steps = step_tokens(environment, batch.texts[row])
+        credit = advantages[row].numpy()  # (T,)
+        responses.append([(float(credit[i:j].mean()), right) for i, j, right in steps])
+        share = share_on_first_wrong(credit, steps)
+        if share is not None:
+            shares.append(share)
+    rng = np.random.default_rng(0)
+    resampled = []
+    for _ in range(200):
+        rows = rng.integers(len(responses), size=len(responses))
+        resampled.append(pooled_auroc([responses[row] for row in rows]))
+    wrong = [steps for steps in responses if not all(right for _, right in steps)]
+    return {
+        "auroc": pooled_auroc(responses),
+        # Quantiles without the NaN of a draw whose steps are all right.
+        "auroc_interval": np.nanquantile(resampled, (0.025, 0.975)).tolist(),
+        "auroc_in_wrong_responses": pooled_auroc(wrong) if wrong else None,
+        "share_on_first_wrong_step": interval(shares, mean) if shares else None,
+    }
+
+
+# ----------------------------------------------------- does the gradient point the right way?
+def gradient(run, batch, learned, advantages):
+    """The gradient of the policy loss (Eq. 9) from one batch at ratio 1, as a vector (parameters,).
+
+    learned: the sapo.Rollout as the loss reads it; advantages (B, T), not whitened. The ratio is 1
+    for responses sampled at temperature 1. Scored one minibatch at a time, weighted so that the
+    split changes nothing.
+    """
+    config, model = run.config, run.models.policy.model
+    ends = learned.ends if config.ratio == "segment" else sapo.token_ends(learned.mask)
+    # (B,): how much of the mean over the batch each response is.
+    weight = learned.mask.sum(1) if config.average == "token" else torch.ones(len(advantages))
+    model.zero_grad()
+    for rows in torch.arange(len(advantages)).split(config.minibatch):
+        inputs = vlm.take(batch.inputs, rows)
+        logp, _ = vlm.score(run.models.policy, inputs, batch.tokens[rows], batch.written[rows])
+        ratio = sapo.segment_ratio(logp, learned.logp[rows], ends[rows], learned.mask[rows])
+        loss, _ = sapo.policy_loss(
+            ratio, advantages[rows], learned.mask[rows], average=config.average
+        )
+        (loss * weight[rows].sum() / weight.sum().clamp(min=1)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def gradients(run, count, tokens, first=1):
+    """`count` gradients, each the mean of as many batches as `tokens` generated tokens buy.
+
+    The batches are those of the training iterations from `first` on. -> (count, parameters).
+    """
+    means, iteration = [], first
+    for _ in range(count):
+        parts, spent = [], 0
+        while not parts or spent < tokens:
+            batch = rollout.collect(run, rollout.train_indices(run.settings, iteration))
+            credit = train.assign_credit(run, batch)
+            learned, advantages = baselines.restrict(
+                batch.rollout, credit.advantages, credit.loss_mask
+            )
+            parts.append(gradient(run, batch, learned, advantages))
+            spent += batch.generated_tokens
+            iteration += 1
+        means.append(torch.stack(parts).mean(0))
+    return torch.stack(means)
+
+
+def reference_gradient(run, batches):
+    """REINFORCE with the batch's mean reward as baseline, in the mean over `batches` batches.
+
+    -> (gradient (parameters,), cosine of the means of its two halves: how exact it is).
+    """
+    halves = [], []
+    for i in tqdm(range(batches), "reference gradient", leave=False, disable=None):
+        # Far from the iterations of `gradients`, so that the examples are other ones.
+        batch = rollout.collect(run, rollout.train_indices(run.settings, 10_000 + i))
+        rewards = batch.rollout.rewards.sum(1, keepdim=True)  # (B, 1)
+        advantages = (rewards - rewards.mean()) * batch.rollout.mask  # (B, T)
+        halves[i % 2].append(gradient(run, batch, batch.rollout, advantages))
+    even, odd = (torch.stack(half).mean(0) for half in halves)
+    return (even + odd) / 2, float(cosine_similarity(even, odd, dim=0))
+
+
+def gradient_quality(drawn, reference):
+    """How well some gradients (count, parameters) agree with the reference (parameters,).
+
+    "cosine": the mean of their cosines with it, and its 95% interval. "variance": between them,
+    mean_i |g_i - g|^2 / |g|^2 with g = mean_i g_i.
+    """
+    cosines = cosine_similarity(drawn, reference[None]).tolist()
+    centre = drawn.mean(0)
+    variance = (drawn - centre).square().sum(1).mean() / centre.square().sum()
+    return {"cosine": interval(cosines, mean), "variance": float(variance)}
+
+
+# ---------------------------------------------------------------------- are the values right?
+def value_error(sweep, extra, flags, rollouts=40, continuations=64, responses=64):
+    """The values of a critic taught by `rollouts` batches against Monte Carlo's, where V is read.
+
+    `flags`: the critic's method. Monte Carlo: V(s_m) is the mean reward of `continuations` fresh
+    continuations of s_m. -> (the errors, the critic's batch, Monte Carlo's batch of the same
+    responses).
+    """
+    monte_carlo = ["--credit", "continuations", "--continuations", str(continuations)]
+    monte_carlo += ["--lam", "0"]
+    critic_batch = same_batch(frozen(sweep, extra, flags, rollouts), responses, group=1)
+    exact_batch = same_batch(frozen(sweep, extra, [*flags, *monte_carlo]), responses, group=1)
+    assert torch.equal(critic_batch.tokens, exact_batch.tokens)
+    exact = exact_batch.rollout
+    reads = sapo.boundaries(exact.ends, exact.mask)  # (B, T)
+    guess = critic_batch.rollout.values[reads].numpy()  # (states,)
+    values = exact.values[reads].numpy()  # (states,)
+    # A critic that says one number everywhere has no correlation.
+    correlation = float(np.corrcoef(guess, values)[0, 1]) if guess.std() > 0 else 0.0
+    errors = {
+        "rollouts": rollouts,
+        "continuations": continuations,
+        "responses": responses,
+        "states": len(values),
+        "rmse": float(np.sqrt(np.mean((guess - values) ** 2))),
+        "spread_of_truth": float(values.std()),
+        "correlation": correlation,
+    }
+    return errors, critic_batch, exact_batch
+
+
+def lift_over_q(batch, draws=1000):
+    """Lift (Eq. 12) by a batch's token values, for each q of SHARES.
+
+    -> {"lift": {q: (Lift, low, high)}, with the 95% interval by bootstrap over responses; "large":
+    the share of tokens with a large jump, above 10% where many jumps are equal}. A response's last
+    token is left out: no V_{t+1} follows it.
+    """
+    mask = batch.rollout.mask & ~sapo.response_ends(batch.rollout.mask)
+    mask = mask[:, :-1].numpy()  # (B, T - 1)
+    entropy = batch.entropy[:, :-1].numpy()  # (B, T - 1)
+    jump = batch.rollout.values.diff(dim=1).abs().numpy()  # (B, T - 1): |V_t - V_{t+1}|
+    resampled = np.random.default_rng(0).integers(len(mask), size=(draws, len(mask)))
+    curve = {}
+    for q in SHARES:
+        drawn = [lift(entropy[rows][mask[rows]], jump[rows][mask[rows]], q) for rows in resampled]
+        low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+        curve[str(q)] = (lift(entropy[mask], jump[mask], q), low, high)
+    large = jump[mask] >= np.quantile(jump[mask], 0.9)
+    return {"large": float(large.mean()), "lift": curve}
+
+
+# ------------------------------------------------------------------------ the two experiments
+def lifts(sweep, extra, **sizes):
+    """Lift over q by PPO's token critic and by Monte Carlo, before and after training with SAPO.
+
+    The training is SAPO's run of the main comparison; it is made where it is missing. `sizes`: as
+    `value_error` takes them. Yields what is measured so far, for results/lift-<task>.json.
+    """
+    comparison = replace(sweep, experiment="main", methods=["sapo"], seeds=1)
+    (planned,) = plan(comparison, extra)
+    execute(planned.folder, planned.flags)
+    measured = {"seed": planned.seed, "run": shlex.join(planned.flags)}
+    starts = {"early": [], "late": ["--model", str(planned.folder / "checkpoint")]}
+    for when, start in starts.items():
+        errors, critic_batch, exact_batch = value_error(
+            sweep, [*extra, *start], ["--method", "ppo"], **sizes
+        )
+        measured[when] = {
+            **errors,
+            "critic": lift_over_q(critic_batch),
+            "Monte Carlo": lift_over_q(exact_batch),
+        }
+        yield measured
+
+
+def truth(
+    sweep, extra, count=8, rollouts=40, continuations=64, large=64, responses=256, budget=16_000
+):
+    """All of the ground truth. Yields what is measured so far, for results/truth-<task>.json.
+
+    count: gradients of each method; budget: generated tokens that each of them takes
+    rollouts: batches that teach a critic
+    continuations: of each state, for its exact value
+    large: batches of the reference gradient
+    responses: to measure the credit on; an eighth of them for the values
+    """
+    measured = {"methods": {}, "values": {}}
+    for name, method in (("segment critic", "sapo"), ("token critic", "ppo")):
+        flags = ["--method", method]
+        errors, _, _ = value_error(sweep, extra, flags, rollouts, continuations, responses // 8)
+        measured["values"][name] = errors
+        yield measured
+    reference, agreement = reference_gradient(frozen(sweep, extra, ["--method", "sapo"]), large)
+    # 256 responses a batch: --batch as it is by default.
+    measured["reference"] = {"responses": 256 * large, "cosine_of_its_halves": agreement}
+    for name, flags in TRUTH.items():
+        if sweep.methods and name not in sweep.methods:
+            continue
+        run = frozen(sweep, extra, flags, rollouts)
+        measured["methods"][name] = credit_accuracy(run, responses)
+        if name in BATCHES:  # then its own batch size, as in the comparison
+            run = frozen(sweep, extra, [*BATCHES[name], *flags])
+        measured["methods"][name] |= gradient_quality(gradients(run, count, budget), reference)
+        yield measured

@@ -1,0 +1,256 @@
+"""The models of a run: policy, critic and reference, with the optimizers that train them.
+
+Policy and reference are language models (`vlm.VLM`); the critic is a `sapo.SegmentCritic`. There
+are three ways to make them:
+
+    (default)          a model each: the critic starts as a copy of the policy's backbone
+    --critic shared    the critic is a head on the policy's backbone, and trains the head alone
+    --lora RANK        one frozen backbone in memory; policy and critic each train an adapter on it,
+                       and the backbone without an adapter is the reference
+
+`trained_parameters` are what the optimizers move; `explain_out_of_memory` says where memory went.
+"""
+
+import copy
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import vlm
+from sapo import SAPOConfig, SegmentCritic
+from vlm import VLM
+
+# --------------------------------------------------------------- policy, critic and reference
+
+
+@dataclass
+class Models:
+    """What a run computes with."""
+
+    policy: VLM
+    """writes the responses; the model that is trained and saved"""
+    critic: SegmentCritic | None
+    """values every prefix of a response; None where the method's credit needs no critic"""
+    reference: VLM | None
+    """the model that the policy is kept close to by a KL penalty; None without one (kl_coef 0)"""
+    actor_optimizer: torch.optim.Adam
+    """moves the policy's trainable parameters"""
+    critic_optimizer: torch.optim.Adam | None
+    """moves the critic's; None where there is no critic"""
+
+
+def build(settings, config: SAPOConfig, start: str | Path, stored: Path | None = None) -> Models:
+    """Make the models of a run.
+
+    settings: train.Settings; lora, critic, credit, device, dtype and gradient_checkpointing count.
+    config: kl_coef, actor_lr and critic_lr count.
+    start: the checkpoint that training begins from. It is also the reference, and with LoRA the
+        frozen backbone.
+    stored: a saved policy to go on from, in place of `start`. With LoRA it is not read here: its
+        weights are the adapters, which the caller restores (checkpoint.restore).
+
+    A new critic's head draws from torch's global random stream, as LoRA's adapters do.
+    """
+
+    def opened(name):
+        return vlm.load(name, settings.device, settings.dtype, settings.gradient_checkpointing)
+
+    if settings.lora:
+        policy, critic_view, reference = lora(opened(start), settings.lora)
+        if not config.kl_coef:
+            reference = None
+    else:
+        policy = opened(stored or start)
+        reference = opened(start) if config.kl_coef else None
+
+    trainable = [p for p in policy.enter().parameters() if p.requires_grad]
+    actor_optimizer = adam(trainable, config.actor_lr)
+    if settings.credit != "critic":
+        return Models(policy, None, reference, actor_optimizer, None)
+
+    if settings.lora:
+        backbone = Backbone(critic_view)
+    elif settings.critic == "shared":
+        backbone = Backbone(policy)
+    else:
+        backbone = copy.deepcopy(policy.model.base_model)
+    critic = SegmentCritic(backbone, policy.hidden_size).to(settings.device)
+    critic_optimizer = adam(critic.parameters(), config.critic_lr)
+    return Models(policy, critic, reference, actor_optimizer, critic_optimizer)
+
+
+def trained_parameters(models: Models) -> list[Tensor]:
+    """The parameters that the optimizers move, the actor's first.
+
+    They are not all in the policy's own files: LoRA's adapters of the critic are not, nor are the
+    float32 copies behind weights of lower precision (`adam`).
+    """
+    parameters = list(_parameters_of(models.actor_optimizer))
+    if models.critic_optimizer is not None:
+        parameters += _parameters_of(models.critic_optimizer)
+    return parameters
+
+
+def _parameters_of(optimizer):
+    return optimizer.param_groups[0]["params"]  # `adam` makes one group
+
+
+# ------------------------------------------------------------------ one backbone, three views
+
+
+class Backbone(torch.nn.Module):
+    """A shared model's hidden states, as a module that owns, trains and saves one adapter alone.
+
+    Of a view without an adapter it owns nothing, and gradients stop here.
+    """
+
+    def __init__(self, view: VLM):
+        super().__init__()
+        self.shared = [view]  # in a list, so that the model does not become a part of this module
+        self.adapter = torch.nn.ParameterList()
+        if view.adapter:
+            for name, parameter in view.model.named_parameters():
+                if f".{view.adapter}." in name:
+                    self.adapter.append(parameter)
+
+    def forward(self, use_cache=False, **inputs) -> Tensor:
+        """The model's inputs -> hidden states, (B, L, H). use_cache is accepted and never used."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and len(self.adapter) > 0):
+            return self.shared[0].hidden(inputs)
+
+
+def lora(opened: VLM, rank: int) -> tuple[VLM, VLM, VLM]:
+    """Put low-rank adapters on a model. -> (policy, critic, reference), views of one backbone.
+
+    Low-rank adaptation (arXiv:2106.09685) of the text model's linear layers, in float32 and with
+    alpha = 2 rank. The backbone is frozen; policy and critic have an adapter each, which adds
+    nothing before training, and the reference has none.
+    Raises ImportError where peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ImportError(
+            "--lora needs a package that is not installed: pip install peft"
+        ) from None
+    text_modules = set(opened.model.get_decoder().modules())
+    layers = []
+    for name, module in opened.model.named_modules():
+        if module in text_modules and isinstance(module, torch.nn.Linear):
+            layers.append(name)
+    for adapter in ("policy", "critic"):
+        adapter_config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+        opened.model.add_adapter(adapter_config, adapter)
+    for name, parameter in opened.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return (
+        replace(opened, adapter="policy"),
+        replace(opened, adapter="critic"),
+        replace(opened, adapter="none"),
+    )
+
+
+# ------------------------------------------------------------------------------ the optimizer
+
+
+def adam(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Adam:
+    """Adam, for weights of any dtype.
+
+    Weights of lower precision learn through float32 copies, because a step of 1e-6 would vanish in
+    bfloat16. Their gradients are summed in float32, so that micro-batches lose nothing. The copies
+    are what the optimizer holds, clips and saves.
+    """
+    parameters = list(parameters)
+    copies = []
+    for parameter in parameters:
+        if parameter.dtype == torch.float32:
+            copies.append(parameter)
+        else:
+            copies.append(torch.nn.Parameter(parameter.detach().float()))
+    # At PyTorch's eps of 1e-8, gradients that are noise would get steps of full size.
+    optimizer = torch.optim.Adam(copies, lr, eps=1e-5, fused=True)
+
+    pairs = list(zip(parameters, copies, strict=True))
+    low_precision = [pair for pair in pairs if pair[0] is not pair[1]]
+    for parameter, float_copy in low_precision:
+        _move_gradients(parameter, float_copy)
+
+    def write_back(*_):
+        for parameter, float_copy in low_precision:
+            parameter.data.copy_(float_copy)
+
+    optimizer.register_step_post_hook(write_back)
+    return optimizer
+
+
+def _move_gradients(parameter, float_copy):
+    """After each backward pass, add the parameter's gradient to that of its copy, and drop it."""
+
+    def move(parameter):  # as an argument: a closure over itself would keep a parameter alive
+        if float_copy.grad is None:
+            float_copy.grad = parameter.grad.float()
+        else:
+            float_copy.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move)
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+def peak_megabytes() -> float:
+    """The most memory that this process has held, in MB (2**20 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # in bytes, or in KiB
+
+
+def explain_out_of_memory(
+    models: Models, settings, config: SAPOConfig, folder, error: Exception
+) -> str:
+    """What took a run's memory, measured at the failure, and what to lower: one line.
+
+    Any error that is not about memory is raised again.
+    """
+    is_cuda_refusal = isinstance(error, torch.OutOfMemoryError)
+    is_cpu_refusal = "t allocate memory" in str(error)  # "can't" from PyTorch, "Cannot" from Linux
+    if not is_cuda_refusal and not is_cpu_refusal:
+        raise error
+    fixed = _fixed_bytes(models) / 2**30
+    if "cuda" in settings.device:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = peak_megabytes() / 2**10
+    size = config.micro_batch or config.minibatch
+    each = max(peak - fixed, 0) / size
+    return (
+        f"out of memory beyond {peak:.2f} GiB. Measured: weights, gradients and Adam take "
+        f"{fixed:.2f}, and {size} responses at once at least {each:.3f} each. "
+        f"Lower --micro_batch to {max(size // 2, 1)} or less, then --batch (all {settings.batch} "
+        "are written at once) or --max_new_tokens; or add --gradient_checkpointing, "
+        "--dtype bfloat16, --lora 16. "
+        f"`python train.py --resume {folder}` goes on from the last checkpoint. "
+        f"({str(error).splitlines()[0]})"
+    )
+
+
+def _fixed_bytes(models):
+    """Bytes of all weights, and for what is trained of its gradient and Adam's two moments too."""
+    modules = [models.policy.model]
+    if models.critic is not None:
+        modules.append(models.critic)
+    if models.reference is not None:
+        modules.append(models.reference.model)
+    sizes = {}  # by parameter: one that two views share counts once
+    for module in modules:
+        for parameter in module.parameters():
+            sizes[parameter] = parameter.nbytes
+    for parameter in trained_parameters(models):
+        sizes[parameter] = 4 * parameter.nbytes
+    return sum(sizes.values())

@@ -1,0 +1,288 @@
+"""One batch of episodes: write responses, score them, value them, cut them, replay them.
+
+This is the first half of an iteration (Algorithm 1 of the paper); train.py has the other half. A
+response is written whole and cut afterwards, since SAPO's top-k cut needs all of its entropies.
+The environment is deterministic, so replaying the segments through `env.step` afterwards earns
+what stepping while writing would have earned.
+
+A response's tokens and its text travel side by side: a text is never tokenised again.
+
+Throughout, `run` is a `train.Run`. Shapes: B responses, T token positions (right-padded).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import baselines
+import env
+import sapo
+import vlm
+
+STOP = "</answer>"  # writing on after the answer earns nothing: the episode is over
+
+
+@dataclass
+class Responses:
+    """What the policy wrote to a batch of prompts."""
+
+    indices: np.ndarray  # (B,): which example of the split each response answers
+    envs: list  # B environments, reset to those examples
+    inputs: vlm.Inputs  # the prompts as the model takes them
+    tokens: Tensor  # (B, T) long
+    written: Tensor  # (B, T) bool: tokens that the policy generated; the others are padding
+    texts: list[list[str]]  # what each token reads; a response's pieces join to its text
+    tree: baselines.Tree | None  # how responses share their beginnings (SPO-tree)
+
+
+@dataclass
+class Batch(Responses):
+    """One batch of episodes: what was written, and what the environments made of it."""
+
+    rollout: sapo.Rollout  # what the update learns from; its mask has the tokens that were *used*:
+    #                        those written before the environment ended the episode
+    entropy: Tensor  # (B, T): of the distribution each token was drawn from, in nats
+    infos: list[dict]  # each episode's last info
+    generated_tokens: int  # by the policy for this batch: continuations and trees count too
+
+
+# ---------------------------------------------------------------------------- the whole batch
+
+
+@torch.no_grad()
+def collect(run, indices, split="train") -> Batch:
+    """One batch of episodes: responses to the examples `indices` of a split, scored, valued, cut
+    and replayed. Who deserves credit for the rewards is not decided here."""
+    settings, config, progress = run.settings, run.config, run.progress
+    tokens_before = run.tokens_written
+    if settings.cut == "causal" and progress.threshold is None:
+        progress.threshold = first_threshold(run, indices, split)
+
+    responses = respond(run, indices, split)
+    logp, entropy = score(run, run.models.policy, responses)
+    ref_logp = None
+    if run.models.reference is not None:
+        ref_logp, _ = score(run, run.models.reference, responses)
+    ends = baselines.cut(
+        settings.cut,
+        responses.written,
+        entropy,
+        logp,
+        responses.texts,
+        config.top_k,
+        progress.threshold,
+        settings.segment_tokens,
+    )
+    rewards, used, infos = replay(responses.envs, responses.texts, ends, responses.written)
+    ends = ends & used
+    values = None
+    if settings.credit == "critic":
+        values = critic_values(run, responses)
+    elif settings.credit == "continuations":
+        values = sampled_values(run, responses, ends, used, split)
+
+    return Batch(
+        **vars(responses),
+        rollout=sapo.Rollout(used, ends, logp, rewards, values, ref_logp),
+        entropy=entropy,
+        infos=infos,
+        generated_tokens=run.tokens_written - tokens_before,
+    )
+
+
+def train_indices(settings, iteration) -> np.ndarray:
+    """The training examples of iteration 1, 2, ...: fresh ones each time. (responses,).
+
+    Where a method compares a group of responses, an example is repeated for each of them, side by
+    side. A tree branches from its prompt by itself, so there every example stands once.
+    """
+    per_prompt = baselines.responses_per_prompt(settings)
+    prompts = settings.batch // per_prompt
+    examples = np.arange(prompts) + prompts * (iteration - 1)
+    if settings.credit == "tree":
+        return examples
+    return np.repeat(examples, per_prompt)
+
+
+# -------------------------------------------------------------------------------------- write
+
+
+def ask(run, indices, split):
+    """Reset an environment per index. -> (the environments, the prompts as the model takes them).
+
+    A prompt that a group shares is prepared once.
+    """
+    envs = run.envs[: len(indices)]
+    observations = []
+    for episode, index in zip(envs, indices, strict=True):
+        observation, _ = episode.reset(options={"index": int(index), "split": split})
+        observations.append(observation)
+    _, first, place = np.unique(indices, return_index=True, return_inverse=True)
+    distinct = [observations[i] for i in first]
+    prompts = [observation["prompt"] for observation in distinct]
+    pictures = [pictures_of(observation) for observation in distinct]
+    system = envs[0].unwrapped.task.system
+    inputs = vlm.encode(run.models.policy, prompts, pictures, system)
+    return envs, vlm.take(inputs, torch.from_numpy(place))
+
+
+def pictures_of(observation) -> list:
+    """An observation's pictures as PIL images; there may be several ("images"), one or none."""
+    if "images" in observation:
+        arrays = observation["images"]
+    elif "image" in observation:
+        arrays = [observation["image"]]
+    else:
+        arrays = []
+    return [Image.fromarray(array) for array in arrays]
+
+
+def write(run, inputs, temperature, top_p=1.0, limit=None):
+    """The policy's answers, of at most `limit` tokens (--max_new_tokens, if None).
+
+    -> (tokens (B, T), written (B, T) bool, what each token reads).
+    """
+    _, end_reason = run.grading_env.unwrapped.task.until_end(f"<answer>{STOP}")
+    stop = STOP if end_reason else None  # in some styles a closed answer does not end the episode
+    tokens, written = vlm.generate(
+        run.models.policy, inputs, limit or run.settings.max_new_tokens, temperature, top_p, stop
+    )
+    run.tokens_written += int(written.sum())
+    return tokens, written, vlm.token_texts(run.models.policy, tokens, written, env.END)
+
+
+def respond(run, indices, split) -> Responses:
+    """The policy's responses to a batch of prompts: one to each, or a tree from each."""
+    envs, inputs = ask(run, indices, split)
+    if run.settings.credit != "tree":
+        tokens, written, texts = write(run, inputs, run.settings.temperature)
+        return Responses(indices, envs, inputs, tokens, written, texts, tree=None)
+
+    def write_on(rows, prefix, lengths, limit):
+        return continue_responses(run, inputs, rows, prefix, lengths, limit)
+
+    def ended(text):
+        _, end_reason = envs[0].unwrapped.task.until_end(text)
+        return bool(end_reason)
+
+    prompt, tokens, written, tree = baselines.grow(len(indices), run.settings, write_on, ended)
+    indices = indices[prompt.numpy()]  # one row per leaf
+    texts = vlm.token_texts(run.models.policy, tokens, written, env.END)
+    envs, inputs = ask(run, indices, split)
+    return Responses(indices, envs, inputs, tokens, written, texts, tree)
+
+
+def continue_responses(run, inputs, rows, prefix, lengths, limit):
+    """Continue answers to the prompts `rows` after the first lengths[k] tokens of prefix[k]."""
+    prompts = vlm.extended(vlm.take(inputs, rows), prefix, lengths)
+    return write(run, prompts, run.settings.temperature, limit=limit)
+
+
+# ------------------------------------------------------------------------------- score, value
+
+
+def score(run, model, responses) -> tuple[Tensor, Tensor]:
+    """How likely a model finds what was written: (log-probability of each token, entropy of the
+    distribution it was drawn from), (B, T) each, in nats."""
+
+    def score_part(inputs, tokens, mask):
+        return vlm.score(model, inputs, tokens, mask, run.settings.temperature)
+
+    return _in_parts(run, score_part, responses)
+
+
+def critic_values(run, responses) -> Tensor:
+    """The critic's V of the prefix before each token, (B, T)."""
+
+    def value_part(inputs, tokens, mask):
+        return vlm.prefix_values(run.models.critic, inputs, tokens, mask)
+
+    return _in_parts(run, value_part, responses)
+
+
+def _in_parts(run, function, responses):
+    """As many responses at once as in training, which bounds the memory of a rollout too."""
+    size = run.config.micro_batch or run.config.minibatch
+    return vlm.in_parts(function, size, responses.inputs, responses.tokens, responses.written)
+
+
+def sampled_values(run, responses, ends, used, split) -> Tensor:
+    """V at each segment's start by fresh continuations (SPO-chain, VinePPO). (B, T)."""
+
+    def continue_from(rows, lengths, limit):
+        prefix = responses.tokens[rows]
+        _, _, texts = continue_responses(run, responses.inputs, rows, prefix, lengths, limit)
+        return texts
+
+    def reward_of(row, prefix, text):
+        index = int(responses.indices[row])
+        run.grading_env.reset(options={"index": index, "split": split, "response": prefix})
+        _, reward, *_ = run.grading_env.step(text)
+        return reward
+
+    return baselines.continuation_values(
+        ends, used, responses.texts, run.settings, continue_from, reward_of
+    )
+
+
+@torch.no_grad()
+def role_signal(run, batch) -> Tensor:
+    """How many nats each token's log-probability drops without what it rests on (SRPO). (B, T).
+
+    A perception token loses its picture to noise. A reasoning token has the perception that the
+    model wrote itself hidden from attention.
+    """
+    perceives = baselines.perception(batch.texts, batch.written)
+    temperature, policy = run.settings.temperature, run.models.policy
+    noised, _ = vlm.score(
+        policy, vlm.noised(batch.inputs), batch.tokens, batch.written, temperature
+    )
+    without_perception, _ = vlm.score(
+        policy, batch.inputs, batch.tokens, batch.written & ~perceives, temperature
+    )
+    return batch.rollout.logp - torch.where(perceives, noised, without_perception)
+
+
+# -------------------------------------------------------------------------------- cut, replay
+
+
+def first_threshold(run, indices, split) -> float:
+    """The causal cut's first threshold (nats), from a batch written for nothing else."""
+    responses = respond(run, indices, split)
+    _, entropy = score(run, run.models.policy, responses)
+    return sapo.entropy_quantile(entropy, responses.written, run.config.top_k)
+
+
+def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
+    """Pass each segment of each response to its environment, one `step` per segment.
+
+    texts: what each token reads; ends (B, T): the cut; mask (B, T): tokens written. -> rewards
+    (B, T), each on its segment's last token; the mask less the segments that an environment no
+    longer took, as the episode was over; each episode's last info. ValueError for a response
+    without a segment.
+    """
+    rewards = np.zeros(mask.shape, np.float32)
+    used = mask.cpu().clone()
+    infos = []
+    for row, (episode, pieces, ends_segment) in enumerate(
+        zip(envs, texts, ends.tolist(), strict=True)
+    ):
+        if not any(ends_segment[: len(pieces)]):
+            raise ValueError(f"ends: response {row} has no segment, expected at least one")
+        first, over = 0, False
+        for last in range(len(pieces)):
+            if not ends_segment[last]:
+                continue
+            if over:
+                used[row, first:] = False
+                break
+            segment = "".join(pieces[first : last + 1])
+            _, reward, terminated, truncated, info = episode.step(segment)
+            rewards[row, last] = reward
+            over = terminated or truncated
+            first = last + 1
+        infos.append(info)
+    return torch.from_numpy(rewards).to(ends.device), used.to(ends.device), infos

@@ -1,0 +1,47 @@
+"""What is asked: tasks solved by a chain of small decisions, each of which can be checked.
+
+    DiceSum    Sum the dice.
+               <see>3526</see><think>3+5=8;8+2=10;10+6=16</think><answer>16</answer>
+    ArrowPath  Follow 2 arrows.
+               <see>B2</see><think>RC2;DC3</think><answer>C3</answer>
+    TextSum    Add 3 5 2 6.
+               <think>3+5=8;8+2=10;10+6=16</think><answer>16</answer>
+
+Every read, addition, move and answer is one *step*, and `Task.check_steps` says which are right
+given what the response itself said before. So the slip that spoilt a response is known, and credit
+assignment can be measured, not guessed. Every task has a `verbosity`: so many words that decide
+nothing stand before each move.
+
+    base.py      what all tasks share: where a response ends, its steps, which of them are right
+    sums.py      TextSum, the simplest task
+    dice.py      DiceSum, the same sums read off a picture
+    arrows.py    ArrowPath, where one slip ruins the rest
+    pictures.py  how dice and arrows are drawn, and pictures of any kind made RGB
+    dataset.py   your own pictures, questions and answers
+    grading.py   how their answers are compared
+
+A task of your own is a class like TextSum. Left out on purpose: partial credit, which would give
+away what SAPO has to find out.
+"""
+
+from tasks.arrows import ArrowPath
+from tasks.base import CELL, END, SPLITS, TAGS, Example, Task, read_answer, until_end
+from tasks.dice import DiceSum
+from tasks.sums import TextSum
+
+TASKS = {"DiceSum": DiceSum, "ArrowPath": ArrowPath, "TextSum": TextSum}
+
+__all__ = [
+    "CELL",
+    "END",
+    "SPLITS",
+    "TAGS",
+    "TASKS",
+    "ArrowPath",
+    "DiceSum",
+    "Example",
+    "Task",
+    "TextSum",
+    "read_answer",
+    "until_end",
+]

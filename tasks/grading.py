@@ -1,0 +1,209 @@
+r"""Is a free-form answer right? "1/2" is 0.5, and \sqrt{12} is 2\sqrt{3}.
+
+    read_boxed   the answer of a response that gives it in \boxed{...}
+    tidy         an answer without what does not matter: dollar signs, blanks, a period
+    same         is the given answer the true one?
+
+`same` settles by itself what it can: equal texts and plain numbers. All else goes to the package
+math-verify, if it is installed, in a process of its own: some answers would keep it busy for ever,
+and nothing but a process can be stopped for sure.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from multiprocessing.connection import wait
+
+from tasks.base import END
+
+MAX_ANSWER = 1000  # characters; a longer answer is wrong
+DEADLINE = 5.0  # seconds that math-verify may take for one answer
+START_DEADLINE = 120  # seconds that it may take to be imported
+
+
+# ------------------------------------------------------------------- the answer in a response
+
+_BRACE = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+
+
+def read_boxed(text):
+    r"""The content of the last complete `\boxed{...}` before any `END`, or None.
+
+    The papers' graders read it so. Of boxes inside one another, the one that begins last is the
+    last one. Takes linear time.
+    """
+    last_start, last_end = None, None
+    starts = []  # one per open brace: where the content of a box begins, or None if it is no box's
+    for brace in _BRACE.finditer(text.partition(END)[0]):
+        if brace[0] in (r"\{", r"\}"):  # a set's brace, which groups nothing
+            continue
+        if brace[0] == "{":
+            starts.append(None)
+        elif brace[0] != "}":
+            starts.append(brace.end())
+        elif starts:
+            start = starts.pop()
+            if start is not None and (last_start is None or start > last_start):
+                last_start, last_end = start, brace.start()
+    if last_start is None:
+        return None
+    return text[last_start:last_end].strip()
+
+
+# ----------------------------------------------------------------------- two answers compared
+
+# What may stand around an answer. In each alternative one group, the answer.
+_WRAPPED = re.compile(
+    r"\$\$?([^$]*)\$\$?"
+    r"|\\\((.*)\\\)"
+    r"|\\\[(.*)\\\]"
+    r"|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}"
+)
+_NUMBER = re.compile(
+    r"[+-]?(?:"
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"  # 1,234.5 or 1234.5
+    r"|\.[0-9]+"  # .5
+    r"|[0-9]+/0*[1-9][0-9]*"  # 1/2, but not 1/0
+    r")"
+)
+_AS_LATEX = {ord("−"): "-", ord("°"): r"^\circ"}
+
+
+def tidy(text):
+    r"""Without $ signs, \text{} and a period around it, nor blanks beside symbols; words in lower
+    case. If nothing is left, the text as it was."""
+    tidied = " ".join(text.split())
+    unwrapped = _unwrapped(tidied)
+    while unwrapped != tidied:
+        tidied = unwrapped
+        unwrapped = _unwrapped(tidied)
+    tidied = re.sub(r" ?([^\w\s]) ?", r"\1", tidied)
+    has_only_words = tidied.replace(" ", "").isalpha()
+    if has_only_words:
+        return tidied.casefold()
+    return tidied or text
+
+
+def _unwrapped(text):
+    """Without a period at the end, and then without one of the wrappings around it."""
+    text = text.rstrip(" .")
+    wrapped = _WRAPPED.fullmatch(text)
+    if wrapped is None:
+        return text
+    return wrapped[wrapped.lastindex].strip()
+
+
+# The responses of a group give equal answers, among them some that take math-verify seconds.
+@functools.lru_cache(4096)
+def same(given, true):
+    """Is the given answer the true one?
+
+    Equal texts are, once tidied. Of plain numbers (0.5, .5, 1/2; 1,234) only equal ones are. On all
+    else math-verify decides, if it is installed, but not on words: to it "act" is a*c*t, and so is
+    "cat".
+    """
+    if len(given) > MAX_ANSWER:
+        return False
+    given, true = given.translate(_AS_LATEX), true.translate(_AS_LATEX)
+    tidy_given, tidy_true = tidy(given), tidy(true)
+    if tidy_given == tidy_true:
+        return True
+    if _NUMBER.fullmatch(tidy_given) and _NUMBER.fullmatch(tidy_true):
+        return _number(tidy_given) == _number(tidy_true)
+    if _has_only_words(true) or importlib.util.find_spec("math_verify") is None:
+        return False
+    return _ask_math_verify(given, true)
+
+
+def _number(text):
+    return Fraction(text.replace(",", ""))
+
+
+def _has_only_words(text):
+    """Neither a digit nor a command of LaTeX, but two letters side by side."""
+    return not re.search(r"[0-9\\]", text) and bool(re.search(r"[^\W\d_]{2}", text))
+
+
+# ------------------------------------------------------- math-verify, in a process of its own
+
+# The whole program of the process, the worker: a line of JSON comes in, [given, true], and a line
+# with 1 or 0 goes out.
+_WORKER_PROGRAM = r"""
+import json, signal, sys
+from math_verify import LatexExtractionConfig, parse, verify
+
+def read(text):  # as LaTeX only: plain expressions would go through Python's eval
+    return parse(r"\boxed{" + text + "}", [LatexExtractionConfig()], parsing_timeout=None)
+
+deadline = float(sys.argv[1])
+print("ready", flush=True)
+for line in sys.stdin:
+    signal.setitimer(signal.ITIMER_REAL, 2 * deadline)  # kills it, should the parent be gone
+    try:
+        given, true = map(read, json.loads(line))
+        print(int(verify(true, given, timeout_seconds=None)), flush=True)
+    except Exception:
+        print(0, flush=True)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+# Threads take turns at the worker. A fork waits for its turn, too: else the child could begin with
+# a lock that is held by a thread which it does not have.
+_LOCK = threading.Lock()
+os.register_at_fork(
+    before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
+)
+
+
+def _ask_math_verify(given, true):
+    """math-verify's verdict, or False after DEADLINE; then its process is killed.
+
+    The library's own limit, an alarm, would not do: it works in the main thread only, and stops no
+    long multiplication.
+    """
+    with _LOCK:
+        has_ended = _worker(os.getpid()).poll() is not None  # killed, by us or by something else
+        if has_ended:
+            _worker.cache_clear()
+        worker = _worker(os.getpid())
+        reply = b""
+        try:
+            worker.stdin.write(json.dumps([given, true]).encode() + b"\n")
+            if wait([worker.stdout], DEADLINE):
+                reply = worker.stdout.readline()
+        finally:  # also after Ctrl-C: the next question must not get this one's reply
+            if reply not in (b"0\n", b"1\n"):
+                with worker:  # closes the pipes and waits
+                    worker.kill()
+    return reply == b"1\n"
+
+
+@functools.lru_cache(1)
+def _worker(pid):
+    """The worker of this process, whose id is `pid`: forks have their own. RuntimeError if it does
+    not start.
+
+    It hangs on bare pipes: `multiprocessing` would run the caller's __main__ again, and refuses to
+    work in a daemonic process. It ends when its pipe does. Its session is its own, so that Ctrl-C
+    does not reach it.
+    """
+    worker = subprocess.Popen(
+        [sys.executable, "-c", _WORKER_PROGRAM, str(DEADLINE)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        start_new_session=True,
+    )
+    is_ready = wait([worker.stdout], START_DEADLINE) and worker.stdout.readline()
+    if not is_ready:
+        raise RuntimeError(
+            "math-verify is installed, but fails: try python -c 'import math_verify'"
+        )
+    return worker

@@ -1,0 +1,222 @@
+"""checkpoint.py: resumed runs equal uninterrupted ones, and no kill at any moment loses a run."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import SHORT, SMALL, assert_same_run, built, equal, resumed, rows_of, state
+
+import checkpoint
+import tiny
+import train
+import vlm
+
+ROOT = Path(__file__).parents[1]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+# ----------------------------------------------------------------------------------- resuming
+
+RESUMED = {
+    "topk": [],
+    "causal": ["--cut", "causal", "--kl_coef", "0.05"],
+    "grpo": ["--method", "grpo"],
+    "spo-tree": ["--method", "spo-tree"],
+    "spo-chain": ["--method", "spo-chain"],
+}
+
+
+@pytest.mark.parametrize("which", RESUMED)
+def test_a_resumed_run_equals_the_uninterrupted_one(runs, which):
+    """Four iterations against two and two, to the last bit: weights, optimizers, random stream,
+    metrics, samples."""
+    flags = [*SMALL, *RESUMED[which], "--eval_every", "2", "--checkpoint_every", "3"]
+    whole = built(runs, "--name", f"whole-{which}", "--iterations", "4", *flags)
+    assert train.train(whole)
+    torch.rand(1)  # what happens in between does not matter
+    half = built(runs, "--name", f"half-{which}", "--iterations", "2", *flags)
+    assert train.train(half)
+    with open(half.folder / "metrics.jsonl", "a") as file:
+        # what a kill leaves: a later iteration, and a torn line
+        file.write('{"iteration": 3, "accuracy": 0.9}\n{"iteration": 4, "acc')
+    continued = resumed(half.folder, "--iterations", "4")
+    assert continued.progress.iteration == 2
+    assert train.train(continued)
+    assert_same_run(whole.folder, half.folder)
+    metrics = rows_of(whole.folder / "metrics.jsonl")
+    assert [row["iteration"] for row in metrics] == [0, 1, 2, 3, 4]
+    # something was learned, so the test means something
+    assert max(row["policy_grad_norm"] for row in metrics[1:]) > 0
+    task = whole.grading_env.unwrapped.task
+    start = vlm.load(tiny.cached_warm_start(task, whole.settings)).model.state_dict()
+    assert not equal(start, state(whole.folder)["policy"])
+
+
+def test_a_run_killed_before_its_first_iteration_goes_on_from_there(runs):
+    """The evaluation before training is neither made nor logged a second time."""
+    whole = built(runs, "--name", "whole-0", "--iterations", "1")
+    assert train.train(whole)
+    half = built(runs, "--name", "half-0", "--iterations", "0")
+    assert train.train(half)
+    assert train.train(resumed(half.folder, "--iterations", "1"))
+    assert_same_run(whole.folder, half.folder)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(runs):
+    """The real command line, interrupted; then resumed; and it equals the run that nobody
+    interrupted."""
+    # an evaluation draws from the random stream, and the interrupted run makes none
+    flags = ["--eval_every", "10000"]
+    folder = runs / "interrupted"
+    metrics = folder / "metrics.jsonl"
+    command = [sys.executable, "train.py", *SHORT, "--runs", str(runs), *flags]
+    process = subprocess.Popen(
+        [*command, "--name", "interrupted", "--iterations", "100000"],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not metrics.is_file() or metrics.read_text().count("\n") < 3:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert "Traceback" not in err and f"--resume {folder}" in out
+    saved = torch.load(folder / "checkpoint" / "trainer.pt", weights_only=True)
+    done = saved["progress"]["iteration"]
+    assert f"stopped at iteration {done}" in out and rows_of(metrics)[-1]["iteration"] == done
+    iterations = ["--iterations", str(done + 1)]
+    assert train.train(resumed(folder, *iterations))
+    whole = built(runs, "--name", "left-alone", *flags, *iterations)
+    assert train.train(whole)
+    assert_same_run(folder, whole.folder)
+
+
+# -------------------------------------------------------------------------------------- kills
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+import checkpoint, train, vlm
+
+torch.set_num_threads(1)
+run = train.build(*train.parse(sys.argv[1:]))
+rng = random.Random(0)
+
+def save(number):  # a state that shows whether it is whole: one number everywhere
+    for model in (run.models.policy.model, run.models.critic):
+        for parameter in model.parameters():
+            parameter.data.fill_(number)
+    run.progress.iteration = number
+    checkpoint.save(run)
+
+def numbers_in(tensors):
+    return {number for tensor in tensors for number in tensor.unique().tolist()}
+
+started = time.monotonic()
+save(1)
+once = time.monotonic() - started
+folders = set()
+for attempt in range(15):
+    child = os.fork()
+    if child == 0:
+        for number in range(attempt * 40 + 2, attempt * 40 + 40):
+            save(number)
+        os._exit(0)
+    time.sleep(rng.uniform(0, 4 * once))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    newest = checkpoint.newest(run.folder)
+    saved = torch.load(newest / "trainer.pt", weights_only=True)
+    numbers = {saved["progress"]["iteration"]} | numbers_in(saved["critic"].values())
+    numbers |= numbers_in(vlm.load(newest).model.parameters())
+    assert len(numbers) == 1, (attempt, newest, numbers)
+    for folder in Path(run.folder).glob("checkpoint*"):
+        folders.add((folder.name, len(list(folder.iterdir()))))
+print("whole", len(folders), folders)
+"""
+
+
+def test_a_kill_during_a_save_leaves_a_whole_checkpoint(runs):
+    """SIGKILL at 15 random moments of a process that does nothing but save."""
+    flags = [*SHORT, "--runs", str(runs), "--name", "killed"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, *flags],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ".new" in done.stdout  # some kills did hit a save half way: the test means something
+
+
+def test_a_kill_between_the_two_renames_costs_nothing(runs):
+    run = built(runs, "--name", "renames", "--iterations", "1", "--eval_every", "2")
+    assert train.train(run)
+    folder, saved = run.folder, state(run.folder)
+    # the whole new one, not yet in its place
+    shutil.copytree(folder / "checkpoint", folder / "checkpoint.new")
+    (folder / "checkpoint").rename(folder / "checkpoint.old")
+    assert checkpoint.newest(folder) == folder / "checkpoint.old"
+    again = resumed(folder, "--iterations", "1")
+    assert again.progress.iteration == 1
+    checkpoint.save(again)
+    assert equal(state(folder), saved)
+    assert sorted(file.name for file in folder.glob("checkpoint*")) == ["checkpoint"]
+    # killed a moment later, while the old one is removed: the new one counts
+    shutil.copytree(folder / "checkpoint", folder / "checkpoint.old")
+    (folder / "checkpoint.old" / "config.json").unlink()
+    assert checkpoint.newest(folder) == folder / "checkpoint"
+    checkpoint.save(again)
+    assert sorted(file.name for file in folder.glob("checkpoint*")) == ["checkpoint"]
+
+
+# ------------------------------------------------------------------------------------ folders
+
+
+def test_earlier_runs_of_the_same_name_are_kept(runs):
+    """Also when they follow each other within a second."""
+    for number in range(3):
+        run = built(runs, "--name", "again", "--seed", "0")
+        assert not (run.folder / "mine").exists()
+        (run.folder / "mine").write_text(str(number))
+    assert sorted(file.read_text() for file in runs.glob("again*/mine")) == ["0", "1", "2"]
+
+
+def test_a_write_that_fails_leaves_the_old_folder(tmp_path):
+    folder = tmp_path / "folder"
+    with checkpoint.replacing(folder) as aside:
+        (aside / "a").write_text("first")
+    with pytest.raises(OSError), checkpoint.replacing(folder) as aside:
+        (aside / "a").write_text("second")
+        raise OSError("no space left")
+    assert (folder / "a").read_text() == "first"
+    with checkpoint.replacing(folder) as aside:
+        assert not list(aside.iterdir())  # nothing of the failed one
+        (aside / "a").write_text("third")
+    assert (folder / "a").read_text() == "third"
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_lines_after_the_checkpoint_are_dropped_and_torn_ones_too(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    checkpoint.append_lines(file, [{"iteration": number} for number in (0, 1, 2)])
+    with open(file, "a") as stream:
+        stream.write('{"iteration": 1, "torn')
+    checkpoint.drop_lines_after(file, 1)
+    assert rows_of(file) == [{"iteration": 0}, {"iteration": 1}]

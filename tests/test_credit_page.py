@@ -1,0 +1,179 @@
+"""lab/credit_page.py on samples written here: what it promises to draw, to escape and to refuse."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+from run_files import finished_run, sample, write_lines
+
+from lab.credit_page import credit_map
+
+HOSTILE = [
+    "<script>",
+    "&",
+    "\x00",
+    "\ud800",
+    "\n",
+    " ",
+    "\u202e",
+    "\uffff",
+    "]]>",
+    '"',
+    "é",
+    "骰子",
+    "🎲",
+    "",
+    "x" * 500,
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return finished_run(tmp_path)
+
+
+def draw(run, samples, **options):
+    """The credit map of these samples: the parsed SVG, once the page holds the same drawing."""
+    write_lines(run, "samples.jsonl", samples)
+    assert credit_map(run, **options) == run / "credit.html"
+    svg = (run / "credit.svg").read_text(encoding="utf-8")
+    assert svg in (run / "credit.html").read_text(encoding="utf-8")
+    return ElementTree.fromstring(svg)
+
+
+def of_class(root, name):
+    """The elements of the drawing that have this class."""
+    return [element for element in root.iter() if name in element.get("class", "").split()]
+
+
+def tints(root):
+    """Fill of each token cell, as (red, green, blue)."""
+    fills = [group.find("{*}rect").get("fill") for group in of_class(root, "token")]
+    return [tuple(int(fill[i : i + 2], 16) for i in (1, 3, 5)) for fill in fills]
+
+
+# ------------------------------------------------------------------------------ what is drawn
+
+
+def test_a_cell_per_token_and_a_mark_per_end(run):
+    texts = [list("<see>3526</see>") * repeat for repeat in (1, 2, 15)]
+    samples = [sample(text, reward) for text, reward in zip(texts, (1, 0, 1), strict=True)]
+    root = draw(run, samples)
+    marks = len(of_class(root, "cut")) - 1  # one more explains it in the legend
+    assert len(of_class(root, "token")) == sum(len(text) for text in texts)
+    assert marks == sum(sum(response["ends"]) for response in samples)
+    width = float(root.get("width"))
+    for group in of_class(root, "token"):
+        cell = group.find("{*}rect")
+        left = float(cell.get("x"))
+        assert left >= 0 and left + float(cell.get("width")) <= width  # long ones wrap
+
+
+def test_the_tint_says_sign_and_size_of_the_advantage(run):
+    advantages = [0.0, 0.1, 0.5, 1.0, -0.1, -0.5, -1.0, None]
+    root = draw(run, [sample(list("abcdefgh"), advantages=advantages)])
+    zero, *signed, missing = tints(root)
+    assert zero == (255, 255, 255)
+    assert len(set(missing)) == 1 and missing != zero  # grey
+    credit, blame = signed[:3], signed[3:]
+    assert all(blue > red for red, _, blue in credit)
+    assert all(red > blue for red, _, blue in blame)
+    for colours in (credit, blame):  # from faint to full
+        brightness = [sum(colour) for colour in colours]
+        assert brightness == sorted(brightness, reverse=True)
+
+
+def test_one_colour_scale_for_the_whole_page(run):
+    samples = [sample(["a"], advantages=[4.0]), sample(["b"], advantages=[0.4])]
+    big, small = tints(draw(run, samples))
+    assert sum(big) < sum(small) < 3 * 255
+
+
+def test_a_page_without_any_advantage_is_white(run):
+    """The colour scale has nothing to divide by."""
+    fills = tints(draw(run, [sample(["a"], advantages=[0.0])]))
+    assert fills == [(255, 255, 255)]
+
+
+@pytest.mark.parametrize("count, expected", [(1, "✓"), (2, "✓✗"), (3, "✓✗✓"), (6, "✓✗✓✓")])
+def test_right_and_wrong_responses_of_the_last_iteration_by_turns(run, count, expected):
+    """Of the four that there are."""
+    credit_map(run, count=count)
+    text = (run / "credit.svg").read_text(encoding="utf-8")
+    assert "".join(re.findall("[✓✗]", text)) == expected
+    assert "early" not in text
+
+
+def test_wrong_steps_are_underlined_and_right_ones_are_not(run):
+    steps = [[0, 1, True], [2, 4, False]]
+    in_legend = 1
+    root = draw(run, [sample(list("abcdef"), steps=steps)])
+    assert len(of_class(root, "wrong")) == 3 + in_legend
+    root = draw(run, [sample(list("abcdef"))])
+    assert len(of_class(root, "wrong")) == in_legend
+
+
+@pytest.mark.parametrize("key", ["values", "entropy", "image", "predicted", "prompt", "steps"])
+def test_what_may_be_absent(run, key):
+    null = sample(list("3+5=8"), **{key: None})
+    absent = {name: value for name, value in null.items() if name != key}
+    for fields in (null, absent):
+        root = draw(run, [fields])
+        assert len(of_class(root, "token")) == 5
+        assert len(of_class(root, "value")) == (0 if key == "values" else 1)
+        assert len(of_class(root, "entropy")) == (0 if key == "entropy" else 1)
+
+
+def test_numbers_that_are_not_finite_leave_a_gap(run):
+    values = [0.1, float("nan"), 0.3]
+    advantages = [float("nan"), 0.1, float("inf")]
+    root = draw(run, [sample(list("abc"), values=values, advantages=advantages)])
+    (curve,) = of_class(root, "value")
+    path = curve.get("d")
+    assert path.count("M") == 2 and "nan" not in path
+
+
+# --------------------------------------------------------------------------- what is kept out
+
+
+def test_hostile_text_is_shown_and_never_markup(run):
+    hostile = "".join(HOSTILE)
+    fields = {"prompt": hostile, "answer": hostile, "predicted": hostile, "steps": []}
+    root = draw(run, [sample(HOSTILE, image='"/><script>', **fields)])
+    assert len(of_class(root, "token")) == len(HOSTILE)
+    shown = [group.find("{*}text").text for group in of_class(root, "token")]
+    assert shown[:8] == ["<script>", "&", "␀", "\ufffd", "⏎", "·", "\ufffd", "\ufffd"]
+    assert shown[8:13] == ["]]>", '"', "é", "骰子", "🎲"]
+    assert len(shown[-1]) < 30
+    for name in ("credit.svg", "credit.html"):
+        text = (run / name).read_text(encoding="utf-8")
+        assert "<script" not in text
+        assert all(char == "\n" or char >= " " for char in text)
+
+
+def test_no_request_leaves_the_page(run):
+    credit_map(run)
+    for name in ("credit.svg", "credit.html"):
+        text = (run / name).read_text(encoding="utf-8")
+        text = text.replace('xmlns="http://www.w3.org/2000/svg"', "").replace("url(#scale)", "")
+        assert "http" not in text and "url(" not in text and "@import" not in text
+        assert set(re.findall(r'(?:href|src)="(.{0,21})', text)) == {"data:image/png;base64"}
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+
+def test_lists_of_other_lengths_than_the_tokens_are_named(run):
+    where = r"samples.jsonl, iteration 4, example 7: 1 ends for 3 tokens"
+    with pytest.raises(ValueError, match=where):
+        draw(run, [sample(list("abc"), ends=[True])])
+
+
+def test_missing_keys_are_named(run):
+    with pytest.raises(ValueError, match="example 7: no tokens, reward"):
+        draw(run, [sample(list("abc")) | {"tokens": None, "reward": None}])
+
+
+def test_a_map_of_no_response_is_refused(run):
+    with pytest.raises(ValueError, match="count is 0"):
+        credit_map(run, count=0)

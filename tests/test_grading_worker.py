@@ -1,0 +1,194 @@
+"""tasks/grading.py: the process in which math-verify works always answers, and always ends."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from task_responses import latex_soup
+
+from tasks import grading
+from tasks.grading import same
+
+pytest.importorskip("math_verify", reason="needs: pip install math-verify")
+pytestmark = pytest.mark.usefixtures("dataset_cache")
+
+HALF = r"\frac{1}{2}"
+TOWER = "9^{9^{9^{9}}}"  # takes for ever
+
+
+@pytest.fixture(autouse=True)
+def nothing_known():
+    same.cache_clear()
+
+
+def this_worker():
+    return grading._worker(os.getpid())
+
+
+@settings(max_examples=25)
+@given(latex_soup)
+def test_any_text_gets_a_verdict(text):
+    assert same(text, HALF) in (True, False)
+    assert same("1/2", HALF) is True  # the worker is in step
+
+
+def test_an_answer_that_never_ends_is_wrong_and_the_next_one_gets_its_verdict(monkeypatch):
+    same(r"\frac{2}{4}", HALF)  # started
+    worker = this_worker()
+    monkeypatch.setattr(grading, "DEADLINE", 1.0)
+    same.cache_clear()
+    start = time.perf_counter()
+    assert same(TOWER, "16") is False
+    assert 0.9 < time.perf_counter() - start < 4
+    assert worker.returncode == -signal.SIGKILL
+    assert worker.stdin.closed and worker.stdout.closed
+    monkeypatch.setattr(grading, "DEADLINE", 20.0)  # a busy machine needs more for the first answer
+    assert same(r"\frac{3}{6}", HALF) is True and this_worker().pid != worker.pid
+    start = time.perf_counter()
+    assert same(TOWER, "16") is False and time.perf_counter() - start < 0.5  # known
+
+
+def test_a_worker_that_something_else_killed_is_replaced():
+    assert same(r"\frac{2}{4}", HALF)
+    this_worker().kill()
+    this_worker().wait()
+    assert same(r"\frac{5}{10}", HALF)
+
+
+def test_a_question_that_was_interrupted_does_not_leave_its_reply_to_the_next(monkeypatch):
+    assert same(r"\frac{2}{4}", HALF)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(grading, "wait", interrupted)
+        same(r"\frac{7}{14}", HALF)
+    assert not same(r"\frac{1}{3}", HALF)
+
+
+def test_threads_take_turns():
+    fractions = {}
+    for i in range(1, 6):
+        for j in range(1, 11):
+            fractions[rf"\frac{{{i}}}{{{j}}}"] = 2 * i == j
+    verdicts = {}
+
+    def ask(share):
+        for fraction in share:
+            verdicts[fraction] = same(fraction, HALF)
+
+    shares = [list(fractions)[i::4] for i in range(4)]
+    threads = [threading.Thread(target=ask, args=(share,)) for share in shares]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == fractions
+
+
+def test_a_reply_that_is_no_verdict_ends_the_worker(monkeypatch):
+    """Something printed into the pipe: from then on every question would get the reply to the one
+    before."""
+    grading._worker.cache_clear()
+    question = "        given, true ="
+    assert question in grading._WORKER_PROGRAM
+    chatty = grading._WORKER_PROGRAM.replace(
+        question, f"        print('hm', flush=True)\n{question}"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(grading, "_WORKER_PROGRAM", chatty)
+        assert not same(r"\frac{2}{4}", HALF)
+    assert not same(r"\frac{2}{6}", HALF) and same(r"\frac{3}{6}", HALF)
+
+
+def test_a_broken_math_verify_is_told(monkeypatch):
+    grading._worker.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(grading, "_WORKER_PROGRAM", "import no_such_package")
+        with pytest.raises(RuntimeError, match="math-verify is installed, but fails"):
+            same(r"\frac{2}{4}", HALF)
+    assert same(r"\frac{2}{4}", HALF)
+
+
+# ---------------------------------------------------------------------------- forks, and ends
+
+
+def grade_in_a_child(pipe):
+    pipe.send((same(r"\frac{6}{12}", HALF), this_worker().pid))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_daemonic_fork_gets_a_worker_of_its_own_that_ends_with_it():
+    assert same(r"\frac{2}{4}", HALF)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=grade_in_a_child, args=(theirs,), daemon=True)
+    child.start()
+    assert ours.poll(60)
+    right, pid = ours.recv()
+    child.join(20)
+    assert right and child.exitcode == 0 and pid != this_worker().pid
+    assert ends(pid) and same(r"\frac{8}{16}", HALF)
+
+
+def ends(pid, seconds=10):
+    """Does the process end?"""
+    for _ in range(10 * seconds):
+        try:
+            if is_zombie(pid):
+                return True
+            os.kill(pid, 0)
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def is_zombie(pid):
+    """It has ended, and only its parent does not know yet."""
+    _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    return fields.split()[0] == "Z"
+
+
+KILLED = "os.kill(os.getpid(), 9)"
+ENDS = {
+    "ordinary": "pass",
+    "killed while the worker waits": KILLED,
+    "killed while it computes": (
+        "threading.Thread(target=same, args=(TOWER, '16'), daemon=True).start();"
+        f"time.sleep(1); {KILLED}"
+    ),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", ENDS)
+def test_no_worker_outlives_its_parent(end):
+    code = "\n".join(
+        [
+            "import os, threading, time",
+            "from tasks import grading",
+            "from tasks.grading import same",
+            "grading.DEADLINE = 2.0",
+            f"TOWER = {TOWER!r}",
+            r"same(r'\frac{1}{2}', r'\frac{2}{4}')",
+            "print(grading._worker(os.getpid()).pid, flush=True)",
+            ENDS[end],
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(grading.__file__).parent.parent,
+    )
+    assert not done.stderr and ends(int(done.stdout))

@@ -1,0 +1,96 @@
+"""sapo.py, settings: the paper's column, the released code's, and defaults that agree."""
+
+import inspect
+import math
+
+import pytest
+
+import baselines
+import sapo
+from baselines import Method
+from sapo import SAPOConfig
+
+
+def test_defaults_are_the_papers_mathematics():
+    """Only the learning rates differ, and the small KL term."""
+    paper, default = vars(SAPOConfig.paper()), vars(SAPOConfig())
+    different = {name for name in paper if paper[name] != default[name]}
+    assert different == {"actor_lr", "critic_lr", "kl_coef"}
+
+
+def test_paper_is_table_7_and_the_equations():
+    paper = vars(SAPOConfig.paper())
+    expected = {
+        "gamma": 1.0,
+        "lam": 0.99,
+        "critic_lam": None,
+        "top_k": 0.3,
+        "value_at": "start",
+        "ratio": "segment",
+        "average": "response",
+        "dual_clip": None,
+        "whiten_advantages": False,
+        "advantage_clamp": math.inf,
+        "value_clip": None,
+        "value_coef": 1.0,
+        "kl_coef": 0.001,
+        "minibatch": 128,
+        "actor_lr": 1e-6,
+        "critic_lr": 2e-6,
+    }
+    assert {name: paper[name] for name in expected} == expected
+    assert paper["clip_low"] == paper["clip_high"]  # 1 +- eps
+
+
+def test_released_departs_from_the_paper_as_listed():
+    paper, released = vars(SAPOConfig.paper()), vars(SAPOConfig.released())
+    assert {name: value for name, value in released.items() if value != paper[name]} == {
+        "value_at": "end",
+        "average": "token",
+        "clip_high": 0.28,
+        "dual_clip": 3.0,
+        "whiten_advantages": True,
+        "advantage_clamp": 5.0,
+        "value_clip": 0.5,
+        "value_coef": 0.5,
+    }
+    assert released["clip_low"] == 0.2
+
+
+@pytest.mark.parametrize("name", vars(SAPOConfig()))
+def test_every_setting_says_what_it_means(name):
+    field = SAPOConfig.__dataclass_fields__[name]
+    assert len(field.metadata["help"]) > 10
+
+
+def shared_defaults(function, settings):
+    """The defaults of a function's parameters that are settings too."""
+    defaults = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is not parameter.empty and name in settings:
+            defaults[name] = parameter.default
+    return defaults
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        ("entropy_ends", {"top_k"}),
+        ("entropy_quantile", {"top_k"}),
+        ("boundaries", {"value_at"}),
+        ("segment_gae", {"gamma", "lam", "value_at"}),
+        ("policy_loss", {"clip_low", "clip_high", "dual_clip", "average"}),
+        ("value_loss", {"value_at", "value_clip", "average"}),
+    ],
+)
+def test_a_functions_defaults_are_those_of_the_settings(function, names):
+    """A call without options and a run without flags compute the same thing."""
+    settings = vars(SAPOConfig())
+    defaults = shared_defaults(getattr(sapo, function), settings)
+    assert defaults == {name: settings[name] for name in names}
+
+
+def test_the_defaults_of_baselines_cut_are_those_of_the_settings():
+    settings = vars(SAPOConfig()) | vars(Method())
+    defaults = shared_defaults(baselines.cut, settings)
+    assert defaults == {name: settings[name] for name in ("top_k", "segment_tokens")}

@@ -1,0 +1,279 @@
+"""sapo.py, `sapo_update`: the steps it takes, what it logs, and what must not change either."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from learners import FreeNumbers, update, update_policy
+from plain_loops import on_policy, policy_positions, random_batch, segments
+from torch.testing import assert_close
+
+import sapo
+from sapo import SAPOConfig
+
+# ------------------------------------------------------------------------------------ by hand
+
+CONFIGS = {
+    "paper": SAPOConfig.paper(),
+    "released": SAPOConfig.released(),
+    "token ratio": SAPOConfig(ratio="token", average="token", value_clip=0.1, advantage_clamp=0.5),
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def descend(parameter, rate, max_grad_norm):
+    """One step of gradient descent, the gradient scaled down to its largest norm. -> its norm."""
+    norm = parameter.grad.norm().item()
+    parameter.data -= rate * parameter.grad * min(1, max_grad_norm / norm)
+    parameter.grad = None
+    return norm
+
+
+def epochs_by_hand(learner, config):
+    """Credit once, from the rollout; then a step down both losses in each epoch. -> the metrics."""
+    rollout, mask, ends = learner.rollout, learner.rollout.mask, learner.rollout.ends
+    advantages, returns = sapo.segment_gae(
+        rollout.rewards, rollout.values, ends, mask, config.gamma, config.lam, config.value_at
+    )
+    if config.whiten_advantages:
+        advantages = sapo.whiten(advantages, mask)
+    advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
+    ratio_ends = ends if config.ratio == "segment" else mask
+    history = []
+    for _ in range(config.epochs):
+        ratio = sapo.segment_ratio(learner.logp, rollout.logp, ratio_ends, mask)
+        policy_loss, policy_stats = sapo.policy_loss(
+            ratio,
+            advantages,
+            mask,
+            config.clip_low,
+            config.clip_high,
+            config.dual_clip,
+            config.average,
+        )
+        value_loss, value_stats = sapo.value_loss(
+            learner.values,
+            returns,
+            ends,
+            mask,
+            config.value_at,
+            rollout.values,
+            config.value_clip,
+            config.average,
+        )
+        value_loss = config.value_coef * value_loss
+        metrics = {
+            "policy_loss": policy_loss.item(),
+            "value_loss": value_loss.item(),
+            "ratio": ratio[mask].mean().item(),
+            "entropy": learner.entropy[mask].mean().item(),
+            "approx_kl": sapo.approx_kl(learner.logp, rollout.logp, mask),
+        }
+        (policy_loss + value_loss).backward()
+        metrics["policy_grad_norm"] = descend(learner.logp, 2.0, config.max_grad_norm)
+        metrics["value_grad_norm"] = descend(learner.values, 3.0, config.max_grad_norm)
+        history.append(metrics | policy_stats | value_stats)
+    return history
+
+
+@every_config
+def test_update_goes_where_steps_by_hand_go(config):
+    """The cut and the advantages are made once and serve in all epochs."""
+    config = replace(config, epochs=2, max_grad_norm=0.05)
+    learner, by_hand = FreeNumbers(), FreeNumbers()
+    update(learner, config)
+    epochs_by_hand(by_hand, config)
+    assert_close(learner.logp, by_hand.logp, rtol=0, atol=1e-6)
+    assert_close(learner.values, by_hand.values, rtol=0, atol=1e-6)
+
+
+@every_config
+def test_update_logs_what_steps_by_hand_give(config):
+    config = replace(config, epochs=2, max_grad_norm=0.05)
+    history, by_hand = update(FreeNumbers(), config), epochs_by_hand(FreeNumbers(), config)
+    assert len(history) == 2
+    for metrics, expected in zip(history, by_hand, strict=True):
+        for name, number in expected.items():
+            assert metrics[name] == pytest.approx(number, rel=1e-5, abs=1e-7), name
+        assert metrics["skipped_steps"] == metrics["skipped_in_a_row"] == 0
+
+
+def test_each_epoch_logs_a_mean_over_its_minibatches():
+    """Not over tokens: minibatches count alike. Rate 0, so that their order does not matter."""
+    learner = FreeNumbers()
+    for optimizer in learner.optimizers:
+        optimizer.param_groups[0]["lr"] = 0.0
+    parts, score = [], learner.score
+
+    def remembering(rows):
+        parts.append(rows)
+        return score(rows)
+
+    learner.score = remembering
+    [metrics] = update(learner, SAPOConfig(minibatch=3))
+    entropies = []
+    for rows in parts:
+        entropies.append(learner.entropy[rows][learner.rollout.mask[rows]].mean().item())
+    assert len(entropies) == 3
+    assert metrics["entropy"] == pytest.approx(sum(entropies) / 3)
+
+
+# ------------------------------------------------------------------------------------ metrics
+
+
+def test_update_logs_the_credit_as_it_is_before_whitening():
+    learner = FreeNumbers()
+    config = SAPOConfig(whiten_advantages=True, advantage_clamp=0.1, lam=0.9)
+    advantages, returns = sapo.credit(learner.rollout, config)
+    [metrics] = update(learner, config)
+    expected = sapo.credit_metrics(learner.rollout, advantages, returns, config)
+    assert {name: metrics[name] for name in expected} == expected
+
+
+def test_the_first_step_finds_the_policy_that_sampled():
+    """A ratio of 1, nothing clipped, no divergence."""
+    learner = FreeNumbers()
+    learner.logp.data.copy_(learner.rollout.logp)
+    [metrics] = update(learner, SAPOConfig())
+    assert metrics["ratio"] == pytest.approx(1.0, abs=1e-12)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["approx_kl"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_names_of_the_metrics():
+    [metrics] = update(FreeNumbers(), SAPOConfig())
+    assert set(metrics) == {
+        *("policy_loss", "clip_fraction", "approx_kl", "ratio", "entropy", "policy_grad_norm"),
+        *("value_loss", "value_clip_fraction", "value_grad_norm", "explained_variance"),
+        *("advantage_mean", "advantage_std", "segments_per_response", "tokens_per_segment"),
+        *("skipped_steps", "skipped_in_a_row"),
+    }
+    assert all(math.isfinite(number) for number in metrics.values())
+
+
+# -------------------------------------------------------------------------------- minibatches
+
+
+@pytest.mark.parametrize("average", ["response", "token"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
+def test_micro_batches_change_memory_not_numbers(average, micro_batch):
+    """Neither parameters nor metrics; with ragged responses, an empty one, steps of 6 and of 2."""
+    whole, split = FreeNumbers(), FreeNumbers()
+    config = SAPOConfig(average=average, epochs=2, minibatch=6, value_clip=0.5, max_grad_norm=0.1)
+    expected = update(whole, config)
+    history = update(split, replace(config, micro_batch=micro_batch))
+    assert_close(split.logp, whole.logp, rtol=0, atol=1e-6)
+    assert_close(split.values, whole.values, rtol=0, atol=1e-6)
+    for ours, theirs in zip(history, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("average", ["response", "token"])
+def test_a_minibatch_without_policy_tokens_is_no_failure(average):
+    """An empty response, alone in its minibatch: nothing to learn, nothing to skip."""
+    [metrics] = update(FreeNumbers(), SAPOConfig(average=average, minibatch=1))
+    assert metrics["skipped_steps"] == 0
+
+
+def asked_rows(seed):
+    """The rows of each minibatch of a fresh learner, in three epochs of minibatches of three."""
+    learner, asked = FreeNumbers(), []
+    score = learner.score
+
+    def remembering(rows):
+        asked.append(rows.tolist())
+        return score(rows)
+
+    learner.score = remembering
+    update(learner, SAPOConfig(epochs=3, minibatch=3), seed)
+    return asked
+
+
+def test_each_epoch_asks_for_every_response_once_in_a_new_order():
+    asked = asked_rows(seed=1)
+    assert [len(rows) for rows in asked] == [3, 3, 2] * 3
+    epochs = [sum(asked[first : first + 3], []) for first in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_generator_alone_decides_the_order():
+    torch.manual_seed(0)
+    first = asked_rows(seed=1)
+    torch.manual_seed(7)
+    assert asked_rows(seed=1) == first
+    assert asked_rows(seed=2) != first
+
+
+# ------------------------------------------------------------- what it reads and leaves alone
+
+
+def test_the_rollout_is_left_alone():
+    learner = FreeNumbers(ref_logp=random_batch(9).logp)
+    copies = {name: tensor.clone() for name, tensor in vars(learner.rollout).items()}
+    update(learner, SAPOConfig.released())
+    for name, copy in copies.items():
+        assert torch.equal(getattr(learner.rollout, name), copy), name
+
+
+def test_the_advantages_are_left_alone():
+    learner = FreeNumbers()
+    advantages = random_batch(0).advantages
+    copy = advantages.clone()
+    update_policy(learner, advantages, SAPOConfig.released())
+    assert torch.equal(advantages, copy)
+
+
+def given_advantages(mask):
+    """GRPO's: one number per response; off the mask may stand anything."""
+    per_response = torch.arange(8.0, dtype=torch.float64)[:, None] - 3
+    return torch.where(mask, per_response, math.nan)
+
+
+def test_given_advantages_need_no_critic():
+    """J: the mean over responses of the mean over tokens of ratio times A. SGD's rate is 2."""
+    learner = FreeNumbers(values=None)
+    mask, start = learner.rollout.mask, learner.logp.detach().clone()
+    advantages = given_advantages(mask)
+    config = SAPOConfig(ratio="token", clip_low=99, clip_high=99, max_grad_norm=math.inf)
+    update_policy(learner, advantages, config)
+    step = torch.zeros_like(start)
+    for b, row in enumerate(policy_positions(mask)):
+        for t in row:
+            ratio = math.exp(start[b, t] - learner.rollout.logp[b, t])
+            step[b, t] = 2 * ratio * advantages[b, t] / len(row) / 8
+    assert_close(learner.logp.detach(), start + step)
+
+
+def test_without_a_critic_its_metrics_are_absent_not_zero():
+    learner = FreeNumbers(values=None)
+    mask = learner.rollout.mask
+    [metrics] = update_policy(learner, given_advantages(mask), SAPOConfig(ratio="token"))
+    assert not {"value_loss", "value_grad_norm", "explained_variance"} & set(metrics)
+    policy = on_policy(given_advantages(mask), mask)
+    assert metrics["advantage_mean"] == pytest.approx(sum(policy) / len(policy))
+
+
+def steps_of_long_segments(ratio):
+    """How far each token of a segment of several tokens moves, segment by segment."""
+    learner = FreeNumbers()
+    start = learner.logp.detach().clone()
+    config = SAPOConfig(ratio=ratio, clip_low=99, clip_high=99)
+    update_policy(learner, torch.ones_like(start), config)
+    moved = learner.logp.detach() - start
+    steps = []
+    for b, row in enumerate(segments(learner.rollout.ends, learner.rollout.mask)):
+        steps += [moved[b, segment] for segment in row if len(segment) > 1]
+    assert len(steps) > 5
+    return steps
+
+
+def test_a_segment_ratio_pulls_alike_at_all_tokens_of_a_segment():
+    for step in steps_of_long_segments("segment"):
+        assert_close(step, step[:1].expand_as(step))
+
+
+def test_a_token_ratio_pulls_at_each_token_by_itself():
+    for step in steps_of_long_segments("token"):
+        assert step.unique().numel() == step.numel()

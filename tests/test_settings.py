@@ -1,0 +1,219 @@
+"""train.py's command line: every flag, the defaults of a method, what a resumed run takes over."""
+
+import json
+import typing
+from dataclasses import asdict, fields
+
+import pytest
+from small_runs import parsed, resumed
+
+import baselines
+import sapo
+import train
+
+EVERY_FIELD = [*fields(train.Settings), *fields(sapo.SAPOConfig)]
+
+
+def as_dict(settings, config):
+    return asdict(settings) | asdict(config)
+
+
+# -------------------------------------------------------------------------------------- flags
+
+
+def test_help_names_and_explains_every_setting(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "5000")  # argparse would break the lines
+    with pytest.raises(SystemExit) as left:
+        train.parse(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert "Train a vision-language model with SAPO" in shown
+    for field in EVERY_FIELD:
+        assert f"--{field.name} " in shown and field.metadata["help"] in shown, field.name
+
+
+def examples_of(name, hint):
+    """(what to write behind --name, what must arrive) for a field of that type."""
+    if typing.get_origin(hint) is typing.Literal:
+        return [([choice], choice) for choice in typing.get_args(hint)]
+    if hint is bool:
+        return [([], True), (["false"], False)]
+    if hint == list[str]:
+        return [(["n=9", "grid=5"], ["n=9", "grid=5"])]
+    if hint == list[int]:
+        return [(["6", "2"], [6, 2])]
+    for kind, word, value in ((int, "7", 7), (float, "0.25", 0.25), (str, "abc", "abc")):
+        if kind is hint or kind in typing.get_args(hint):
+            return [([word], value)]
+    raise TypeError(f"{name}: no example for {hint}")
+
+
+def examples():
+    """(name, words, value) for every field but --resume, which wants a run."""
+    for cls in (train.Settings, sapo.SAPOConfig):
+        hints = typing.get_type_hints(cls)
+        for field in fields(cls):
+            if field.name != "resume":
+                for words, value in examples_of(field.name, hints[field.name]):
+                    yield field.name, words, value
+
+
+@pytest.mark.parametrize(
+    "name, words, expected", list(examples()), ids=lambda value: str(value)[:20]
+)
+def test_every_flag_parses_and_changes_nothing_else(name, words, expected):
+    default = as_dict(*train.parse([]))
+    values = as_dict(*train.parse([f"--{name}", *words]))
+    assert values[name] == expected and type(values[name]) is type(expected)
+    changed = {key for key, value in values.items() if value != default[key]}
+    presets = baselines.SETTINGS.get(values["method"], {})
+    assert changed <= {name, "name", *presets}  # the run's folder is named after some settings
+
+
+def test_no_flags_are_the_documented_defaults():
+    settings, config = train.parse([])
+    assert (settings.method, settings.cut) == ("sapo", "topk")
+    assert (settings.env, settings.model) == ("SAPO/DiceSum-v0", "tiny")
+    assert config == sapo.SAPOConfig() and settings.name == "DiceSum-sapo-topk-seed0"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "reinforce"],
+        ["--cut", "never"],
+        ["--batch", "many"],
+        ["--nope", "1"],
+        ["--ratio", "word"],
+    ],
+)
+def test_what_does_not_parse_is_refused_by_name(flags, capsys):
+    with pytest.raises((SystemExit, ValueError)) as left:
+        train.parse(flags)
+    assert flags[0].strip("-") in capsys.readouterr().err + str(left.value)
+
+
+@pytest.mark.parametrize("method", baselines.SETTINGS)
+def test_a_method_sets_its_presets_and_explicit_flags_win(method):
+    _, config = train.parse(["--method", method])
+    presets = {
+        name: value for name, value in baselines.SETTINGS[method].items() if name in asdict(config)
+    }
+    assert asdict(config) == asdict(sapo.SAPOConfig()) | presets
+    expected = asdict(sapo.SAPOConfig()) | presets | {"lam": 0.5, "ratio": "segment"}
+    for flags in (
+        ["--method", method, "--lam", "0.5", "--ratio", "segment"],
+        ["--lam=0.5", "--ratio=segment", f"--method={method}"],
+    ):
+        _, config = train.parse(flags)
+        assert asdict(config) == expected
+
+
+def test_runs_of_different_settings_get_different_folders():
+    variants = [
+        [],
+        ["--method", "ppo"],
+        ["--cut", "causal"],
+        ["--seed", "1"],
+        ["--env_args", "n=9"],
+        ["--env", "SAPO/TextSum-v0"],
+    ]
+    assert len({train.parse(flags)[0].name for flags in variants}) == len(variants)
+    assert train.parse(["--name", "mine", "--seed", "3"])[0].name == "mine"
+    assert "/" not in train.parse(["--env_args", "path=folder/mine.parquet"])[0].name
+
+
+# ----------------------------------------------------------------------------------- resuming
+
+
+def write_config(folder, settings, config):
+    stored = {"settings": asdict(settings), "config": asdict(config)}
+    (folder / "config.json").write_text(json.dumps(stored))
+
+
+def test_resuming_takes_the_runs_own_settings_and_flags_beside_it_win(tmp_path):
+    flags = ["--method", "ppo", "--env_args", "n=9", "--seed", "3", "--clip_high", "0.3"]
+    first = train.parse([*flags, "--iterations", "9"])
+    write_config(tmp_path, *first)
+    again = train.parse(["--resume", str(tmp_path)])
+    assert as_dict(*again) == as_dict(*first) | {"resume": str(tmp_path)}
+    longer = train.parse(["--iterations", "20", "--resume", str(tmp_path), "--clip_high", "0.2"])
+    assert as_dict(*longer) == as_dict(*again) | {"iterations": 20, "clip_high": 0.2}
+
+
+def test_resuming_a_folder_that_is_no_run_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="no config.json"):
+        train.parse(["--resume", str(tmp_path / "nowhere")])
+
+
+def test_resuming_a_run_without_a_checkpoint_says_so(tmp_path, runs):
+    write_config(tmp_path, *parsed(runs))
+    with pytest.raises(ValueError, match="no checkpoint there yet"):
+        resumed(tmp_path)
+    with pytest.raises(SystemExit, match="no checkpoint there yet"):
+        train.main(["--resume", str(tmp_path)])
+
+
+# ---------------------------------------------------------------------------- the environment
+
+
+@pytest.mark.parametrize("args", [["n"], ["n=abc"], ["n=9", "largest"], ["n="], ["9"]])
+def test_env_args_that_are_no_pairs_say_so_in_one_line(args):
+    settings, _ = train.parse(["--env_args", *args])
+    with pytest.raises(ValueError) as refused:
+        train.make_env(settings)
+    message = str(refused.value)
+    assert " ".join(args) in message and "n=9" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "args, named", [(["n=99"], "n=99"), (["n=2.5"], "n=2.5"), (["foo=3"], "foo")]
+)
+def test_env_args_that_the_task_refuses_are_named(args, named):
+    settings, _ = train.parse(["--env_args", *args])
+    with pytest.raises(ValueError, match=named):
+        train.make_env(settings)
+
+
+def test_env_args_reach_the_task():
+    settings, _ = train.parse(["--env", "SAPO/ArrowPath-v0", "--env_args", "length=12", "grid=5"])
+    task = train.make_env(settings).unwrapped.task
+    assert (task.length, task.grid) == (12, 5)
+
+
+# --------------------------------------------------------------------- one line for bad input
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--model", "nowhere"], "neither a folder nor a hub name"),
+        (["--env", "SAPO/Nothing-v0"], "expected a known id"),
+        (["--env_args", "n=99"], "n=99"),
+        (["--method", "grpo", "--batch", "20", "--group", "8"], "--group"),
+    ],
+    ids=["model", "id", "keyword", "group"],
+)
+def test_what_is_wrong_with_the_input_is_one_line(tmp_path, flags, said):
+    with pytest.raises(SystemExit) as left:
+        train.main([*flags, "--runs", str(tmp_path)])
+    assert said in str(left.value) and "\n" not in str(left.value)
+
+
+def test_srpo_without_a_picture_says_so(runs):
+    flags = ["--name", "blind", "--method", "srpo", "--group", "4"]
+    with pytest.raises(ValueError, match="SAPO/TextSum-v0 has no picture.*--method grpo"):
+        train.build(*parsed(runs, *flags))
+
+
+def test_a_batch_that_is_no_multiple_of_the_group_is_refused_before_training(runs):
+    flags = ["--name", "uneven", "--method", "grpo", "--batch", "20", "--group", "8"]
+    with pytest.raises(ValueError, match="group"):
+        train.build(*parsed(runs, *flags))
+
+
+def test_without_tensorboard_one_line_says_what_to_install(runs, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError) as refused:
+        train.build(*parsed(runs, "--name", "board-missing", "--tensorboard"))
+    assert "pip install tensorboard" in str(refused.value) and "\n" not in str(refused.value)

@@ -1,0 +1,92 @@
+"""lab/stats.py: each statistic by hand, by a slow definition, or by a known distribution."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab import stats
+
+
+def test_wilson_against_known_values():
+    """Wilson (1927): 8 of 10 gives 0.490 to 0.943; 0 of 10 gives 0 to 0.278, 10 its mirror."""
+    assert stats.wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-5)
+    assert stats.wilson(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-5)
+    assert stats.wilson(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-5)
+    for right in range(51):
+        low, high = stats.wilson(right, 50)
+        assert -1e-12 <= low <= right / 50 <= high <= 1 + 1e-12
+
+
+@given(st.integers(1, 1000), st.data())
+def test_wilson_holds_the_shares_that_the_normal_test_does_not_refuse(n, data):
+    """Its two ends p solve |right / n - p| = z sqrt(p (1 - p) / n), the score test's edge."""
+    right = data.draw(st.integers(0, n))
+    for share in stats.wilson(right, n):
+        edge = 1.96 * math.sqrt(max(0, share * (1 - share)) / n)
+        assert abs(right / n - share) == pytest.approx(edge, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([3.0], 3),
+        ([1, 2], 1.5),
+        ([0, 1, 5], 2),
+        ([0, 1, 2, 9], 1.5),
+        ([5, 0, 1, 2, 99], 8 / 3),
+        ([1, 2, 3, 4, 5, 6, 7, 800], 4.5),
+    ],
+)
+def test_interquartile_mean_by_hand(values, expected):
+    """A quarter of the values, rounded down, is left out on either side, as by trim_mean(0.25)."""
+    assert stats.iqm(values) == pytest.approx(expected)
+
+
+def test_interquartile_mean_is_taken_along_the_last_axis_and_leaves_its_argument_alone():
+    values = np.array([[9.0, 0.0, 1.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
+    kept = values.copy()
+    assert stats.iqm(values).tolist() == [1.5, 2.5]
+    assert (values == kept).all()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_intervals_hold_their_value_and_stay_within_the_data(values):
+    value, low, high = stats.interval(values)
+    assert min(values) - 1e-9 <= low <= value + 1e-9
+    assert value <= high + 1e-9 and high <= max(values) + 1e-9
+    assert stats.interval(values) == (value, low, high)  # the same at every call
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(0).normal(size=400)
+    value, low, high = stats.interval(values, lambda drawn: drawn.mean(-1))
+    assert value == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=12))
+def test_auroc_against_all_pairs(steps):
+    right_scores = [score for score, right in steps if right]
+    wrong_scores = [score for score, right in steps if not right]
+    area = stats.auroc(*zip(*steps, strict=True))
+    if right_scores and wrong_scores:
+        pairs = [(a > b) + 0.5 * (a == b) for a in right_scores for b in wrong_scores]
+        assert area == pytest.approx(sum(pairs) / len(pairs))
+    else:
+        assert math.isnan(area)
+
+
+def test_lift_by_hand():
+    """Ten tokens, the largest jump where entropy is highest: P(D | A) = 1 / 2, P(D) = 1 / 10."""
+    entropy = np.arange(10.0)
+    jump = np.where(np.arange(10) == 9, 1.0, 0.01 * np.arange(10))
+    assert stats.lift(entropy, jump, q=0.2) == pytest.approx(5.0)
+    assert stats.lift(entropy, jump[::-1], q=0.2) == 0.0
+
+
+def test_lift_of_all_tokens_is_one():
+    entropy, jump = np.random.default_rng(0).random((2, 50))
+    assert stats.lift(entropy, jump, q=1.0) == pytest.approx(1.0)

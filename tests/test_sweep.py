@@ -1,0 +1,202 @@
+"""lab/sweep.py: the plan of every experiment, a run killed and continued, what is kept of it."""
+
+import json
+
+import pytest
+from small_runs import rows_of
+from small_sweeps import FAST, SUM_TASK, parsed_sweep
+
+import sapo
+import train
+from lab import sweep
+
+
+# ----------------------------------------------------------------------------------- the plan
+@pytest.mark.parametrize("experiment", sweep.EXPERIMENTS)
+def test_every_run_of_every_experiment_parses(experiment):
+    runs = list(sweep.plan(*parsed_sweep("--experiment", experiment, "--seeds", "2")))
+    assert len(runs) == 2 * len(sweep.EXPERIMENTS[experiment])
+    assert len({run.folder for run in runs}) == len(runs)
+    for run in runs:
+        settings, _ = train.parse(run.flags)
+        assert (settings.seed, settings.token_budget) == (run.seed, 500_000)
+        assert f"{settings.runs}/{settings.name}" == str(run.folder)
+
+
+def test_all_variants_of_a_seed_come_before_the_next_seed():
+    runs = sweep.plan(*parsed_sweep("--seeds", "3", "--first_seed", "10"))
+    seeds = [run.seed for run in runs]
+    assert seeds == sorted(seeds) and set(seeds) == {10, 11, 12}
+
+
+def test_labels_say_what_a_run_is():
+    for run in sweep.plan(*parsed_sweep("--experiment", "main", "--seeds", "1")):
+        assert train.parse(run.flags)[0].method == run.label
+    for run in sweep.plan(*parsed_sweep("--experiment", "cuts", "--seeds", "1")):
+        assert train.parse(run.flags)[0].cut == run.label
+    for run in sweep.plan(*parsed_sweep("--experiment", "topk", "--seeds", "1")):
+        assert f"{train.parse(run.flags)[1].top_k:.0%}" == run.label
+
+
+def test_a_subset_of_the_methods_takes_the_users_flags():
+    flags = ["--methods", "ppo", "sapo", "--seeds", "1", *SUM_TASK, "--lam", "0.9"]
+    runs = list(sweep.plan(*parsed_sweep(*flags)))
+    assert sorted(run.label for run in runs) == ["ppo", "sapo"]
+    for run in runs:
+        settings, config = train.parse(run.flags)
+        assert config.lam == 0.9 and settings.env_args == ["n=1", "largest=99"]
+
+
+def test_srpo_takes_no_part_where_there_is_no_picture():
+    labels = {run.label for run in sweep.plan(*parsed_sweep(*SUM_TASK))}
+    assert labels == set(sweep.METHODS) - {"srpo"}
+
+
+def test_an_unknown_experiment_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="nope: expected one of tune, main, .*, truth, lift"):
+        list(sweep.plan(*parsed_sweep("--experiment", "nope")))
+
+
+# ------------------------------------------------------------------------- the learning rates
+@pytest.fixture
+def tuned(tmp_path):
+    """A folder with a tuning: of PPO's two best rates the smaller, GRPO's best at the default."""
+    accuracies = {
+        "ppo 1e-4": [0.5, 0.6],  # as good as the next, within the error
+        "ppo 3e-4": [0.545, 0.56],
+        "ppo 6e-4": [0.9, 0.1],
+        "grpo 1e-4": [0.53, 0.53],
+        "grpo 3e-4": [0.55, 0.55],
+    }
+    runs = []
+    for label, of_seeds in accuracies.items():
+        runs += [{"label": label, "accuracy": accuracy} for accuracy in of_seeds]
+    (tmp_path / "tune-DiceSum.json").write_text(json.dumps({"runs": runs}))
+    return tmp_path
+
+
+def rates(*flags):
+    """{label: the learning rate of its run}"""
+    runs = sweep.plan(*parsed_sweep(*flags, "--seeds", "1"))
+    return {run.label: train.parse(run.flags)[1].actor_lr for run in runs}
+
+
+def test_the_smallest_rate_as_good_as_the_tunings_best_is_used(tuned):
+    chosen = rates("--results", str(tuned))
+    assert chosen.pop("ppo") == 1e-4
+    assert set(chosen.values()) == {sapo.SAPOConfig().actor_lr}  # GRPO's best, and the untuned
+
+
+def test_a_rate_clearly_below_the_best_is_not_used(tuned):
+    runs = [{"label": "ppo 1e-4", "accuracy": 0.5}, {"label": "ppo 6e-4", "accuracy": 0.6}]
+    (tuned / "tune-DiceSum.json").write_text(json.dumps({"runs": runs}))
+    assert rates("--results", str(tuned))["ppo"] == 6e-4
+
+
+def test_the_tuning_itself_takes_every_rate_of_the_grid(tuned):
+    chosen = rates("--experiment", "tune", "--results", str(tuned))
+    assert len(chosen) == len(sweep.METHODS) * len(sweep.GRID)
+    for label, rate in chosen.items():
+        assert rate == float(label.split()[1])
+
+
+def test_a_users_rate_wins_over_the_tunings(tuned):
+    assert set(rates("--results", str(tuned), "--actor_lr", "5e-4").values()) == {5e-4}
+
+
+def test_a_tuning_counts_for_its_own_tag(tmp_path):
+    runs = [{"label": "ppo 1e-4", "accuracy": 0.9}]
+    (tmp_path / "tune-DiceSum-long.json").write_text(json.dumps({"runs": runs}))
+    flags = ["--results", str(tmp_path), "--methods", "ppo", "vineppo"]
+    assert rates(*flags) == {"ppo": 3e-4, "vineppo": 3e-4}
+    assert rates(*flags, "--tag", "long") == {"ppo": 1e-4, "vineppo": 3e-4}
+
+
+def test_a_methods_own_batch_stands_behind_the_users():
+    flags = ["--methods", "ppo", "vineppo", "--seeds", "1", "--batch", "128"]
+    runs = sweep.plan(*parsed_sweep(*flags))
+    batches = {run.label: train.parse(run.flags)[0].batch for run in runs}
+    assert batches == {"ppo": 128, "vineppo": 32}
+
+
+# ----------------------------------------------------------------------------------- the runs
+def test_a_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path):
+    flags = ["--methods", "grpo", "--seeds", "1", *SUM_TASK, "--runs", str(tmp_path)]
+    (planned,) = sweep.plan(*parsed_sweep(*flags, "--tokens", "600", *FAST))
+    run = train.build(*train.parse([*planned.flags, "--token_budget", "200"]))
+    assert train.train(run)
+    stored = json.loads((planned.folder / "config.json").read_text())
+    stored["settings"]["token_budget"] = 600
+    (planned.folder / "config.json").write_text(json.dumps(stored))
+    sweep.execute(planned.folder, planned.flags)
+    rows = rows_of(planned.folder / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == list(range(len(rows)))
+    assert rows[-1]["generated_tokens"] >= 600
+    # The evaluations are those of the start, the first stop and the end.
+    assert sum("eval_accuracy" in row for row in rows) == 3
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    sweep.execute(tmp_path, ["--no_such_flag"])
+    assert not (tmp_path.parent / f"{tmp_path.name}.log").exists()
+
+
+def test_a_run_that_fails_is_named_with_its_log(tmp_path):
+    with pytest.raises(ChildProcessError, match="see .*broken.log"):
+        sweep.execute(tmp_path / "broken", ["--batch", "1", "--method", "grpo"])
+    assert "--batch 1" in (tmp_path / "broken.log").read_text()
+
+
+# ------------------------------------------------------------------------------ what came out
+def row(iteration, **metrics):
+    tokens = 100 * iteration
+    return {"iteration": iteration, "actor_lr": 1e-3, "generated_tokens": tokens, **metrics}
+
+
+def test_a_curve_has_the_mean_of_each_part_and_the_tokens_at_its_end():
+    rows = [row(i, accuracy=i / 10) for i in range(1, 6)]
+    curve = sweep.training_curve(rows, bins=2)  # of five rows the first part gets three
+    assert curve == {"generated_tokens": [300, 500], "accuracy": [0.2, 0.45]}
+    assert len(sweep.training_curve(rows)["accuracy"]) == 5  # never more parts than rows
+
+
+def test_a_row_without_losses_does_not_count_for_their_mean():
+    rows = [row(1, entropy=0.5), row(2), row(3, entropy=0.3)]
+    assert sweep.training_curve(rows, bins=1)["entropy"] == [0.4]
+
+
+def test_an_outcome_is_the_summary_the_flags_and_the_curve(tmp_path):
+    accuracies = {"warm_start_accuracy": 0.5, "accuracy": 0.9}
+    accuracies |= {"accuracy_low": 0.8, "accuracy_high": 0.95}
+    cost = {"generated_tokens": 200, "seconds": 3.0}
+    evaluations = {"evaluations": {"greedy": {"eval_accuracy": 0.97}}, "peak_rss_mb": 500}
+    summary = {**accuracies, **cost, **evaluations}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    before_training = {"iteration": 0, "eval_accuracy": 0.5}
+    rows = [before_training, row(1, accuracy=0.6), row(2, accuracy=0.8)]
+    lines = "".join(json.dumps(line) + "\n" for line in rows)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    planned = sweep.Planned("sapo", 3, tmp_path, ["--env_args", "a b"])
+    assert sweep.outcome(planned) == {
+        "label": "sapo",
+        "seed": 3,
+        "flags": "--env_args 'a b'",
+        "iterations": 2,
+        **accuracies,
+        **cost,
+        "greedy": 0.97,
+        "curve": {"generated_tokens": [100, 200], "accuracy": [0.6, 0.8]},
+    }
+
+
+def test_a_table_has_a_row_per_variant_by_hand():
+    run = {"warm_start_accuracy": 0.5, "generated_tokens": 1000, "seconds": 10.0}
+    runs = [{"label": "sapo", "accuracy": accuracy, **run} for accuracy in (0.4, 0.8, 0.8, 0.8)]
+    runs += [{"label": "ppo", "accuracy": 0.5, **run}]
+    head, rule, *rows = sweep.table({"runs": runs}).splitlines()
+    assert head.count("|") == rule.count("|") == 8
+    # The interquartile mean of four leaves the lowest and the highest out.
+    assert rows[0].startswith("| sapo | 4 | 0.500 | 0.800 (")
+    assert rows[0].endswith(" to 0.800) | 3 of 4 | 1000 | 10 |")
+    assert rows[1] == "| ppo | 1 | 0.500 | 0.500 (0.500 to 0.500) | 0 of 1 | 1000 | 10 |"

@@ -1,0 +1,272 @@
+"""lab/truth.py: the ground truth on known cases, and all of it on a small frozen policy."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from small_sweeps import LEARNED, SUM_TASK, parsed_sweep
+
+import baselines
+import rollout
+import train
+import vlm
+from lab import figures, truth
+
+
+@pytest.fixture(scope="module")
+def small(runs):
+    """A warm start that is right now and then: credit needs rewards that differ."""
+    return parsed_sweep(*SUM_TASK, "--runs", str(runs), *LEARNED)
+
+
+# ------------------------------------------------------------------------- one policy for all
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_the_responses_are_the_same_as_under_sapo(small, method):
+    ours, theirs = (truth.frozen(*small, ["--method", name]) for name in ("sapo", method))
+    tokens = truth.same_batch(ours, 16, group=4).tokens
+    assert torch.equal(tokens, truth.same_batch(theirs, 16, group=4).tokens)
+
+
+def test_each_prompt_gets_its_group_of_responses(small):
+    run = truth.frozen(*small, ["--method", "grpo"])
+    assert (
+        truth.same_batch(run, 16, group=4).indices.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    )
+
+
+def test_a_tree_grows_as_many_responses_itself(small):
+    run = truth.frozen(*small, ["--method", "spo-tree"])
+    indices = truth.same_batch(run, 16).indices
+    assert len(indices) <= 16 and set(indices) == {0, 1, 2, 3}  # 2 x 2 leaves at most to each
+
+
+def test_the_critic_learns_while_the_policy_stays(small):
+    fresh, taught = (truth.frozen(*small, ["--method", "ppo"], rollouts) for rollouts in (0, 2))
+    weights = [run.models.policy.model.parameters() for run in (fresh, taught)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert not torch.equal(fresh.models.critic.head.bias, taught.models.critic.head.bias)
+
+
+# ----------------------------------------------------------------------- is the credit right?
+@pytest.fixture(scope="module")
+def demonstrations():
+    """40 demonstrations with slips, a token per character: (environments, texts)."""
+    rng, environments, texts = np.random.default_rng(0), [], []
+    for index in range(40):
+        environment = gym.make("SAPO/DiceSum-v0", disable_env_checker=True)
+        environment.reset(options={"index": index})
+        task, example = environment.unwrapped.task, environment.unwrapped.example
+        environments.append(environment)
+        texts.append(list(task.demonstrate(example, rng, 0.1)))
+    return environments, texts
+
+
+def known_steps(environment, text):
+    """[(first character, past the last, is it right?), ...] as the task says."""
+    task, example = environment.unwrapped.task, environment.unwrapped.example
+    rights = task.check_steps(example, text)
+    return [(a, b, right) for (a, b), right in zip(task.step_spans(text), rights, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("of_right", "of_wrong", "expected"),
+    [(1.0, -1.0, 1.0), (1.0, 1.0, 0.5), (-1.0, 1.0, 0.0)],
+    ids=["perfect", "constant", "reversed"],
+)
+def test_credit_made_from_the_known_steps_is_found_as_good_as_it_is(
+    of_right, of_wrong, expected, demonstrations, monkeypatch
+):
+    environments, texts = demonstrations
+    advantages, shares = torch.zeros(40, 120), []
+    for row, (environment, text) in enumerate(zip(environments, texts, strict=True)):
+        steps = known_steps(environment, "".join(text))
+        for a, b, right in steps:
+            advantages[row, a:b] = of_right if right else of_wrong
+        wrong = [(a, b) for a, b, right in steps if not right]
+        if wrong:
+            a, b = wrong[0]
+            total = advantages[row].abs().sum()
+            shares.append(float(advantages[row, a:b].abs().sum() / total))
+    batch = SimpleNamespace(envs=environments, texts=texts)
+    monkeypatch.setattr(truth, "same_batch", lambda run, count: batch)
+    monkeypatch.setattr(train, "assign_credit", lambda run, batch: train.Credit(advantages, None))
+    accuracy = truth.credit_accuracy(None, 40)
+    assert accuracy["auroc"] == accuracy["auroc_in_wrong_responses"] == expected
+    assert accuracy["auroc_interval"][0] == expected
+    assert len(shares) > 10
+    assert accuracy["share_on_first_wrong_step"][0] == pytest.approx(np.mean(shares))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # nor is there an AUROC, in any draw
+def test_without_a_wrong_step_there_is_no_share_of_it(demonstrations, monkeypatch):
+    environments, texts = demonstrations
+    all_right = []
+    for row, environment in enumerate(environments):
+        if all(right for *_, right in known_steps(environment, "".join(texts[row]))):
+            all_right.append(row)
+    batch = SimpleNamespace(
+        envs=[environments[row] for row in all_right], texts=[texts[row] for row in all_right]
+    )
+    credit = train.Credit(torch.ones(len(all_right), 120), None)
+    monkeypatch.setattr(truth, "same_batch", lambda run, count: batch)
+    monkeypatch.setattr(train, "assign_credit", lambda run, batch: credit)
+    accuracy = truth.credit_accuracy(None, len(all_right))
+    assert accuracy["auroc_in_wrong_responses"] is None
+    assert accuracy["share_on_first_wrong_step"] is None
+
+
+def test_steps_in_tokens_hold_the_characters_of_the_steps(demonstrations):
+    """Tokens of several characters: a step's are all that hold a character of it."""
+    for environment, characters in zip(*demonstrations, strict=True):
+        text = "".join(characters)
+        pieces = [text[i : i + 3] for i in range(0, len(text), 3)]
+        steps = truth.step_tokens(environment, pieces)
+        known = known_steps(environment, text)
+        assert [right for *_, right in steps] == [right for *_, right in known]
+        for (first, end, _), (a, b, _) in zip(steps, known, strict=True):
+            assert (first, end) == (a // 3, (b - 1) // 3 + 1)
+
+
+def test_the_share_of_the_first_wrong_step_by_hand():
+    advantages = np.array([1.0, -2.0, 3.0, -4.0])
+    steps = [(0, 1, True), (1, 3, False), (3, 4, False)]
+    assert truth.share_on_first_wrong(advantages, steps) == 0.5
+    assert truth.share_on_first_wrong(advantages, steps[:1]) is None  # nothing wrong
+    assert truth.share_on_first_wrong(0 * advantages, steps) is None  # nothing to share
+
+
+# ----------------------------------------------------- does the gradient point the right way?
+@pytest.mark.parametrize("average", ["response", "token"])
+def test_the_gradient_is_the_policy_gradient(small, average):
+    """Against autograd on the plain objective, A log pi averaged as the method does; in minibatches
+    of 8 as in one."""
+    run = truth.frozen(*small, ["--method", "grpo", "--average", average])
+    batch = rollout.collect(run, rollout.train_indices(run.settings, 1))
+    loss_mask = batch.written & (torch.rand(batch.written.shape) < 0.7)
+    drawn = torch.randn(batch.written.shape) * batch.written
+    learned, advantages = baselines.restrict(batch.rollout, drawn, loss_mask)
+    gradient = truth.gradient(run, batch, learned, advantages)
+
+    policy = run.models.policy
+    policy.model.zero_grad()
+    logp, _ = vlm.score(policy, batch.inputs, batch.tokens, batch.written)
+    total = (drawn * logp * loss_mask).sum(1)  # (B,)
+    if average == "response":
+        loss = -(total / loss_mask.sum(1).clamp(min=1)).mean()
+    else:
+        loss = -total.sum() / loss_mask.sum()
+    loss.backward()
+    parameters = [p for p in policy.model.parameters() if p.grad is not None]
+    expected = torch.cat([p.grad.flatten() for p in parameters])
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_equal_budgets_of_generated_tokens(small, monkeypatch):
+    """A method whose batch is small takes more batches for one gradient."""
+    run = truth.frozen(*small, ["--method", "sapo"])
+    batches, collect = [], rollout.collect
+
+    def recorded(*args):
+        batches.append(collect(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(rollout, "collect", recorded)
+    budget = run.settings.batch * 20
+    gradients = truth.gradients(run, 2, tokens=budget)
+    assert len(gradients) == 2 and len(batches) > 2
+    assert sum(batch.generated_tokens for batch in batches) >= 2 * budget
+    # Each took its last batch because the ones before it were not enough.
+    assert batches[0].generated_tokens < budget
+    examples = [batch.indices[0] for batch in batches]
+    assert examples == sorted(set(examples))  # every batch of other examples
+
+
+def test_gradient_quality_by_hand():
+    drawn = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    quality = truth.gradient_quality(drawn, torch.tensor([1.0, 0.0]))
+    assert quality["cosine"][0] == pytest.approx(0.5**0.5)
+    assert quality["variance"] == 1.0  # both are a distance of 1 from their mean (1, 0)
+
+
+# ---------------------------------------------------------------------- are the values right?
+def test_values_are_compared_at_the_same_states(small):
+    sizes = {"rollouts": 1, "continuations": 4, "responses": 8}
+    errors, critic, exact = truth.value_error(*small, ["--method", "ppo"], **sizes)
+    assert errors["states"] == int(exact.written.sum())  # every token is a state of PPO's
+    assert errors["rmse"] > 0 and sizes.items() <= errors.items()
+    values = exact.rollout.values[exact.written]
+    assert torch.equal(values * 4, (values * 4).round())  # shares of 4 continuations
+    assert not torch.equal(values, critic.rollout.values[exact.written])
+
+
+def test_lift_reads_the_change_of_value_at_each_token():
+    """Values fall by 1 after the two tokens of high entropy; what stands behind a last token does
+    not count."""
+    mask = torch.tensor([[True] * 11, [True] * 10 + [False]])
+    values = torch.tensor([[2.0] * 4 + [1.0] * 7, [1.0] * 6 + [0.0] * 4 + [7.0]])  # 7: off the mask
+    entropy = torch.zeros(2, 11)
+    entropy[0, 3] = entropy[1, 5] = 1.0
+    batch = SimpleNamespace(entropy=entropy, rollout=SimpleNamespace(mask=mask, values=values))
+    measured = truth.lift_over_q(batch, draws=50)
+    assert measured["lift"]["0.1"][0] == pytest.approx(19 / 2)  # both jumps, among 10 + 9 tokens
+    assert measured["large"] == pytest.approx(2 / 19)
+    # A third jump, where entropy is low; three of 19 tie at the threshold, and all count.
+    values[0, 7:] = 0.0
+    measured = truth.lift_over_q(batch, draws=50)
+    assert measured["lift"]["0.1"][0] == pytest.approx(19 / 3)
+    assert measured["large"] == pytest.approx(3 / 19)
+
+
+# ------------------------------------------------------------------------ the two experiments
+def test_lift_early_and_late_from_one_command(small, tmp_path, monkeypatch):
+    """It makes the comparison's run where that is missing, and the late policy is that run's."""
+    sweep, extra = small
+    policies, frozen = [], truth.frozen
+
+    def in_this_process(folder, flags):
+        train.main(flags)
+
+    def recorded(*args):
+        run = frozen(*args)
+        policies.append(run.models.policy)
+        return run
+
+    monkeypatch.setattr(truth, "execute", in_this_process)
+    monkeypatch.setattr(truth, "frozen", recorded)
+    sweep = dataclasses.replace(sweep, experiment="lift", seeds=1, tokens=300, tag="lift")
+    *_, measured = truth.lifts(sweep, extra, rollouts=1, continuations=4, responses=8)
+
+    (folder,) = Path(sweep.runs).glob("main-*-lift/sapo-seed0")
+    trained = list(vlm.load(folder / "checkpoint").model.parameters())
+    early, _, late, _ = [list(policy.model.parameters()) for policy in policies]
+    assert all(torch.equal(a, b) for a, b in zip(trained, late, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(early, late, strict=True))
+    assert measured["early"]["rmse"] != measured["late"]["rmse"]
+    for when in ("early", "late"):
+        for name in ("critic", "Monte Carlo"):
+            lift = measured[when][name]["lift"]
+            assert all(0 <= low <= high for _, low, high in lift.values())
+            assert 0.1 <= measured[when][name]["large"] <= 1
+    (tmp_path / "lift-small.json").write_text(json.dumps({"task": "TextSum", **measured}))
+    assert [path.name for path in figures.drawn(tmp_path)] == ["lift-small.svg"]
+
+
+def test_truth_measures_its_parts_one_after_the_other(small, monkeypatch):
+    sweep, extra = small
+    sweep = dataclasses.replace(sweep, methods=["grpo", "vineppo"])
+    own = {"vineppo": ["--batch", "8", "--continuations", "2"]}
+    monkeypatch.setattr(truth, "BATCHES", own)
+    sizes = {"count": 2, "rollouts": 1, "continuations": 2, "large": 2, "responses": 16}
+    so_far = []
+    for part in truth.truth(sweep, extra, **sizes, budget=500):
+        so_far.append([*part["values"], *part["methods"]])
+    critics = ["segment critic", "token critic"]
+    assert so_far == [critics[:1], critics, [*critics, "grpo"], [*critics, "grpo", "vineppo"]]
+    assert -1 <= part["reference"]["cosine_of_its_halves"] <= 1
+    for method in part["methods"].values():
+        assert -1 <= method["cosine"][0] <= 1 and method["variance"] > 0

@@ -1,0 +1,246 @@
+"""The tiny model that everything runs on by default, and its warm start.
+
+The tiny model is a real `Idefics3ForConditionalGeneration` (SmolVLM's class) with 0.27 M parameters
+and random weights. It has one token per character and per tag, is saved with its processor, opened
+by `vlm.load` like any other checkpoint, and needs no torchvision.
+
+Random weights never earn a reward, so there would be nothing to reinforce. The *warm start* lets
+the model read demonstrations whose every step is wrong with some probability: it then knows the
+format, and makes such slips, which RL can take away again. It is cached under runs/cache/.
+"""
+
+import hashlib
+import json
+import string
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from filelock import FileLock
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from tqdm import tqdm
+
+import checkpoint
+import vlm
+from tasks import TAGS
+
+PATCH = 8  # pixels along the side of what the vision tower reads as one
+SHUFFLE = 2  # patches along the side of what becomes one image token
+BLOCK = PATCH * SHUFFLE  # pixels along the side of one image token: 16, a die or an arrow
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+)
+SHOWN = 48  # examples whose presentation and demonstration name the cache; half a second at most
+
+
+# ---------------------------------------------------------------------------------- the model
+
+
+def build_tiny(
+    directory, image_size: int = 32, hidden_size: int = 64, layers: int = 4, seed: int = 0
+) -> Path:
+    """Write a tiny random checkpoint of SmolVLM's family into `directory`. -> the directory.
+
+    image_size: side of the picture in pixels, a multiple of 16; a 16 x 16 block becomes one image
+        token. Raises ValueError otherwise.
+    hidden_size, layers: width and depth of the text model.
+    seed: of the weights. The caller's random stream does not move.
+    """
+    if image_size < BLOCK or image_size % BLOCK:
+        raise ValueError(
+            f"image_size: {image_size}, expected a positive multiple of {BLOCK} "
+            f"(patch {PATCH}, pixel shuffle {SHUFFLE})"
+        )
+    tokenizer = _tokenizer()
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = transformers.Idefics3Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=SHUFFLE,
+        vision_config={
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": image_size,
+            "patch_size": PATCH,
+        },
+        text_config=transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=4096,
+            **ids,
+        ),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.Idefics3ForConditionalGeneration(config)
+    model.generation_config = transformers.GenerationConfig(**ids)
+    model.save_pretrained(directory)
+    _processor(tokenizer, image_size).save_pretrained(directory)
+    return Path(directory)
+
+
+def _tokenizer():
+    """One token per printable ASCII character, newline and tag; pad is EOS, as often elsewhere."""
+    characters = sorted(set(string.printable) - set("\t\r\x0b\x0c"))
+    vocabulary = {character: i for i, character in enumerate(["<unk>", *characters])}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    end = "<end_of_utterance>"
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        eos_token=end,
+        pad_token=end,
+        additional_special_tokens=["<fake_token_around_image>", "<image>", "<global-img>", end],
+    )
+
+
+def _processor(tokenizer, image_size):
+    """Takes pictures of exactly this side as they are: not resized, not cut into tiles."""
+    image_processor = vlm.idefics3_image_processor()(
+        do_resize=False,  # the bound on the longest edge below is a resize too, and enough
+        do_image_splitting=False,
+        max_image_size={"longest_edge": image_size},
+    )
+    return transformers.Idefics3Processor(
+        image_processor,
+        tokenizer,
+        image_seq_len=(image_size // BLOCK) ** 2,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+# ----------------------------------------------------------------------------- the warm start
+
+
+def warm_start(task, settings, directory):
+    """Write a tiny model into `directory` that has read noisy demonstrations of a task.
+
+    Each step of a demonstration is wrong with probability settings.error_rate, and what follows
+    carries on consistently. Examples and slips are drawn from one NumPy generator, which
+    settings.seed starts, as it does the weights; torch's random stream does not move.
+
+    task: a tasks.Task. Raises its ValueError where it has no demonstrations.
+    settings: train.Settings; seed, device, error_rate and those that begin with warm_start_ count.
+    """
+    build_tiny(directory, _picture_side(task), seed=settings.seed)
+    model = vlm.load(directory, settings.device)
+    parameters = list(model.model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=settings.warm_start_lr, eps=1e-5)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.warm_start_lr, total_steps=settings.warm_start_steps + 1
+    )
+    rng = np.random.default_rng(settings.seed)
+    bar = tqdm(range(settings.warm_start_steps), "warm start", disable=None)
+    for _ in bar:
+        indices = rng.integers(2**31, size=settings.warm_start_batch)
+        examples = [task.example_at(int(index)) for index in indices]
+        texts = [task.demonstrate(example, rng, settings.error_rate) for example in examples]
+        questions = [example.question for example in examples]
+        inputs = vlm.encode(model, questions, [example.image for example in examples])
+        tokens, mask = vlm.encode_responses(model, texts)
+        logp, _ = vlm.score(model, inputs, tokens, mask)
+        loss = -logp.sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"{loss.item():.3f} nats per token", refresh=False)
+    model.model.save_pretrained(directory)
+
+
+def _picture_side(task):
+    """Side of a task's pictures in pixels; without pictures, the smallest that a model can have."""
+    image = task.example_at(0).image
+    return image.size[0] if image else BLOCK
+
+
+# ---------------------------------------------------------------------------------- its cache
+
+
+def cached_warm_start(task, settings) -> Path:
+    """The folder of a task's warm start, under settings.runs; made when missing or damaged.
+
+    Its name is a hash of all that shapes the warm start (`_cache_key`), and its manifest.json holds
+    the sha256 of each of its files.
+    """
+    folder = Path(settings.runs) / "cache" / _cache_key(task, settings)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # runs side by side wait for the one that makes it
+        if folder.exists():
+            if _is_whole(folder):
+                return folder
+            warnings.warn(
+                f"the cached warm start {folder} is damaged: building it again", stacklevel=2
+            )
+        with checkpoint.replacing(folder) as aside:
+            warm_start(task, settings, aside)
+            (aside / "manifest.json").write_text(json.dumps(checkpoint.digest(aside)))
+    return folder
+
+
+def _is_whole(folder):
+    """Are the files of a cached warm start those that its manifest lists?"""
+    try:
+        return json.loads((folder / "manifest.json").read_text()) == checkpoint.digest(folder)
+    except (ValueError, OSError):  # not JSON, not text, lost, or a folder where a file should be
+        return False
+
+
+def _cache_key(task, settings):
+    """A hash of what shapes a warm start: settings, versions, the code that makes it, and the task.
+
+    The task counts by what it shows (`fingerprint`), not by its source: another colour in the
+    environment's renderer rebuilds nothing.
+    """
+    shaped = {
+        "seed": settings.seed,
+        "steps": settings.warm_start_steps,
+        "batch": settings.warm_start_batch,
+        "lr": settings.warm_start_lr,
+        "error_rate": settings.error_rate,
+        "device": settings.device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "sources": [Path(file).read_text() for file in (__file__, vlm.__file__)],
+        "tags": TAGS,
+        "picture_side": _picture_side(task),
+        "task": repr(task),
+    }
+    if settings.warm_start_steps:  # an untrained model is shown nothing
+        shaped["shown"] = fingerprint(task, settings.error_rate)
+    return hashlib.sha256(json.dumps(shaped).encode()).hexdigest()[:16]
+
+
+def fingerprint(task, error_rate: float, count: int = SHOWN) -> str:
+    """A hash of the questions, pictures and noisy demonstrations of a task's first examples.
+
+    It changes with what the task draws, how it presents it and how it demonstrates it.
+    """
+    rng = np.random.default_rng(0)
+    sha = hashlib.sha256()
+    for index in range(count):
+        example = task.example_at(index)
+        words = [example.question, task.demonstrate(example, rng, error_rate)]
+        sha.update(json.dumps(words).encode())
+        if example.image:
+            sha.update(f"{example.image.mode} {example.image.size}".encode())
+            sha.update(example.image.tobytes())
+    return sha.hexdigest()
