@@ -358,41 +358,19 @@ def grow(
     -> (prompt (B,), tokens (B, T), mask (B, T), tree): one row per leaf, in the order of the tree.
     ValueError for a tree without branches, or without room for its last level.
     """
-    branching, segment_tokens = settings.branching, settings.segment_tokens
-    longest = settings.max_new_tokens
-    shortest_of_inner_levels = segment_tokens * (len(branching) - 1)
-    if (
-        not branching
-        or min(branching) < 1
-        or segment_tokens < 1
-        or shortest_of_inner_levels >= longest
-    ):
-        raise ValueError(
-            f"branching: {branching}, segment_tokens: {segment_tokens}; expected positive numbers, "
-            f"such as 4 4 4, and room for the last level within max_new_tokens={longest}"
-        )
-    parent = [-1] * prompts
+    _check_room(settings)
+    parent = [-1] * prompts  # of each node; grows with the tree
     leaves = []
     growing = [_Path(node, [], [], "") for node in range(prompts)]
-    for level, children in enumerate(branching):
-        is_last_level = level + 1 == len(branching)
+    for level, children in enumerate(settings.branching):
         stems = [path for path in growing for _ in range(children)]
-        prompt = torch.tensor([_ancestors(stem.node, parent)[0] for stem in stems])
-        prefix = _padded([stem.tokens for stem in stems])
-        lengths = torch.tensor([len(stem.tokens) for stem in stems])
-        limit = longest - int(lengths.min()) if is_last_level else segment_tokens
-        tokens, mask, texts = write(prompt, prefix, lengths, limit)
+        is_last_level = level + 1 == len(settings.branching)
+        if is_last_level:
+            limit = settings.max_new_tokens - min(len(stem.tokens) for stem in stems)
+        else:
+            limit = settings.segment_tokens
         growing = []
-        for k, stem in enumerate(stems):
-            node = len(parent)
-            parent.append(stem.node)
-            added = tokens[k].cpu()[mask[k].cpu()].tolist()
-            path = _Path(
-                node,
-                stem.tokens + added,
-                stem.nodes + [node] * len(added),
-                stem.text + "".join(texts[k]),
-            )
+        for path in _grow_level(stems, parent, limit, write):
             if is_last_level or ended(path.text):
                 leaves.append(path)
             else:
@@ -400,10 +378,38 @@ def grow(
         if not growing:
             break
     leaves.sort(key=lambda path: _ancestors(path.node, parent))
-    prompt = torch.tensor([_ancestors(path.node, parent)[0] for path in leaves])  # (B,)
-    tree = Tree(parent, [path.node for path in leaves], _padded([path.nodes for path in leaves]))
+    prompt_of_leaf = torch.tensor([_ancestors(path.node, parent)[0] for path in leaves])  # (B,)
     mask = _padded([[True] * len(path.tokens) for path in leaves]).bool()
-    return prompt, _padded([path.tokens for path in leaves]), mask, tree
+    tree = Tree(parent, [path.node for path in leaves], _padded([path.nodes for path in leaves]))
+    return prompt_of_leaf, _padded([path.tokens for path in leaves]), mask, tree
+
+
+def _check_room(settings):
+    """ValueError for a tree without branches, or without room for its last level."""
+    branching, segment_tokens = settings.branching, settings.segment_tokens
+    longest = settings.max_new_tokens
+    is_tree = branching and min(branching) >= 1 and segment_tokens >= 1
+    if not is_tree or segment_tokens * (len(branching) - 1) >= longest:
+        raise ValueError(
+            f"branching: {branching}, segment_tokens: {segment_tokens}; expected positive numbers, "
+            f"such as 4 4 4, and room for the last level within max_new_tokens={longest}"
+        )
+
+
+def _grow_level(stems, parent, limit, write) -> list[_Path]:
+    """One more segment, of at most `limit` tokens, on each stem. `parent` gets the new nodes."""
+    prompt = torch.tensor([_ancestors(stem.node, parent)[0] for stem in stems])  # (K,)
+    prefix = _padded([stem.tokens for stem in stems])  # (K, N)
+    lengths = torch.tensor([len(stem.tokens) for stem in stems])  # (K,)
+    tokens, mask, texts = write(prompt, prefix, lengths, limit)
+    grown = []
+    for stem, row, kept, pieces in zip(stems, tokens.cpu(), mask.cpu(), texts, strict=True):
+        node = len(parent)
+        parent.append(stem.node)
+        added = row[kept].tolist()
+        nodes = stem.nodes + [node] * len(added)
+        grown.append(_Path(node, stem.tokens + added, nodes, stem.text + "".join(pieces)))
+    return grown
 
 
 def _padded(lists):
@@ -475,9 +481,8 @@ def tree_credit(
             if first_row[node] < 0:
                 first_row[node] = row
     nodes = tree.nodes.to(mask.device)
-    owner = torch.tensor(first_row, device=mask.device)[
-        nodes
-    ]  # (B, T): the row that trains a token
+    # the row that trains each token, (B, T)
+    owner = torch.tensor(first_row, device=mask.device)[nodes]
     is_owner = owner == torch.arange(len(nodes), device=mask.device)[:, None]
     token_advantages = advantages[nodes]  # (B, T)
     return token_advantages * mask, mask & is_owner & (token_advantages != 0)

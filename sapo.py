@@ -347,7 +347,7 @@ class SegmentCritic(nn.Module):
 
     forward(...) hands its arguments to the backbone: hidden states (B, L, H) -> values (B, L).
     Position p has read the tokens up to *and including* p. So V of the prefix before response
-    token t, after a prompt of P tokens, stands at position P + t - 1.
+    token t (from 0), after a prompt of P tokens, stands at position P + t - 1.
 
     The head starts at zero, so the first advantages know nothing of the critic.
     """
@@ -670,48 +670,20 @@ def sapo_update(
     a row raise FloatingPointError; hand the last epoch's `skipped_in_a_row` to the next call, so
     that the count goes on.
     """
-    _check_rollout(rollout)
-    mask, ends = rollout.mask, rollout.ends
-    _check(mask, advantages=advantages)
-    _require(config.ratio in ("segment", "token"), "ratio", config.ratio, "'segment' or 'token'")
+    _check_update(rollout, advantages, returns, value, config)
+    mask = rollout.mask
     metrics = credit_metrics(rollout, advantages, returns, config)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
-    ratio_ends = ends if config.ratio == "segment" else token_ends(mask)
-    reads = boundaries(ends, mask, config.value_at)
+    reads = boundaries(rollout.ends, mask, config.value_at)
     actor_optimizer, critic_optimizer = optimizers
 
     def policy_objective(rows):
-        logp, entropy = score(rows)
-        old_logp, row_mask = rollout.logp[rows], mask[rows]
-        ratio = segment_ratio(logp, old_logp, ratio_ends[rows], row_mask)
-        loss, stats = policy_loss(
-            ratio,
-            advantages[rows],
-            row_mask,
-            config.clip_low,
-            config.clip_high,
-            config.dual_clip,
-            config.average,
-        )
-        stats["approx_kl"] = approx_kl(logp, old_logp, row_mask)
-        stats["ratio"] = _average(ratio.detach(), row_mask, "token").item()
-        stats["entropy"] = _average(entropy.detach(), row_mask, "token").item()
-        return loss, stats
+        return _policy_objective(rows, score, rollout, advantages, config)
 
     def critic_objective(rows):
-        loss, stats = value_loss(
-            value(rows),
-            returns[rows],
-            ends[rows],
-            mask[rows],
-            config.value_at,
-            rollout.values[rows],
-            config.value_clip,
-            config.average,
-        )
-        return config.value_coef * loss, stats
+        return _critic_objective(rows, value, rollout, returns, config)
 
     history = []
     for _ in range(config.epochs):
@@ -736,6 +708,54 @@ def sapo_update(
         epoch["skipped_in_a_row"] = skipped_in_a_row
         history.append(epoch)
     return history
+
+
+def _check_update(rollout, advantages, returns, value, config):
+    """What a caller got wrong is an error here, before it could count as a step to skip."""
+    _check_rollout(rollout)
+    _check(rollout.mask, advantages=advantages)
+    _require(config.ratio in ("segment", "token"), "ratio", config.ratio, "'segment' or 'token'")
+    if value is not None:
+        _require(returns is not None, "returns", None, "returns (B, T), as there is a critic")
+    if returns is not None:
+        _check(rollout.mask, returns=returns)
+        _require(rollout.values is not None, "values", None, "values (B, T), as there are returns")
+
+
+def _policy_objective(rows, score, rollout, advantages, config):
+    """(Eq. 9 negated, stats) of some rows, at the policy as it is now."""
+    logp, entropy = score(rows)
+    old_logp, mask = rollout.logp[rows], rollout.mask[rows]
+    ratio_ends = rollout.ends[rows] if config.ratio == "segment" else token_ends(mask)
+    ratio = segment_ratio(logp, old_logp, ratio_ends, mask)
+    loss, stats = policy_loss(
+        ratio,
+        advantages[rows],
+        mask,
+        config.clip_low,
+        config.clip_high,
+        config.dual_clip,
+        config.average,
+    )
+    stats["approx_kl"] = approx_kl(logp, old_logp, mask)
+    stats["ratio"] = _average(ratio.detach(), mask, "token").item()
+    stats["entropy"] = _average(entropy.detach(), mask, "token").item()
+    return loss, stats
+
+
+def _critic_objective(rows, value, rollout, returns, config):
+    """(Eq. 10 times value_coef, stats) of some rows, at the critic as it is now."""
+    loss, stats = value_loss(
+        value(rows),
+        returns[rows],
+        rollout.ends[rows],
+        rollout.mask[rows],
+        config.value_at,
+        rollout.values[rows],
+        config.value_clip,
+        config.average,
+    )
+    return config.value_coef * loss, stats
 
 
 def _descend(name, objective, rows, counted, optimizer, config) -> dict:

@@ -7,14 +7,14 @@
 
 One iteration is the paper's Algorithm 1, and `iterate` shows its three parts:
 
-1. collect  The policy writes a batch of responses. They are scored (each token's log-probability
-            and entropy), valued (the critic's V of each prefix) and cut into segments where
-            entropy is high; `env.step` takes the segments one by one and pays the reward.
-            -> a Batch (rollout.py)
-2. credit   GAE over segments turns rewards and values into one advantage per segment
-            (`assign_credit`; the mathematics is sapo.credit)
-3. update   Epochs of shuffled minibatches: ratio, clip and loss of policy and critic
-            (sapo.sapo_update)
+1. collect  The policy writes a batch of responses, whole. They are scored (each token's
+            log-probability and entropy), valued (the critic's V of each prefix) and cut into
+            segments where entropy is high; then `env.step` takes the segments one by one and pays
+            the reward. -> a Batch (rollout.py)
+2. credit   GAE over segments turns rewards, less a KL penalty if there is one, and values into one
+            advantage per segment, which all of its tokens get (`assign_credit`, sapo.credit)
+3. update   Epochs of shuffled minibatches: ratio, clip, losses of policy and critic, backward
+            passes and optimizer steps (sapo.sapo_update)
 
 The rest of the file is what stands around it: the settings, what a run is, the loop with its
 evaluations and checkpoints, how a run begins, and the command line. docs/metrics.md explains the
@@ -57,7 +57,8 @@ from sapo import setting
 
 @dataclass
 class Settings(baselines.Method):
-    """What sapo.SAPOConfig has not: cut and credit (baselines.Method), task, model and budget."""
+    """Task, model and budget. --method, --cut, --credit and what belongs to them are inherited from
+    baselines.Method; the numbers of the algorithm are sapo.SAPOConfig's."""
 
     env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
     env_args: list[str] = field(
@@ -157,13 +158,14 @@ def iterate(run) -> dict:
 
     # 2. Credit: an advantage for each token, the same within a segment
     credit = assign_credit(run, batch)
-    # SPO's loss reads some of the tokens only; for all other methods this changes nothing
+    # What the loss reads: mask, ends, old log-probabilities and values of the rollout. For SPO's
+    # methods these are some of the tokens only; for all others this changes nothing
     trained_on, advantages = baselines.restrict(batch.rollout, credit.advantages, credit.loss_mask)
 
     # 3. Update: epochs of minibatches, each scored and valued anew by the models as they move
     def score(rows):
-        """(logp, entropy) of some responses under the policy as it is now. All that was written
-        is read, also what the environment no longer took: `trained_on.mask` leaves that out."""
+        """(logp, entropy) of some responses under the policy as it is now. It reads all that was
+        written; what stands behind an episode's end is not in `trained_on.mask`, so not learned."""
         inputs = vlm.take(batch.inputs, rows)
         return vlm.score(
             policy, inputs, batch.tokens[rows], batch.written[rows], settings.temperature
@@ -221,7 +223,7 @@ def assign_credit(run, batch) -> Credit:
 def credit_without_critic(run, batch) -> Credit:
     """Credit by sampled values, a tree of responses, or a group of them: see baselines.py."""
     settings, config, episodes = run.settings, run.config, batch.rollout
-    if settings.credit == "continuations":  # SPO-chain, VinePPO: GAE on sampled values
+    if settings.credit == "continuations":  # SPO-chain, VinePPO: sampled values stand where V would
         advantages, returns = sapo.credit(episodes, config)
         if settings.loss_below < 1:  # SPO's probability mask
             improbable = episodes.mask & (episodes.logp.exp() <= settings.loss_below)

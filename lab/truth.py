@@ -122,9 +122,9 @@ def credit_accuracy(run, count):
     responses, shares = [], []
     for row, environment in enumerate(batch.envs):
         steps = step_tokens(environment, batch.texts[row])
-        credit = advantages[row].numpy()  # (T,)
-        responses.append([(float(credit[i:j].mean()), right) for i, j, right in steps])
-        share = share_on_first_wrong(credit, steps)
+        of_tokens = advantages[row].numpy()  # (T,)
+        responses.append([(float(of_tokens[i:j].mean()), right) for i, j, right in steps])
+        share = share_on_first_wrong(of_tokens, steps)
         if share is not None:
             shares.append(share)
     rng = np.random.default_rng(0)

@@ -258,6 +258,19 @@ def test_the_last_level_may_fill_what_the_shortest_stem_leaves():
     assert limits == [3, 5 - 1]
 
 
+def test_the_children_of_a_node_are_asked_for_side_by_side():
+    prompts = []
+
+    def write(prompt, prefix, lengths, limit):
+        prompts.append(prompt.tolist())
+        ones = torch.ones(len(prompt), 1, dtype=torch.long)
+        return ones, ones > 0, [["a"] for _ in prompt]
+
+    settings = SimpleNamespace(branching=[2, 2], segment_tokens=1, max_new_tokens=5)
+    baselines.grow(2, settings, write, lambda text: False)
+    assert prompts == [[0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+
+
 def test_a_stem_is_what_the_policy_wrote():
     """What the mask of `write` leaves out goes into no prefix and no response."""
     prefixes = []

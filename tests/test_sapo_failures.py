@@ -210,3 +210,31 @@ def test_a_wrong_rollout_teaches_nothing():
     with pytest.raises(sapo.NaNError):
         update_policy(learner, torch.ones_like(start), SAPOConfig(minibatch=2))
     assert torch.equal(learner.logp.detach(), start)
+
+
+@pytest.mark.parametrize("returns", [None, "NaN", "one per response"])
+def test_returns_that_do_not_fit_a_critic_are_an_error_not_a_skip(returns):
+    learner = FreeNumbers()
+    advantages, right = sapo.credit(learner.rollout, SAPOConfig())
+    if returns == "NaN":
+        returns = torch.where(learner.rollout.mask, math.nan, right)
+    elif returns == "one per response":
+        returns = right[:, 0]
+    with pytest.raises(ValueError, match="^returns"):
+        teach(learner, advantages, returns)
+
+
+def test_a_rollout_without_values_cannot_teach_a_critic():
+    learner = FreeNumbers()
+    advantages, returns = sapo.credit(learner.rollout, SAPOConfig())
+    learner.rollout.values = None
+    with pytest.raises(ValueError, match="^values"):
+        teach(learner, advantages, returns)
+
+
+def teach(learner, advantages, returns):
+    optimizers = learner.optimizers
+    return sapo.sapo_update(
+        *(learner.rollout, advantages, returns, learner.score, learner.value, optimizers),
+        SAPOConfig(),
+    )
