@@ -658,8 +658,7 @@ def sapo_update(
 ) -> list[dict]:
     """Learn from one rollout: `config.epochs` passes of shuffled minibatches (Algorithm 1).
 
-    advantages, returns   (B, T), made once and kept in every epoch; returns may be None without
-                          a critic
+    advantages, returns   (B, T), made once, kept in every epoch; returns may be None without critic
     score(rows)           (logp, entropy) of the current policy on those rows, (len(rows), T) each
     value(rows)           the critic's values, (len(rows), T); value=None: there is no critic
     optimizers            (the policy's, the critic's or None)
@@ -676,38 +675,52 @@ def sapo_update(
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
+    ratio_ends = rollout.ends if config.ratio == "segment" else token_ends(mask)
     reads = boundaries(rollout.ends, mask, config.value_at)
+    clip = (config.clip_low, config.clip_high, config.dual_clip)
     actor_optimizer, critic_optimizer = optimizers
 
     def policy_objective(rows):
-        return _policy_objective(rows, score, rollout, advantages, config)
+        logp, entropy = score(rows)
+        old_logp, row_mask = rollout.logp[rows], mask[rows]
+        ratio = segment_ratio(logp, old_logp, ratio_ends[rows], row_mask)
+        loss, stats = policy_loss(ratio, advantages[rows], row_mask, *clip, config.average)
+        stats["approx_kl"] = approx_kl(logp, old_logp, row_mask)
+        stats["ratio"] = _average(ratio.detach(), row_mask, "token").item()
+        stats["entropy"] = _average(entropy.detach(), row_mask, "token").item()
+        return loss, stats
 
     def critic_objective(rows):
         return _critic_objective(rows, value, rollout, returns, config)
 
     history = []
     for _ in range(config.epochs):
-        minibatch_stats, skipped = [], 0
-        for rows in torch.randperm(len(mask), generator=generator).split(config.minibatch):
+        minibatches = torch.randperm(len(mask), generator=generator).split(config.minibatch)
+        finite = []  # the stats of those whose numbers are all finite
+        for rows in minibatches:
             stats = _descend("policy", policy_objective, rows, mask, actor_optimizer, config)
             if value is not None:
                 stats |= _descend("value", critic_objective, rows, reads, critic_optimizer, config)
             if all(map(math.isfinite, stats.values())):
-                minibatch_stats.append(stats)
+                finite.append(stats)
                 skipped_in_a_row = 0
             else:
-                skipped += 1
-                skipped_in_a_row += 1
-            if skipped_in_a_row >= 3:
-                raise FloatingPointError(
-                    f"three minibatches in a row were not finite, the last: {stats}; lower the "
-                    "learning rates and resume from the last checkpoint"
-                )
-        epoch = _means(minibatch_stats) | metrics
-        epoch["skipped_steps"] = skipped
+                skipped_in_a_row = _one_more_skipped(skipped_in_a_row, stats)
+        epoch = _means(finite) | metrics
+        epoch["skipped_steps"] = len(minibatches) - len(finite)
         epoch["skipped_in_a_row"] = skipped_in_a_row
         history.append(epoch)
     return history
+
+
+def _one_more_skipped(skipped_in_a_row, stats):
+    """The count of minibatches in a row with a skipped step; FloatingPointError at the third."""
+    if skipped_in_a_row + 1 >= 3:
+        raise FloatingPointError(
+            f"three minibatches in a row were not finite, the last: {stats}; lower the "
+            "learning rates and resume from the last checkpoint"
+        )
+    return skipped_in_a_row + 1
 
 
 def _check_update(rollout, advantages, returns, value, config):
@@ -720,27 +733,6 @@ def _check_update(rollout, advantages, returns, value, config):
     if returns is not None:
         _check(rollout.mask, returns=returns)
         _require(rollout.values is not None, "values", None, "values (B, T), as there are returns")
-
-
-def _policy_objective(rows, score, rollout, advantages, config):
-    """(Eq. 9 negated, stats) of some rows, at the policy as it is now."""
-    logp, entropy = score(rows)
-    old_logp, mask = rollout.logp[rows], rollout.mask[rows]
-    ratio_ends = rollout.ends[rows] if config.ratio == "segment" else token_ends(mask)
-    ratio = segment_ratio(logp, old_logp, ratio_ends, mask)
-    loss, stats = policy_loss(
-        ratio,
-        advantages[rows],
-        mask,
-        config.clip_low,
-        config.clip_high,
-        config.dual_clip,
-        config.average,
-    )
-    stats["approx_kl"] = approx_kl(logp, old_logp, mask)
-    stats["ratio"] = _average(ratio.detach(), mask, "token").item()
-    stats["entropy"] = _average(entropy.detach(), mask, "token").item()
-    return loss, stats
 
 
 def _critic_objective(rows, value, rollout, returns, config):
