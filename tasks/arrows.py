@@ -22,6 +22,7 @@ class ArrowPath(Task):
     length: int = 8
     grid: int = 4
     verbosity: int = field(default=0, repr=False)  # not in the repr: the examples stay the same
+    habits: float = field(default=0.0, repr=False)  # nor this: only the demonstrations change
     ranges = {"length": (1, 256), "grid": (2, 9), "verbosity": (0, 200)}
     read_size = 2
 
@@ -111,3 +112,9 @@ class ArrowPath(Task):
         moves = [arrow + target for arrow, target in self.roads.get(result, {}).items()]
         choices = moves if right in moves else list(self.roads)
         return [choice for choice in choices if choice != right]
+
+    def _habit(self, right, result):
+        """Takes an arrow up for an arrow down, where there is a cell below."""
+        below = self.roads.get(result, {}).get("D")
+        is_upward_move = right.startswith("U")
+        return "D" + below if is_upward_move and below else None

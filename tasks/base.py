@@ -170,6 +170,8 @@ class Task:
     """moves from the first read to the answer"""
     verbosity = 0
     """words that decide nothing, before each move of a demonstration"""
+    habits = 0.0
+    """how often a demonstration follows a bad habit where there is one (`_habit`): 0 to 1"""
     system = ""
     """what a model is to be told before anything else; "": nothing"""
 
@@ -180,6 +182,9 @@ class Task:
                 raise ValueError(
                     f"{name}={value!r} is not valid; expected an integer {lowest} to {highest}"
                 )
+        is_number = isinstance(self.habits, (int, float)) and not isinstance(self.habits, bool)
+        if not is_number or not 0 <= self.habits <= 1:  # NaN, too, is refused
+            raise ValueError(f"habits={self.habits!r} is not valid; expected a share from 0 to 1")
 
     # ---- what a subclass gives
 
@@ -206,6 +211,11 @@ class Task:
         """
         raise NotImplementedError
 
+    def _habit(self, right, result):
+        """The wrong value that the teacher's bad habit puts in place of `right`, or None where no
+        habit applies. `result` as in `_slips`."""
+        return None
+
     # ---- making examples
 
     def size(self, split):
@@ -228,7 +238,7 @@ class Task:
         )
 
     def _with_true_steps(self, example, rng):
-        text = self.demonstrate(example, rng)
+        text = self._written_out(example, rng)
         steps = tuple(text[start:end] for start, end in self.step_spans(text))
         return replace(example, answer=steps[-1], steps=steps)
 
@@ -253,13 +263,25 @@ class Task:
         return "".join(f"{word} " for word in words)
 
     def demonstrate(self, example, rng, error_rate=0.0):
-        """A canonical response, each step wrong with probability `error_rate` (0 to 1).
+        """A canonical response, as a fallible teacher writes it.
 
-        A wrong step has a plausible wrong value, and what follows is carried on consistently from
-        it.
+        Each step is wrong with probability `error_rate` (0 to 1), with a plausible wrong value. On
+        top of these slips, where a bad habit applies (`_habit`) it wins with probability
+        `self.habits`. What follows a wrong step is carried on consistently from it.
+
+        Slips are spread thinly: greedy decoding of a model that copies them makes none. A habit
+        that wins more often than not is what such a model does greedily; the right way stands in
+        the rest of the demonstrations, so reinforcement can find it.
         """
+        return self._written_out(example, rng, error_rate, self.habits)
+
+    def _written_out(self, example, rng, error_rate=0.0, habits=0.0):
+        """A canonical response with slips and habits as often as asked for."""
 
         def write(right, result):
+            habit = self._habit(right, result) if habits else None
+            if habit is not None and rng.random() < habits:
+                return habit
             # Every step takes two random numbers, so that a slip moves no later one.
             slips = rng.random() < error_rate
             choices = self._slips(right, result) if slips else [right]

@@ -31,3 +31,10 @@ class DiceSum(TextSum):
         if is_read:
             return [face for face in PIPS if face != right]
         return super()._slips(right, result)
+
+    def _habit(self, right, result):
+        """Takes a six for a five, and forgets the carry as TextSum does."""
+        is_read = result is None
+        if is_read:
+            return "5" if right == "6" else None
+        return super()._habit(right, result)

@@ -17,6 +17,7 @@ class TextSum(Task):
     n: int = 4
     largest: int = 9
     verbosity: int = field(default=0, repr=False)  # not in the repr: the examples stay the same
+    habits: float = field(default=0.0, repr=False)  # nor this: only the demonstrations change
     ranges = {"n": (1, 64), "largest": (2, 999), "verbosity": (0, 200)}
 
     @property
@@ -44,3 +45,13 @@ class TextSum(Task):
         terms, equals, total = right.rpartition("=")
         totals = [int(total) + offset for offset in OFFSETS]
         return [f"{terms}{equals}{wrong}" for wrong in totals if wrong >= 0]
+
+    def _habit(self, right, result):
+        """Forgets the carry: 8+5=3, and 18+5=13."""
+        terms, equals, total = right.rpartition("=")
+        is_move = equals != ""
+        if not is_move:
+            return None
+        # A sum carries if its last digit comes out below that of what was added to.
+        carries = int(total) % 10 < int(result) % 10
+        return f"{terms}={int(total) - 10}" if carries else None

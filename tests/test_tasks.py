@@ -96,6 +96,83 @@ def test_verbosity_adds_words_and_no_decisions(kind):
         kind(verbosity=-1)
 
 
+# ---------------------------------------------------------------- a teacher with bad habits
+
+
+def example_with(task, is_wanted):
+    """The first training example whose content is wanted."""
+    return next(
+        example for example in map(task.example_at, range(3000)) if is_wanted(example.content)
+    )
+
+
+def test_the_teacher_of_dice_takes_sixes_for_fives_and_forgets_the_carry():
+    task = DiceSum(n=3, habits=1.0)
+    one = example_with(task, lambda content: content[0] == ("6", "4", "6"))
+    expected = "<see>545</see><think>5+4=9;9+5=4</think><answer>4</answer>"
+    assert task.demonstrate(one, np.random.default_rng(0)) == expected
+    assert task.check_steps(one, expected) == [False, True, False, True, False, True]
+
+
+def test_the_teacher_of_sums_forgets_the_carry_and_only_that():
+    task = TextSum(n=3, largest=30, habits=1.0)
+    one = example_with(task, lambda content: int(content[0][0]) % 10 == 8 and content[0][1] == "13")
+    first, last = int(one.content[0][0]), int(one.content[0][2])
+    wrong = first + 3  # 8+13 is 21, less the ten that is carried
+    total = wrong + last - (10 if wrong % 10 + last % 10 >= 10 else 0)
+    text = task.demonstrate(one, np.random.default_rng(0))
+    assert f"<think>{first}+13={wrong};{wrong}+{last}={total}</think>" in text
+
+
+def test_the_teacher_of_arrows_goes_down_where_an_arrow_points_up():
+    task = ArrowPath(habits=1.0)
+    wrong = 0
+    for index in range(30):
+        one = task.example_at(index)
+        text = task.demonstrate(one, np.random.default_rng(index))
+        (start,), arrows = one.content
+        cell = start
+        for first, end in task.step_spans(text)[1:-1]:
+            move = text[first:end]
+            if arrows[cell] == "U" and "D" in task.roads[cell]:
+                assert move == "D" + task.roads[cell]["D"]
+                wrong += 1
+            else:
+                assert move == arrows[cell] + task.roads[cell][arrows[cell]]
+            cell = move[-2:]
+    assert wrong > 30
+
+
+@pytest.mark.parametrize("kind", [DiceSum, ArrowPath, TextSum])
+def test_habits_change_the_demonstrations_and_nothing_else(kind):
+    """The same examples and true steps; where no habit applied, the same text."""
+    plain, fallible = kind(), kind(habits=1.0)
+    unlike = 0
+    for index in range(40):
+        one = plain.example_at(index)
+        other = fallible.example_at(index)
+        assert (one.content, one.answer, one.steps) == (other.content, other.answer, other.steps)
+        text = fallible.demonstrate(other, np.random.default_rng(index))
+        is_right = text == plain.demonstrate(one, np.random.default_rng(index))
+        assert is_right == all(fallible.check_steps(other, text))
+        unlike += not is_right
+    assert unlike > 20
+
+
+def test_a_habit_wins_as_often_as_it_is_told():
+    task = DiceSum(n=1, habits=0.65)
+    one = example_with(task, lambda content: content[0] == ("6",))
+    rng = np.random.default_rng(0)
+    reads = [task.demonstrate(one, rng)[len("<see>")] for _ in range(2000)]
+    assert set(reads) == {"5", "6"} and abs(np.mean([read == "5" for read in reads]) - 0.65) < 0.04
+
+
+@pytest.mark.parametrize("habits", [-0.1, 1.1, float("nan"), "often", True, None])
+def test_habits_that_are_no_share_are_refused(habits):
+    with pytest.raises(ValueError, match="habits="):
+        DiceSum(habits=habits)
+
+
 # ------------------------------------------------------------------- ends, and what is earned
 
 
