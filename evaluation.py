@@ -19,6 +19,8 @@ import rollout
 import sapo
 from lab.stats import wilson
 
+EVALUATION = ("eval_accuracy", "eval_low", "eval_high")  # a share, and its 95% interval
+
 
 def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
     """Accuracy on the first --eval_episodes held-out examples, with its 95% interval (Wilson).
@@ -34,7 +36,20 @@ def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
             *_, info = episode.step("".join(pieces))
             right += info["correct"]
     low, high = wilson(right, count)
-    return {"eval_accuracy": right / count, "eval_low": low, "eval_high": high}
+    return dict(zip(EVALUATION, (right / count, low, high), strict=True))
+
+
+def by_decoding(run, at_temperature_1) -> dict:
+    """Held-out accuracy by the way of decoding. That at temperature 1, as in training, was made.
+
+    A model that only slips now and then is right when greedy; one that has learned a thing wrongly
+    is wrong however it is decoded. So only the three together tell sharpening from learning.
+    """
+    return {
+        "temperature 1": at_temperature_1,
+        "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95),
+        "greedy": evaluate(run, 0),
+    }
 
 
 # ---------------------------------------------------------------- responses with their credit
@@ -116,14 +131,10 @@ def final_evaluations(run) -> dict:
     a second time."""
     last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
     if "eval_accuracy" in last:
-        at_temperature_1 = {name: last[name] for name in run.progress.evaluation_before}
+        at_temperature_1 = {name: last[name] for name in EVALUATION}
     else:  # resumed after Ctrl-C, with nothing left to do
         at_temperature_1 = evaluate(run)
-    return {
-        "temperature 1": at_temperature_1,
-        "temperature 0.6, top-p 0.95": evaluate(run, 0.6, 0.95),
-        "greedy": evaluate(run, 0),
-    }
+    return by_decoding(run, at_temperature_1)
 
 
 def summarise(run, evaluations) -> dict:
@@ -142,7 +153,7 @@ def summarise(run, evaluations) -> dict:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "warm_start_accuracy": progress.evaluation_before["eval_accuracy"],
+        "warm_start_accuracy": progress.evaluations_before["temperature 1"]["eval_accuracy"],
         "accuracy": after["eval_accuracy"],
         "accuracy_low": after["eval_low"],
         "accuracy_high": after["eval_high"],
@@ -152,24 +163,34 @@ def summarise(run, evaluations) -> dict:
         "warm_start_seconds": progress.warm_start_seconds,
         "peak_rss_mb": models.peak_megabytes(),
         "eval_episodes": settings.eval_episodes,
+        "evaluations_before": progress.evaluations_before,
         "evaluations": evaluations,
     }
 
 
-def print_summary(summary, evaluation_before, folder) -> None:
-    """The outcome as a table on the terminal."""
+def print_summary(summary, folder) -> None:
+    """The outcome as a table on the terminal: a row per way of decoding, before and after."""
     print(
-        f"\n{summary['method']} on {summary['env']}, seed {summary['seed']}: "
-        f"{summary['eval_episodes']} held-out episodes"
+        f"\n{summary['method']} on {summary['env']}, seed {summary['seed']}: right answers to "
+        f"{summary['eval_episodes']} held-out questions, with 95% intervals\n"
+        f"{'':30}{'before':26}after"
     )
-    rows = {"before, temperature 1": evaluation_before, **summary["evaluations"]}
-    for kind, evaluation in rows.items():
-        low, high = evaluation["eval_low"], evaluation["eval_high"]
-        print(
-            f"  {kind:<30}{evaluation['eval_accuracy']:7.1%}   95% interval {low:.1%} to {high:.1%}"
-        )
+    for kind, after in summary["evaluations"].items():
+        earlier = summary["evaluations_before"][kind]
+        print(f"  {kind:28}{_share(earlier):26}{_share(after)}")
+    greedy_before, greedy_after = (
+        summary[when]["greedy"]["eval_accuracy"] for when in ("evaluations_before", "evaluations")
+    )
+    if greedy_after < greedy_before:
+        print(f"  greedy accuracy FELL, from {greedy_before:.1%} to {greedy_after:.1%}")
     print(
         f"  {summary['seconds']:.0f} s of training, "
         f"{summary['warm_start_seconds']:.0f} s of warm start, "
         f"{summary['peak_rss_mb']:.0f} MB at most; files in {folder}"
     )
+
+
+def _share(evaluation):
+    """An accuracy with its interval, "51.2% (46.8% to 55.5%)"."""
+    accuracy, low, high = (evaluation[name] for name in EVALUATION)
+    return f"{accuracy:.1%} ({low:.1%} to {high:.1%})"

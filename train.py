@@ -122,7 +122,7 @@ class Progress:
     warm_start_seconds: float = 0.0
     threshold: float | None = None  # --cut causal: entropy (nats) above which a segment ends
     skipped_in_a_row: int = 0  # minibatches without a finite loss, up to now
-    evaluation_before: dict | None = None  # the held-out evaluation before training
+    evaluations_before: dict | None = None  # held-out accuracy before training, by decoding
 
 
 @dataclass
@@ -266,9 +266,11 @@ def train(run) -> bool:
     """
     settings, progress = run.settings, run.progress
     with ctrl_c_as_a_flag() as interrupted:
-        if progress.evaluation_before is None:
-            progress.evaluation_before = evaluation.evaluate(run)
-            log(run, "metrics.jsonl", {"iteration": 0, **progress.evaluation_before})
+        if progress.evaluations_before is None:
+            start = evaluation.evaluate(run)
+            with torch.random.fork_rng():  # these two leave the training's random stream alone
+                progress.evaluations_before = evaluation.by_decoding(run, start)
+            log(run, "metrics.jsonl", {"iteration": 0, **start})
             checkpoint.save(run)
         started = time.time() - progress.seconds
         bar = tqdm(
@@ -344,7 +346,7 @@ def finish(run) -> None:
     """Final evaluations, summary.json, the table on the terminal, and the pictures."""
     summary = evaluation.summarise(run, evaluation.final_evaluations(run))
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    evaluation.print_summary(summary, run.progress.evaluation_before, run.folder)
+    evaluation.print_summary(summary, run.folder)
     try:
         figures.learning_curve(run.folder)
         credit_page.credit_map(run.folder)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from small_runs import SMALL, built, check_samples, rows_of
+from small_runs import SMALL, built, check_samples, rows_of, without_times
 
 import evaluation
 import rollout
@@ -48,3 +48,58 @@ def test_a_run_that_ends_without_an_evaluation_is_evaluated(runs):
     train.finish(run)
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary["accuracy_low"] < summary["accuracy"] < summary["accuracy_high"]
+
+
+def test_looking_at_other_decodings_before_training_moves_no_number(runs, monkeypatch):
+    """They sample, too, but from a random stream of their own."""
+    looked = built(runs, "--name", "looked", "--iterations", "1")
+    assert train.train(looked)
+    monkeypatch.setattr(evaluation, "by_decoding", lambda run, start: {"temperature 1": start})
+    blind = built(runs, "--name", "blind-start", "--iterations", "1")
+    assert train.train(blind)
+    rows = [without_times(rows_of(run.folder / "metrics.jsonl")) for run in (looked, blind)]
+    assert rows[0] == rows[1]
+
+
+def summary_with(greedy_before, greedy_after):
+    def evaluations(greedy):
+        shares = {"temperature 1": 0.5, "temperature 0.6, top-p 0.95": 0.6, "greedy": greedy}
+        return {
+            kind: {"eval_accuracy": share, "eval_low": share - 0.1, "eval_high": share + 0.1}
+            for kind, share in shares.items()
+        }
+
+    return {
+        "method": "sapo",
+        "env": "SAPO/DiceSum-v0",
+        "seed": 0,
+        "eval_episodes": 512,
+        "evaluations_before": evaluations(greedy_before),
+        "evaluations": evaluations(greedy_after),
+        "seconds": 1.0,
+        "warm_start_seconds": 2.0,
+        "peak_rss_mb": 3.0,
+    }
+
+
+def test_a_run_whose_greedy_accuracy_fell_says_so(capsys):
+    evaluation.print_summary(summary_with(0.918, 0.748), "runs/x")
+    assert "greedy accuracy FELL, from 91.8% to 74.8%" in capsys.readouterr().out
+
+
+def test_the_table_has_a_row_per_decoding_before_and_after(capsys):
+    evaluation.print_summary(summary_with(0.1, 0.95), "runs/x")
+    printed = capsys.readouterr().out
+    assert "FELL" not in printed
+    (row,) = [line for line in printed.splitlines() if "greedy" in line]
+    assert row.split() == [
+        "greedy",
+        "10.0%",
+        "(0.0%",
+        "to",
+        "20.0%)",
+        "95.0%",
+        "(85.0%",
+        "to",
+        "105.0%)",
+    ]

@@ -150,7 +150,10 @@ def test_the_summary_has_what_was_promised(finished):
     last = rows_of(folder / "metrics.jsonl")[-1]
     assert summary["accuracy"] == last["eval_accuracy"]  # what the curve ends with
     kinds = {"temperature 1", "temperature 0.6, top-p 0.95", "greedy"}
-    assert set(summary["evaluations"]) == kinds and all(kind in printed for kind in kinds)
+    assert set(summary["evaluations"]) == set(summary["evaluations_before"]) == kinds
+    assert all(kind in printed for kind in kinds)
+    before = summary["evaluations_before"]["temperature 1"]["eval_accuracy"]
+    assert before == summary["warm_start_accuracy"] and f"{before:.1%}" in printed
     assert f"{summary['accuracy']:.1%}" in printed and str(folder) in printed
     assert summary["command"].startswith("python train.py --env SAPO/TextSum-v0")
 
@@ -217,7 +220,7 @@ def test_a_run_on_pictures(tmp_path):
 def test_a_run_without_an_iteration_ends_in_its_table(runs, capsys):
     train.main([*SHORT, "--runs", str(runs), "--name", "nothing", "--iterations", "0"])
     printed = capsys.readouterr().out
-    assert "before, temperature 1" in printed and "let the run finish an iteration" in printed
+    assert "temperature 0.6, top-p 0.95" in printed and "let the run finish an iteration" in printed
     assert (runs / "nothing" / "summary.json").is_file()
 
 
