@@ -616,15 +616,14 @@ def credit(rollout: Rollout, config: SAPOConfig) -> tuple[Tensor, Tensor]:
     return advantages, returns
 
 
-def credit_metrics(
-    rollout: Rollout, advantages: Tensor, returns: Tensor | None, config: SAPOConfig
-) -> dict:
+def credit_metrics(rollout: Rollout, advantages: Tensor, config: SAPOConfig) -> dict:
     """What the cut and the credit look like, as numbers to log.
 
-    explained_variance = 1 - Var(R - V) / Var(R) over the places where V is read: 1 when the values
-    are the returns, 0 when they are the same everywhere. Below lambda 1 the returns contain the
-    values, which flatters. It is 0 when all returns are equal, as there is nothing to explain, and
-    absent without returns.
+    explained_variance = 1 - Var(G_m - V(s_m)) / Var(G_m), where G_m = sum_l gamma^l r_{m+l} is the
+    outcome from segment m on: 1 for values that foretell every outcome, 0 for values that are the
+    same everywhere. (The critic's own targets, R_m, contain V below lambda 1: measured against
+    them, a critic flatters itself.) 0 where all outcomes are equal, as there is nothing to explain;
+    absent without values.
     """
     mask = rollout.mask
     reads = boundaries(rollout.ends, mask, config.value_at)
@@ -635,9 +634,12 @@ def credit_metrics(
         "segments_per_response": reads.sum().item() / len(mask),
         "tokens_per_segment": (mask.sum() / reads.sum().clamp(min=1)).item(),
     }
-    if returns is not None:
-        spread = returns[reads].var(correction=0)
-        unexplained = (returns - rollout.values)[reads].var(correction=0)
+    if rollout.values is not None:
+        rewards = penalised_rewards(rollout, config)
+        nothing = torch.zeros_like(rollout.values)  # with V = 0 and lambda 1 GAE sums the rewards
+        outcomes, _ = segment_gae(rewards, nothing, rollout.ends, mask, config.gamma, lam=1.0)
+        spread = outcomes[reads].var(correction=0)
+        unexplained = (outcomes - rollout.values)[reads].var(correction=0)
         metrics["explained_variance"] = (1 - unexplained / spread).item() if spread > 0 else 0.0
     return metrics
 
@@ -671,7 +673,7 @@ def sapo_update(
     """
     _check_update(rollout, advantages, returns, value, config)
     mask = rollout.mask
-    metrics = credit_metrics(rollout, advantages, returns, config)
+    metrics = credit_metrics(rollout, advantages, config)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)

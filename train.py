@@ -208,7 +208,7 @@ class Credit:
     """What each token of a batch is praised or blamed for, (B, T) each."""
 
     advantages: Tensor  # of every token that the environments took
-    returns: Tensor | None  # what the critic's values are trained towards; None: no values
+    returns: Tensor | None  # what the critic's values are trained towards; None: no critic
     loss_mask: Tensor | None = None  # the tokens that the loss reads; None: all of them
 
 
@@ -224,11 +224,11 @@ def credit_without_critic(run, batch) -> Credit:
     """Credit by sampled values, a tree of responses, or a group of them: see baselines.py."""
     settings, config, episodes = run.settings, run.config, batch.rollout
     if settings.credit == "continuations":  # SPO-chain, VinePPO: sampled values stand where V would
-        advantages, returns = sapo.credit(episodes, config)
+        advantages, _ = sapo.credit(episodes, config)
+        improbable = None
         if settings.loss_below < 1:  # SPO's probability mask
             improbable = episodes.mask & (episodes.logp.exp() <= settings.loss_below)
-            return Credit(advantages, None, improbable)
-        return Credit(advantages, returns)  # nothing learns from these returns; they are logged
+        return Credit(advantages, None, improbable)
 
     rewards = baselines.response_rewards(episodes, config)  # (B,), less the KL penalty
     if settings.credit == "tree":  # SPO-tree

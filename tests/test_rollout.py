@@ -206,7 +206,7 @@ def test_spo_chain_learns_from_improbable_tokens_alone(runs):
 def test_vineppo_learns_from_every_token(runs):
     run, batch = collected(runs, "vineppo-mask", "--method", "vineppo")
     credit = train.assign_credit(run, batch)
-    assert credit.loss_mask is None and credit.returns is not None
+    assert credit.loss_mask is None and (credit.advantages != 0).any()
 
 
 def test_srpo_weighs_what_the_picture_and_the_perception_carry(tmp_path):

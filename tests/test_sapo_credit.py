@@ -186,50 +186,53 @@ def variance(numbers):
     return sum((number - mean) ** 2 for number in numbers) / len(numbers)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
 @pytest.mark.parametrize("value_at", ["start", "end"])
-def test_credit_metrics_by_plain_loops(value_at):
-    rollout, config = random_rollout(), SAPOConfig(lam=0.9, value_at=value_at)
-    advantages, returns = sapo.credit(rollout, config)
+def test_credit_metrics_by_plain_loops(value_at, gamma):
+    rollout, config = random_rollout(), SAPOConfig(lam=0.9, gamma=gamma, value_at=value_at)
+    advantages, _ = sapo.credit(rollout, config)
     policy = on_policy(advantages, rollout.mask)
     responses = segments(rollout.ends, rollout.mask)
     count = sum(len(row) for row in responses)
-    returns_read, errors = [], []
+    rewards = sapo.penalised_rewards(rollout, config)
+    outcomes, errors = [], []
     for b, row in enumerate(responses):
-        for segment in row:
-            t = read_at(segment, value_at)
-            returns_read.append(returns[b, t].item())
-            errors.append((returns[b, t] - rollout.values[b, t]).item())
+        outcome = 0.0
+        for segment in reversed(row):
+            outcome = sum(rewards[b, t].item() for t in segment) + gamma * outcome
+            outcomes.append(outcome)
+            errors.append(outcome - rollout.values[b, read_at(segment, value_at)].item())
 
-    metrics = sapo.credit_metrics(rollout, advantages, returns, config)
+    metrics = sapo.credit_metrics(rollout, advantages, config)
     assert metrics == pytest.approx(
         {
             "advantage_mean": sum(policy) / len(policy),
             "advantage_std": math.sqrt(variance(policy)),
             "segments_per_response": count / len(responses),
             "tokens_per_segment": len(policy) / count,
-            "explained_variance": 1 - variance(errors) / variance(returns_read),
+            "explained_variance": 1 - variance(errors) / variance(outcomes),
         },
         abs=1e-12,
     )
 
 
-def test_without_returns_there_is_no_explained_variance():
+def test_without_values_there_is_no_explained_variance():
     rollout = random_rollout(values=None)
-    metrics = sapo.credit_metrics(rollout, rollout.rewards, None, SAPOConfig())
+    metrics = sapo.credit_metrics(rollout, rollout.rewards, SAPOConfig())
     assert "explained_variance" not in metrics
     assert len(metrics) == 4
 
 
-def explained_variance(rollout):
-    config = SAPOConfig(lam=1.0)
-    advantages, returns = sapo.credit(rollout, config)
-    return sapo.credit_metrics(rollout, advantages, returns, config)["explained_variance"]
+def explained_variance(rollout, lam=1.0):
+    config = SAPOConfig(lam=lam)
+    advantages, _ = sapo.credit(rollout, config)
+    return sapo.credit_metrics(rollout, advantages, config)["explained_variance"]
 
 
-def test_a_critic_that_knows_every_return_explains_all_variance():
+def test_a_critic_that_knows_every_outcome_explains_all_variance():
     rollout = random_rollout()
-    _, returns = sapo.credit(rollout, SAPOConfig(lam=1.0))
-    assert explained_variance(replace(rollout, values=returns)) == pytest.approx(1, abs=1e-9)
+    _, outcomes = sapo.credit(rollout, SAPOConfig(lam=1.0))
+    assert explained_variance(replace(rollout, values=outcomes)) == pytest.approx(1, abs=1e-9)
 
 
 def test_a_critic_that_says_the_same_everywhere_explains_nothing():
@@ -238,8 +241,17 @@ def test_a_critic_that_says_the_same_everywhere_explains_nothing():
     assert explained_variance(replace(rollout, values=same)) == pytest.approx(0, abs=1e-9)
 
 
-def test_where_no_return_differs_there_is_nothing_to_explain():
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.99])
+def test_a_critic_does_not_flatter_itself_below_lambda_1(lam):
+    """At lambda 0 the targets are mostly V itself; the outcome is not."""
+    rollout = random_rollout()
+    assert explained_variance(rollout, lam) == explained_variance(rollout, 1.0)
+
+
+def test_where_no_outcome_differs_there_is_nothing_to_explain():
+    """Not even rounding errors, whatever the values."""
     rollout = random_rollout()
     nothing = torch.zeros_like(rollout.rewards)
+    assert explained_variance(replace(rollout, rewards=nothing)) == 0
     same = torch.full_like(rollout.values, 7.0)
     assert explained_variance(replace(rollout, rewards=nothing, values=same)) == 0

@@ -127,7 +127,7 @@ def test_update_logs_the_credit_as_it_is_before_whitening():
     config = SAPOConfig(whiten_advantages=True, advantage_clamp=0.1, lam=0.9)
     advantages, returns = sapo.credit(learner.rollout, config)
     [metrics] = update(learner, config)
-    expected = sapo.credit_metrics(learner.rollout, advantages, returns, config)
+    expected = sapo.credit_metrics(learner.rollout, advantages, config)
     assert {name: metrics[name] for name in expected} == expected
 
 
