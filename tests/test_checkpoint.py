@@ -41,9 +41,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(runs, which):
     torch.rand(1)  # what happens in between does not matter
     half = built(runs, "--name", f"half-{which}", "--iterations", "2", *flags)
     assert train.train(half)
-    with open(half.folder / "metrics.jsonl", "a") as file:
-        # what a kill leaves: a later iteration, and a torn line
-        file.write('{"iteration": 3, "accuracy": 0.9}\n{"iteration": 4, "acc')
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(half.folder / name, "a") as file:
+            # what a kill leaves: a later iteration, and a torn line
+            file.write('{"iteration": 3, "accuracy": 0.9}\n{"iteration": 4, "acc')
     continued = resumed(half.folder, "--iterations", "4")
     assert continued.progress.iteration == 2
     assert train.train(continued)
@@ -65,6 +66,15 @@ def test_a_run_killed_before_its_first_iteration_goes_on_from_there(runs):
     assert train.train(half)
     assert train.train(resumed(half.folder, "--iterations", "1"))
     assert_same_run(whole.folder, half.folder)
+
+
+def test_the_seconds_of_a_resumed_run_go_on(runs):
+    run = built(runs, "--name", "seconds", "--iterations", "0")
+    assert train.train(run)
+    again = resumed(run.folder, "--iterations", "1")
+    again.progress.seconds = 1000.0
+    assert train.train(again)
+    assert rows_of(run.folder / "metrics.jsonl")[-1]["seconds"] > 1000
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(runs):

@@ -269,6 +269,18 @@ def test_the_critic_and_the_clip_do_as_little_as_the_readme_says():
     assert "the clip touches less than 0.2% of the tokens" in prose("README.md")
 
 
+def test_greedy_accuracy_with_bad_habits_is_what_results_hold():
+    files = sorted(RESULTS.glob("habits-sapo-seed*.json"))
+    assert len(files) == 3
+    for file in files:
+        run = json.loads(file.read_text())
+        before, after = (
+            run[when]["greedy"]["eval_accuracy"] for when in ("evaluations_before", "evaluations")
+        )
+        assert f"from {before:.3f} to {after:.3f}" in prose("README.md")
+        assert "--env_args habits=0.65 --error_rate 0.02" in run["command"]
+
+
 def test_every_metric_of_a_run_is_explained_and_no_other():
     table = text("docs/metrics.md").split("## The metrics")[1]
     first_cells = re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)

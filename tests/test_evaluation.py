@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 from small_runs import SMALL, built, check_samples, rows_of, without_times
 
 import evaluation
 import rollout
+import sapo
 import train
+import vlm
 from lab import stats
 
 
@@ -48,6 +51,41 @@ def test_a_run_that_ends_without_an_evaluation_is_evaluated(runs):
     train.finish(run)
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary["accuracy_low"] < summary["accuracy"] < summary["accuracy_high"]
+
+
+def test_a_sample_shows_the_entropy_the_values_and_the_advantages_of_its_response(runs):
+    """A segment's value is that at its first token."""
+    run = built(runs, "--name", "shown")
+    torch.nn.init.normal_(run.models.critic.head.weight)  # a new critic values nothing
+    torch.manual_seed(0)
+    rows = train.samples(run)
+    torch.manual_seed(0)
+    batch = rollout.collect(run, evaluation.sample_indices(run.settings), "eval")
+    advantages, _ = sapo.credit(batch.rollout, run.config)
+    for i, row in enumerate(rows):
+        n = len(row["tokens"])
+        assert row["entropy"] == pytest.approx(batch.entropy[i, :n].tolist(), abs=1e-4)
+        assert row["advantages"] == pytest.approx(advantages[i, :n].tolist(), abs=1e-4)
+        values, start = batch.rollout.values[i].tolist(), 0
+        for t, ends in enumerate(row["ends"]):
+            assert row["values"][t] == pytest.approx(values[start], abs=1e-4)
+            if ends:
+                start = t + 1
+
+
+def test_the_final_evaluations_decode_as_they_are_called(runs, monkeypatch):
+    run = built(runs, "--name", "decoded", "--iterations", "0")
+    assert train.train(run)
+    generate, decoded = vlm.generate, []
+
+    def noted(model, inputs, limit, temperature, top_p, *more):
+        decoded.append((temperature, top_p))
+        return generate(model, inputs, limit, temperature, top_p, *more)
+
+    monkeypatch.setattr(vlm, "generate", noted)
+    outcome = evaluation.final_evaluations(run)
+    assert list(outcome) == ["temperature 1", "temperature 0.6, top-p 0.95", "greedy"]
+    assert decoded == [(0.6, 0.95), (0, 1.0)]  # at temperature 1 the curve's last point counts
 
 
 def test_looking_at_other_decodings_before_training_moves_no_number(runs, monkeypatch):

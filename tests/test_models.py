@@ -116,6 +116,14 @@ def test_a_critic_on_a_view_saves_its_adapter_and_its_head_alone(views, family):
     assert others and all(name.startswith("backbone.adapter.") for name in others)
 
 
+def test_loras_adapters_are_scaled_by_two(open_family):
+    """alpha over rank, with alpha = 2 rank."""
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    policy, _, _ = models.lora(open_family("llava"), 4)
+    scalings = [m.scaling for m in policy.model.modules() if hasattr(m, "lora_A")]
+    assert scalings and all(s == {"policy": 2, "critic": 2} for s in scalings)
+
+
 def test_lora_without_peft_says_what_to_install(monkeypatch, open_family):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
@@ -166,6 +174,17 @@ def test_float32_weights_are_moved_themselves():
     assert parameters[0] is layer.weight and parameters[1] is layer.bias
 
 
+def test_a_gradient_that_is_noise_hardly_moves_a_weight():
+    """Adam divides a gradient by its own size, and would make a full step of any."""
+    weights = {gradient: torch.nn.Parameter(torch.zeros(1)) for gradient in (1e-8, 1.0)}
+    for gradient, weight in weights.items():
+        optimizer = models.adam([weight], 1e-3)
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+    assert abs(weights[1e-8].item()) < 1e-5
+    assert weights[1.0].item() == pytest.approx(-1e-3, rel=1e-3)
+
+
 # ------------------------------------------------------------------------ the models of a run
 
 
@@ -199,6 +218,14 @@ def test_the_critic_begins_as_a_copy_of_the_policy_and_values_nothing(start):
     own = set(made.critic.parameters())
     assert own.isdisjoint(made.policy.model.parameters())
     assert made.reference is None
+
+
+def test_policy_and_critic_learn_at_their_own_rates(start):
+    made = build(start)
+    config = sapo.SAPOConfig()
+    assert config.actor_lr != config.critic_lr
+    assert made.actor_optimizer.param_groups[0]["lr"] == config.actor_lr
+    assert made.critic_optimizer.param_groups[0]["lr"] == config.critic_lr
 
 
 def test_a_reference_is_made_only_for_a_kl_penalty(start):
@@ -241,6 +268,14 @@ def test_with_lora_the_backbone_is_the_start_and_the_reference_a_view_of_it(star
     head = made.policy.hidden_size + 1
     assert count == parameter_count(adapters_of(made.policy).values()) + head
     assert build(start, lora=2).reference is None  # without a KL penalty it serves no one
+
+
+def test_with_lora_no_parameter_is_both_the_policys_and_the_critics(start):
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    made = build(start, lora=2)
+    optimizers = (made.actor_optimizer, made.critic_optimizer)
+    actor, critic = (set(optimizer.param_groups[0]["params"]) for optimizer in optimizers)
+    assert len(actor) > 2 and len(critic) > 2 and actor.isdisjoint(critic)
 
 
 def test_under_bfloat16_the_trained_parameters_are_float32_copies(start):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from small_runs import SMALL, an_episode, built, tokens_of
 
 import baselines
+import env
 import rollout
 import sapo
 import train
@@ -59,6 +60,18 @@ def test_tokens_after_the_end_of_the_episode_leave_the_mask():
     assert used[0, : used[0].sum()].all() and used[1, : used[1].sum()].all()
     assert rewards.sum(1).tolist() == [1, 0] and rewards[0, used[0].sum() - 1] == 1
     assert [info["end_reason"] for info in infos] == ["answer", "end"]
+
+
+def test_a_whole_segment_behind_the_end_leaves_the_mask():
+    """Not its last token alone."""
+    episode, right = an_episode()
+    first = tokens_of(right)
+    texts = [first + list("and on")]
+    mask = torch.ones(1, len(texts[0]), dtype=torch.bool)
+    ends = sapo.response_ends(mask)
+    ends[0, len(first) - 1] = True
+    _, used, _ = rollout.replay([episode], texts, ends, mask)
+    assert used[0].tolist() == [True] * len(first) + [False] * len("and on")
 
 
 def test_a_truncated_episode_ends_the_response_too():
@@ -131,6 +144,32 @@ def rewards_of(batch):
     return torch.tensor([float(info["correct"]) for info in batch.infos])
 
 
+def test_what_stands_behind_an_episodes_end_is_no_segment_and_not_learned(runs, monkeypatch):
+    """The third token of each response reads as the end mark here; generation went on."""
+    run = built(runs, "--name", "behind-the-end", "--cut", "token")
+    token_texts = vlm.token_texts
+
+    def ended_early(*args):
+        texts = token_texts(*args)
+        return [[*pieces[:2], env.END, *pieces[3:]] for pieces in texts]
+
+    monkeypatch.setattr(vlm, "token_texts", ended_early)
+    batch = rollout.collect(run, np.arange(16))
+    used = batch.written & (torch.arange(batch.tokens.shape[1]) < 3)
+    assert not torch.equal(used, batch.written)
+    assert torch.equal(batch.rollout.mask, used) and torch.equal(batch.rollout.ends, used)
+
+
+def test_the_reference_scores_as_it_began_while_the_policy_moves(runs):
+    run = built(runs, "--name", "reference", "--kl_coef", "0.1")
+    train.iterate(run)
+    batch = rollout.collect(run, np.arange(16))
+    episodes = batch.rollout
+    ref_logp, _ = vlm.score(run.models.reference, batch.inputs, batch.tokens, batch.written)
+    torch.testing.assert_close(episodes.ref_logp, ref_logp.detach(), rtol=0, atol=1e-5)
+    assert (episodes.ref_logp - episodes.logp).abs().max() > 1e-3
+
+
 WITH_A_CRITIC = {
     "topk": [],
     "causal": ["--cut", "causal"],
@@ -169,6 +208,36 @@ def test_a_group_answers_one_prompt_and_is_its_own_baseline(runs, method):
     assert credit.returns is None and credit.loss_mask is None
 
 
+def test_a_kl_penalty_lowers_the_rewards_that_a_group_compares(runs):
+    run, batch = collected(runs, "grpo-penalty", "--method", "grpo")
+    batch.rollout.ref_logp = batch.rollout.logp - torch.rand(batch.tokens.shape)
+    drifts = (batch.rollout.logp - batch.rollout.ref_logp) * batch.rollout.mask
+    rewards = rewards_of(batch) - 0.1 * drifts.sum(1)
+    expected = baselines.group_advantages(rewards, 4)[:, None] * batch.rollout.mask
+    credit = train.assign_credit(run, batch)
+    torch.testing.assert_close(credit.advantages, expected, rtol=0, atol=1e-4)
+
+
+def test_the_segments_of_a_tree_have_their_length(runs):
+    """Two tokens each; what ends a response is shorter, or on the last level longer."""
+    run, batch = collected(runs, "spo-tree-lengths", "--method", "spo-tree")
+    prompts = [node for node, parent in enumerate(batch.tree.parent) if parent < 0]
+    inner = set(batch.tree.parent) - {-1, *prompts}
+    assert len(inner) > len(prompts)
+    for node in inner:
+        lengths = (batch.written & (batch.tree.nodes == node)).sum(1)
+        assert set(lengths.tolist()) <= {0, 2}
+    assert batch.written.sum(1).max() <= run.settings.max_new_tokens
+
+
+def test_a_trees_advantages_may_be_over_the_siblings_spread(runs):
+    more = ["--method", "spo-tree", "--tree_advantage", "grpo"]
+    run, batch = collected(runs, "spo-tree-spread", *more)
+    credit = train.assign_credit(run, batch)
+    expected, _ = baselines.tree_credit(batch.tree, rewards_of(batch), batch.rollout.mask, "grpo")
+    assert torch.equal(credit.advantages, expected) and expected.abs().max() > 0.6
+
+
 def test_a_tree_trains_each_edge_once_and_counts_each_token_once(runs):
     run, batch = collected(runs, "spo-tree", "--method", "spo-tree")
     assert run.models.critic is None
@@ -193,6 +262,22 @@ def test_continuations_value_the_segment_starts_and_count_as_generated(runs, met
     torch.testing.assert_close(episodes.values * 3, (episodes.values * 3).round())  # of three
 
 
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_continuation_is_graded_as_an_answer_to_its_own_prompt(runs, monkeypatch, split):
+    """Every continuation gives the right answer to its row's example here: it earns 1."""
+    flags = ["--credit", "continuations", "--cut", "response", "--continuations", "2"]
+    run = built(runs, "--name", f"graded-{split}", *flags)
+    task = run.grading_env.unwrapped.task
+
+    def right_answers(run, inputs, rows, prefix, lengths, limit):
+        answers = [task.example_at(3 + row, split).answer for row in rows.tolist()]
+        return None, None, [[f"<answer>{answer}</answer>"] for answer in answers]
+
+    monkeypatch.setattr(rollout, "continue_responses", right_answers)
+    batch = rollout.collect(run, np.arange(3, 19), split)
+    assert (batch.rollout.values[:, 0] == 1).all()
+
+
 def test_spo_chain_learns_from_improbable_tokens_alone(runs):
     run, batch = collected(runs, "spo-chain-mask", "--method", "spo-chain")
     credit = train.assign_credit(run, batch)
@@ -209,19 +294,52 @@ def test_vineppo_learns_from_every_token(runs):
     assert credit.loss_mask is None and (credit.advantages != 0).any()
 
 
-def test_srpo_weighs_what_the_picture_and_the_perception_carry(tmp_path):
-    """On dice: the corrupted picture matters to the perception, the hidden perception to the
-    reasoning."""
-    flags = [
-        *("--env_args", "n=2", "--warm_start_steps", "2", "--warm_start_batch", "4"),
-        *("--runs", str(tmp_path), "--batch", "8", "--group", "4", "--max_new_tokens", "24"),
-    ]
-    run = train.build(*train.parse([*flags, "--method", "srpo"]))
-    grpo = train.build(*train.parse([*flags, "--method", "grpo"]))
+def seen_dice(runs, *flags):
+    """A run on dice, and a batch whose first three tokens of each response read as perception."""
+    run = train.build(
+        *train.parse(
+            [
+                *("--env_args", "n=2", "--warm_start_steps", "2", "--warm_start_batch", "4"),
+                *("--runs", str(runs), "--batch", "8", "--group", "4", "--max_new_tokens", "24"),
+                *flags,
+            ]
+        )
+    )
     torch.manual_seed(0)
     batch = rollout.collect(run, rollout.train_indices(run.settings, 1))
     reasoning = ["x"] * (batch.tokens.shape[1] - 3)
     batch.texts = [["<see>", "3", "</see>", *reasoning]] * 8
+    return run, batch
+
+
+def test_srpos_perception_rests_on_the_picture_and_its_reasoning_on_the_perception(tmp_path):
+    """Other noise in the picture's place changes the signal of the perception alone."""
+    run, batch = seen_dice(tmp_path, "--method", "srpo")
+    perceives = batch.written & (torch.arange(batch.tokens.shape[1]) < 3)
+    reasons = batch.written & ~perceives
+    signals = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        signals.append(rollout.role_signal(run, batch))
+    one, other = signals
+    assert (one[perceives] != other[perceives]).any()
+    assert torch.equal(one[reasons], other[reasons]) and one[reasons].abs().max() > 1e-4
+
+
+def test_srpos_temperature_reaches_its_weights(tmp_path):
+    """At inf every weight is 1."""
+    run, batch = seen_dice(tmp_path, "--method", "srpo", "--role_temperature", "inf")
+    batch.rollout.rewards[::2, -1] = 1.0  # an untrained model is never right
+    advantages = train.assign_credit(run, batch).advantages
+    plain = baselines.group_advantages(batch.rollout.rewards.sum(1), 4)[:, None]
+    torch.testing.assert_close(advantages, plain * batch.rollout.mask)
+
+
+def test_srpo_weighs_what_the_picture_and_the_perception_carry(tmp_path):
+    """On dice: the corrupted picture matters to the perception, the hidden perception to the
+    reasoning."""
+    run, batch = seen_dice(tmp_path, "--method", "srpo")
+    grpo, _ = seen_dice(tmp_path, "--method", "grpo")
     batch.rollout.rewards[::2, -1] = 1.0  # an untrained model is never right
     weighted = train.assign_credit(run, batch).advantages
     plain = train.assign_credit(grpo, batch).advantages

@@ -1,6 +1,8 @@
 """lab/sweep.py: the plan of every experiment, a run killed and continued, what is kept of it."""
 
 import json
+import os
+import subprocess
 
 import pytest
 from small_runs import rows_of
@@ -134,6 +136,37 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path):
     assert rows[-1]["generated_tokens"] >= 600
     # The evaluations are those of the start, the first stop and the end.
     assert sum("eval_accuracy" in row for row in rows) == 3
+
+
+def test_a_variants_own_flags_win_over_the_users():
+    flags = ["--experiment", "topk", "--seeds", "1", "--top_k", "0.42"]
+    for run in sweep.plan(*parsed_sweep(*flags)):
+        assert f"{train.parse(run.flags)[1].top_k:.0%}" == run.label
+
+
+def test_the_budget_alone_ends_a_run_and_no_evaluation_falls_in_between():
+    """An evaluation takes time that a comparison's seconds would count."""
+    for run in sweep.plan(*parsed_sweep("--seeds", "1", "--tokens", "300")):
+        settings, _ = train.parse(run.flags)
+        assert settings.token_budget == 300
+        assert settings.iterations == settings.eval_every == 100_000
+
+
+def test_a_run_takes_one_thread(tmp_path, monkeypatch):
+    """Two jobs with a thread per core each would be in each other's way."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environments = []
+
+    def recorded(command, env, **named):
+        environments.append(env)
+        (tmp_path / "run" / "summary.json").write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", recorded)
+    (tmp_path / "run").mkdir()
+    sweep.execute(tmp_path / "run", [])
+    (environment,) = environments
+    assert environment["OMP_NUM_THREADS"] == "1" and environment["PATH"] == os.environ["PATH"]
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

@@ -52,6 +52,50 @@ def test_an_iteration_on_trees_moves_the_policy(runs):
     assert all(map(math.isfinite, row.values())) and row["generated_tokens"] == run.tokens_written
 
 
+@pytest.mark.parametrize("method", ["sapo", "spo-chain", "spo-tree"])
+def test_responses_are_drawn_and_scored_at_the_temperature(runs, monkeypatch, method):
+    """In the update too: else the ratio would not begin at 1."""
+    flags = [*SMALL, "--method", method, "--temperature", "0.7"]
+    run = built(runs, "--name", f"temperature-{method}", *flags)
+    drawn, scored = [], []
+    generate, score = vlm.generate, vlm.score
+
+    def generated(model, inputs, limit, temperature, *more):
+        drawn.append(temperature)
+        return generate(model, inputs, limit, temperature, *more)
+
+    def scored_at(model, inputs, tokens, mask, temperature=1.0):
+        scored.append(temperature)
+        return score(model, inputs, tokens, mask, temperature)
+
+    monkeypatch.setattr(vlm, "generate", generated)
+    monkeypatch.setattr(vlm, "score", scored_at)
+    train.iterate(run)
+    assert set(drawn) == set(scored) == {0.7}
+
+
+@pytest.mark.parametrize("method", ["spo-chain", "spo-tree"])
+def test_the_update_learns_from_the_tokens_of_the_loss_mask_alone(runs, monkeypatch, method):
+    run = built(runs, *SMALL, "--method", method, "--name", f"loss-mask-{method}")
+    assign_credit, sapo_update = train.assign_credit, sapo.sapo_update
+    credits, learned = [], []
+
+    def credited(run, batch):
+        credits.append(assign_credit(run, batch))
+        return credits[-1]
+
+    def updated(episodes, advantages, *more, **named):
+        learned.append((episodes.mask, advantages))
+        return sapo_update(episodes, advantages, *more, **named)
+
+    monkeypatch.setattr(train, "assign_credit", credited)
+    monkeypatch.setattr(sapo, "sapo_update", updated)
+    train.iterate(run)
+    ((mask, advantages),), (credit,) = learned, credits
+    assert credit.loss_mask.any() and torch.equal(mask, credit.loss_mask)
+    assert torch.equal(advantages, credit.advantages * credit.loss_mask)
+
+
 def test_vc_ppo_first_teaches_its_critic_alone(runs):
     assert two_iterations(runs, "vc-ppo", "--value_pretraining", "1") == [False, True]
 
