@@ -10,7 +10,8 @@
 Every read, addition, move and answer is one *step*, and `Task.check_steps` says which are right
 given what the response itself said before. So the slip that spoilt a response is known, and credit
 assignment can be measured, not guessed. Every task has a `verbosity`: so many words that decide
-nothing stand before each move.
+nothing stand before each move. And it has `habits`: the share of the time that its demonstrations
+follow a bad habit (a six taken for a five, a carry forgotten, an arrow up taken for one down).
 
     base.py      what all tasks share: where a response ends, its steps, which of them are right
     sums.py      TextSum, the simplest task
