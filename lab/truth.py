@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 import baselines
+import evaluation
 import rollout
 import sapo
 import train
@@ -77,14 +78,8 @@ def step_tokens(environment, token_texts):
     token_texts: what each of the response's tokens reads. Empty steps are left out.
     """
     task, example = environment.unwrapped.task, environment.unwrapped.example
-    text = "".join(token_texts)
-    token_of = [t for t, token_text in enumerate(token_texts) for _ in token_text]  # per character
-    steps = []
-    spans = zip(task.step_spans(text), task.check_steps(example, text), strict=True)
-    for (first, end), right in spans:
-        if end > first:
-            steps.append((token_of[first], token_of[end - 1] + 1, right))
-    return steps
+    steps = evaluation.step_tokens(task, example, token_texts)
+    return [(first, last + 1, right) for first, last, right in steps]
 
 
 def share_on_first_wrong(advantages, steps):
