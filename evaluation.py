@@ -137,6 +137,21 @@ def final_evaluations(run) -> dict:
     return by_decoding(run, at_temperature_1)
 
 
+def mechanism(folder) -> dict:
+    """Did the parts of the algorithm do their work? Numbers of a run's metrics.jsonl, over its
+    iterations: the mean of explained_variance over the second half (None without a critic), the
+    mean of clip_fraction, the largest approx_kl."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "clip_fraction" in row]  # not the evaluation before training
+    second_half = rows[len(rows) // 2 :]
+    explained = [row["explained_variance"] for row in second_half if "explained_variance" in row]
+    return {
+        "explained_variance_second_half": float(np.mean(explained)) if explained else None,
+        "clip_fraction": float(np.mean([row["clip_fraction"] for row in rows])) if rows else None,
+        "largest_approx_kl": max((row["approx_kl"] for row in rows), default=None),
+    }
+
+
 def summarise(run, evaluations) -> dict:
     """The content of summary.json: accuracies before and after, cost, and what made them."""
     settings, progress = run.settings, run.progress
@@ -163,6 +178,7 @@ def summarise(run, evaluations) -> dict:
         "warm_start_seconds": progress.warm_start_seconds,
         "peak_rss_mb": models.peak_megabytes(),
         "eval_episodes": settings.eval_episodes,
+        "mechanism": mechanism(run.folder),
         "evaluations_before": progress.evaluations_before,
         "evaluations": evaluations,
     }
@@ -183,6 +199,15 @@ def print_summary(summary, folder) -> None:
     )
     if greedy_after < greedy_before:
         print(f"  greedy accuracy FELL, from {greedy_before:.1%} to {greedy_after:.1%}")
+    parts = summary["mechanism"]
+    if parts["clip_fraction"] is not None:
+        print(f"  the clip holds back {parts['clip_fraction']:.2%} of the tokens", end="")
+        explained = parts["explained_variance_second_half"]
+        if explained is not None:
+            print(
+                f"; in the second half the critic explains {explained:.0%} of the outcomes", end=""
+            )
+        print()
     print(
         f"  {summary['seconds']:.0f} s of training, "
         f"{summary['warm_start_seconds']:.0f} s of warm start, "

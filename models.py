@@ -47,7 +47,8 @@ class Models:
 def build(settings, config: SAPOConfig, start: str | Path, stored: Path | None = None) -> Models:
     """Make the models of a run.
 
-    settings: train.Settings; lora, critic, credit, device, dtype and gradient_checkpointing count.
+    settings: train.Settings; lora, critic, critic_hears, credit, device, dtype and
+        gradient_checkpointing count.
     config: kl_coef, actor_lr and critic_lr count.
     start: the checkpoint that training begins from. It is also the reference, and with LoRA the
         frozen backbone.
@@ -79,7 +80,8 @@ def build(settings, config: SAPOConfig, start: str | Path, stored: Path | None =
         backbone = Backbone(policy)
     else:
         backbone = copy.deepcopy(policy.model.base_model)
-    critic = SegmentCritic(backbone, policy.hidden_size).to(settings.device)
+    hears = settings.critic_hears == "logp"
+    critic = SegmentCritic(backbone, policy.hidden_size, hears).to(settings.device)
     critic_optimizer = adam(critic.parameters(), config.critic_lr)
     return Models(policy, critic, reference, actor_optimizer, critic_optimizer)
 

@@ -80,7 +80,7 @@ def collect(run, indices, split="train") -> Batch:
     ends = ends & used
     values = None
     if settings.credit == "critic":
-        values = critic_values(run, responses)
+        values = critic_values(run, responses, logp)
     elif settings.credit == "continuations":
         values = sampled_values(run, responses, ends, used, split)
 
@@ -194,19 +194,29 @@ def score(run, model, responses) -> tuple[Tensor, Tensor]:
     return _in_parts(run, score_part, responses)
 
 
-def critic_values(run, responses) -> Tensor:
-    """The critic's V of the prefix before each token, (B, T)."""
+def critic_values(run, responses, logp) -> Tensor:
+    """The critic's V of the prefix before each token, (B, T). logp: log pi_old of each token."""
+    critic, rows = run.models.critic, torch.arange(len(responses.tokens))
+    parts = [values_of(critic, responses, logp, part) for part in rows.split(_at_once(run))]
+    return torch.cat(parts)
 
-    def value_part(inputs, tokens, mask):
-        return vlm.prefix_values(run.models.critic, inputs, tokens, mask)
 
-    return _in_parts(run, value_part, responses)
+def values_of(critic, responses, logp, rows) -> Tensor:
+    """`critic_values` of some rows, all at once; differentiable."""
+    tokens, written = responses.tokens[rows], responses.written[rows]
+    surprise = sapo.surprise(logp[rows], written) if critic.hears else None
+    return vlm.prefix_values(critic, vlm.take(responses.inputs, rows), tokens, written, surprise)
 
 
 def _in_parts(run, function, responses):
+    return vlm.in_parts(
+        function, _at_once(run), responses.inputs, responses.tokens, responses.written
+    )
+
+
+def _at_once(run):
     """As many responses at once as in training, which bounds the memory of a rollout too."""
-    size = run.config.micro_batch or run.config.minibatch
-    return vlm.in_parts(function, size, responses.inputs, responses.tokens, responses.written)
+    return run.config.micro_batch or run.config.minibatch
 
 
 def sampled_values(run, responses, ends, used, split) -> Tensor:

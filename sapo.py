@@ -42,7 +42,7 @@ ValueError naming the argument that is wrong.
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -59,10 +59,15 @@ def setting(default, help):
 
 @dataclass
 class SAPOConfig:
-    """Settings of the algorithm: the paper's mathematics, at learning rates for a tiny model."""
+    """Settings of the algorithm. The defaults are the paper's mathematics, with the numbers that
+    teach a tiny model fast: rates, minibatches, two epochs, and a lambda that listens to the critic
+    (`paper` has the paper's own)."""
 
     gamma: float = setting(1.0, "discount per segment, in [0, 1] (Eq. 6)")
-    lam: float = setting(0.99, "GAE's lambda per segment, in [0, 1] (Eq. 7)")
+    lam: float = setting(
+        0.9,
+        "GAE's lambda per segment, in [0, 1] (Eq. 7): 1 asks the outcome alone, 0 the critic alone",
+    )
     critic_lam: float | None = setting(
         None, "lambda of the critic's returns, if not lam (VC-PPO decouples them)"
     )
@@ -72,8 +77,10 @@ class SAPOConfig:
     value_at: Literal["start", "end"] = setting(
         "start", "read V before a segment's first token, or before its last"
     )
-    ratio: Literal["segment", "token"] = setting(
-        "segment", "unit of the importance ratio: Eq. 8, or PPO's Eq. 2"
+    ratio: Literal["segment", "token", "response", "product"] = setting(
+        "segment",
+        "importance ratio: Eq. 8 over a segment, PPO's Eq. 2 per token, Eq. 8 over the whole "
+        "response (GSPO), or a segment's true weight: the product of its token ratios",
     )
     average: Literal["response", "token"] = setting(
         "response", "losses: mean per response first, or over all tokens"
@@ -94,27 +101,32 @@ class SAPOConfig:
     kl_coef: float = setting(
         0.0, "KL to the reference model (k1), subtracted from each token's reward"
     )
-    epochs: int = setting(1, "passes over a rollout; the cut stays the same in all of them")
-    minibatch: int = setting(128, "responses per optimizer step")
+    epochs: int = setting(2, "passes over a rollout; the cut stays the same in all of them")
+    minibatch: int = setting(64, "responses per optimizer step")
     micro_batch: int = setting(
         0, "responses per backward pass, 0: the whole minibatch; changes memory, not numbers"
     )
-    actor_lr: float = setting(3e-4, "Adam learning rate of the policy")
-    critic_lr: float = setting(4e-4, "Adam learning rate of the critic")
+    actor_lr: float = setting(2e-4, "Adam learning rate of the policy")
+    critic_lr: float = setting(2e-3, "Adam learning rate of the critic")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
 
     @classmethod
     def paper(cls):
         """The paper's settings (Table 7, Geo3K)."""
-        return cls(actor_lr=1e-6, critic_lr=2e-6, kl_coef=0.001)
+        return cls(
+            lam=0.99,
+            epochs=1,
+            minibatch=128,
+            actor_lr=1e-6,
+            critic_lr=2e-6,
+            kl_coef=0.001,
+        )
 
     @classmethod
     def released(cls):
         """What the authors' released code computes."""
-        return cls(
-            actor_lr=1e-6,
-            critic_lr=2e-6,
-            kl_coef=0.001,
+        return replace(
+            cls.paper(),
             value_at="end",
             average="token",
             clip_high=0.28,
@@ -345,14 +357,23 @@ def segment_mean(x: Tensor, ends: Tensor, mask: Tensor) -> Tensor:
 class SegmentCritic(nn.Module):
     """V of every prefix: a backbone's last hidden states -> one float32 value per position.
 
+        V_p = w . h_p + b                     the paper's critic
+        V_p = w . h_p + b + u surprise_p      hears=True: it hears the policy, too (ours)
+
     forward(...) hands its arguments to the backbone: hidden states (B, L, H) -> values (B, L).
     Position p has read the tokens up to *and including* p. So V of the prefix before response
     token t (from 0), after a prompt of P tokens, stands at position P + t - 1.
 
-    The head starts at zero, so the first advantages know nothing of the critic.
+    surprise (B, L), in nats: the smallest log pi_old of any token written up to p (`surprise`
+    below). A slip is a token to which the policy gave little probability, and a critic that is
+    told so sees it long before it could see it in the picture. The surprise is a function of the
+    prefix, so V(s_m) stays one, and a valid baseline. But it is no proof: such a critic can be
+    swayed by confidence, and a small lambda then teaches the policy to be sure (docs/results.md).
+
+    The head and u start at zero, so the first advantages know nothing of the critic.
     """
 
-    def __init__(self, backbone: nn.Module, hidden_size: int | None = None):
+    def __init__(self, backbone: nn.Module, hidden_size: int | None = None, hears: bool = False):
         super().__init__()
         self.backbone = backbone
         if hidden_size is None:
@@ -361,12 +382,30 @@ class SegmentCritic(nn.Module):
         self.head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.per_nat = nn.Parameter(torch.zeros(())) if hears else None  # u
 
-    def forward(self, *args, **kwargs) -> Tensor:
+    @property
+    def hears(self) -> bool:
+        return self.per_nat is not None
+
+    def forward(self, *args, surprise: Tensor | None = None, **kwargs) -> Tensor:
         output = self.backbone(*args, **kwargs)
         hidden = getattr(output, "last_hidden_state", output)  # (B, L, H)
         values = F.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())
-        return values.squeeze(-1)  # (B, L)
+        values = values.squeeze(-1)  # (B, L)
+        if self.hears:
+            _require(surprise is not None, "surprise", None, "a tensor (B, L), as the critic hears")
+            values = values + self.per_nat.float() * surprise
+        return values
+
+
+def surprise(logp: Tensor, mask: Tensor) -> Tensor:
+    """How unlikely the least likely policy token so far was: min over i <= t of log pi_old(y_i).
+
+    logp (B, T) in nats -> (B, T), float32 or better, at most 0, clamped to -20 as log-ratios are.
+    """
+    _check(mask, logp=logp)
+    return torch.where(mask, _wide(logp), 0.0).clamp(-20.0, 0.0).cummin(1).values
 
 
 # --------------------------------------------------------------------------------- advantages
@@ -440,6 +479,8 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------- ratio
 
+RATIOS = ("segment", "token", "response", "product")
+
 
 def _log_ratio(logp, old_logp, mask):
     """log pi - log pi_old of each token, clamped to +-20. (B, T) -> (B, T), 0 off the mask."""
@@ -463,6 +504,29 @@ def segment_ratio(logp: Tensor, old_logp: Tensor, ends: Tensor, mask: Tensor) ->
     logp, old_logp (B, T) in nats -> (B, T), 1 off the mask.
     """
     return segment_mean(_log_ratio(logp, old_logp, mask), ends, mask).exp()
+
+
+def importance_ratio(
+    logp: Tensor, old_logp: Tensor, ends: Tensor, mask: Tensor, kind: str = "segment"
+) -> Tensor:
+    """The ratio that the loss clips, of one of four kinds.
+
+        segment   Eq. 8: the geometric mean over the token's segment (SAPO)
+        token     Eq. 2: the token's own (PPO)
+        response  Eq. 8 with the whole response as the segment (GSPO, arXiv:2507.18071)
+        product   a segment's true weight, prod over its tokens of pi / pi_old (Eq. 19's R)
+
+    logp, old_logp (B, T) in nats -> (B, T), 1 off the mask. ValueError for another kind.
+    """
+    _require(kind in RATIOS, "ratio", kind, f"one of {', '.join(RATIOS)}")
+    if kind == "product":
+        log_ratio = segment_sum(_log_ratio(logp, old_logp, mask), ends, mask)
+        return log_ratio.clamp(-20.0, 20.0).exp()
+    if kind == "token":
+        ends = token_ends(mask)
+    elif kind == "response":
+        ends = torch.zeros_like(mask)  # no end at all: a response is one segment, holes or not
+    return segment_ratio(logp, old_logp, ends, mask)
 
 
 def approx_kl(logp: Tensor, old_logp: Tensor, mask: Tensor) -> float:
@@ -623,7 +687,7 @@ def credit_metrics(rollout: Rollout, advantages: Tensor, config: SAPOConfig) -> 
     outcome from segment m on: 1 for values that foretell every outcome, 0 for values that are the
     same everywhere. (The critic's own targets, R_m, contain V below lambda 1: measured against
     them, a critic flatters itself.) 0 where all outcomes are equal, as there is nothing to explain;
-    absent without values.
+    absent without values. positive_advantages is the share of policy tokens with A > 0.
     """
     mask = rollout.mask
     reads = boundaries(rollout.ends, mask, config.value_at)
@@ -631,6 +695,7 @@ def credit_metrics(rollout: Rollout, advantages: Tensor, config: SAPOConfig) -> 
     metrics = {
         "advantage_mean": mean.item(),
         "advantage_std": _average((advantages - mean).square(), mask, "token").sqrt().item(),
+        "positive_advantages": _average(advantages > 0, mask, "token").item(),
         "segments_per_response": reads.sum().item() / len(mask),
         "tokens_per_segment": (mask.sum() / reads.sum().clamp(min=1)).item(),
     }
@@ -677,7 +742,6 @@ def sapo_update(
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
-    ratio_ends = rollout.ends if config.ratio == "segment" else token_ends(mask)
     reads = boundaries(rollout.ends, mask, config.value_at)
     clip = (config.clip_low, config.clip_high, config.dual_clip)
     actor_optimizer, critic_optimizer = optimizers
@@ -685,7 +749,7 @@ def sapo_update(
     def policy_objective(rows):
         logp, entropy = score(rows)
         old_logp, row_mask = rollout.logp[rows], mask[rows]
-        ratio = segment_ratio(logp, old_logp, ratio_ends[rows], row_mask)
+        ratio = importance_ratio(logp, old_logp, rollout.ends[rows], row_mask, config.ratio)
         loss, stats = policy_loss(ratio, advantages[rows], row_mask, *clip, config.average)
         stats["approx_kl"] = approx_kl(logp, old_logp, row_mask)
         stats["ratio"] = _average(ratio.detach(), row_mask, "token").item()
@@ -729,7 +793,7 @@ def _check_update(rollout, advantages, returns, value, config):
     """What a caller got wrong is an error here, before it could count as a step to skip."""
     _check_rollout(rollout)
     _check(rollout.mask, advantages=advantages)
-    _require(config.ratio in ("segment", "token"), "ratio", config.ratio, "'segment' or 'token'")
+    _require(config.ratio in RATIOS, "ratio", config.ratio, f"one of {', '.join(RATIOS)}")
     if value is not None:
         _require(returns is not None, "returns", None, "returns (B, T), as there is a critic")
     if returns is not None:

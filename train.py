@@ -44,6 +44,7 @@ import baselines
 import checkpoint
 import env  # noqa: F401  importing it registers the SAPO/... environments
 import evaluation
+import health
 import models
 import rollout
 import sapo
@@ -51,6 +52,7 @@ import tiny
 import vlm
 from lab import credit_page, figures
 from sapo import setting
+from tasks import TASKS
 
 # ----------------------------------------------------------------------------------- settings
 
@@ -76,6 +78,11 @@ class Settings(baselines.Method):
     critic: Literal["separate", "shared"] = setting(
         "separate", "without --lora: its own weights, or a head alone"
     )
+    critic_hears: Literal["nothing", "logp"] = setting(
+        "logp",
+        "what the critic is told beside the text: nothing (the paper), or how unlikely the "
+        "policy's least likely token so far was (ours)",
+    )
     gradient_checkpointing: bool = setting(
         False, "keep fewer activations and make them again for the gradient"
     )
@@ -85,7 +92,7 @@ class Settings(baselines.Method):
     resume: str = setting(
         "", "folder of a run to continue; flags given beside it change its settings"
     )
-    iterations: int = setting(60, "rollouts to learn from")
+    iterations: int = setting(40, "rollouts to learn from")
     token_budget: int = setting(
         0,
         "stop also when so many tokens were generated, continuations and trees included; 0: never",
@@ -98,9 +105,13 @@ class Settings(baselines.Method):
     )
     warm_start_batch: int = setting(64, "demonstrations per step")
     warm_start_lr: float = setting(3e-3, "peak learning rate of the warm start")
-    error_rate: float = setting(0.075, "probability that a demonstrated step is wrong")
+    habits: float = setting(
+        0.6,
+        "how often a demonstration follows a bad habit of the task where there is one; 0: none",
+    )
+    error_rate: float = setting(0.02, "probability that a demonstrated step slips besides")
     actor_half_life: float = setting(
-        5e5, "generated tokens in which --actor_lr falls by half; inf: it stays"
+        2e5, "generated tokens in which --actor_lr falls by half; inf: it stays"
     )
     eval_every: int = setting(20, "iterations between held-out evaluations at temperature 1")
     eval_episodes: int = setting(512, "held-out episodes per evaluation")
@@ -123,6 +134,7 @@ class Progress:
     threshold: float | None = None  # --cut causal: entropy (nats) above which a segment ends
     skipped_in_a_row: int = 0  # minibatches without a finite loss, up to now
     evaluations_before: dict | None = None  # held-out accuracy before training, by decoding
+    ailing_since: dict[str, int] = field(default_factory=dict)  # see health.warnings
 
 
 @dataclass
@@ -173,8 +185,7 @@ def iterate(run) -> dict:
 
     def value(rows):
         """The critic's values of some responses, as it is now."""
-        inputs = vlm.take(batch.inputs, rows)
-        return vlm.prefix_values(critic, inputs, batch.tokens[rows], batch.written[rows])
+        return rollout.values_of(critic, batch, batch.rollout.logp, rows)
 
     history = sapo.sapo_update(
         trained_on,
@@ -289,6 +300,8 @@ def train(run) -> bool:
                     log(run, "samples.jsonl", *samples(run))
                 log(run, "metrics.jsonl", row)
                 show(run, bar, row)
+                for line in health.warnings(row, progress.ailing_since):
+                    bar.write(line)
                 due = progress.iteration % settings.checkpoint_every == 0
                 if due and progress.iteration < settings.iterations:
                     checkpoint.save(run)
@@ -359,13 +372,17 @@ def finish(run) -> None:
 
 
 def make_env(settings) -> gym.Env:
-    """One environment, from --env and --env_args: values as in JSON, or else words. ValueError for
-    an unknown id, and for keywords that the task refuses."""
+    """One environment, from --env and --env_args: values as in JSON, or else words. A task that
+    demonstrates gets --habits, too. ValueError for an unknown id, and for keywords that the task
+    refuses."""
     try:
         keywords = dict(pair.split("=", 1) for pair in settings.env_args)
         for name, word in keywords.items():
             with contextlib.suppress(ValueError):  # not a number: it stays a word
                 keywords[name] = json.loads(word)
+        spec = gym.registry.get(settings.env.split(":")[-1])  # None: its module is yet to import
+        if spec is not None and spec.kwargs.get("task") in TASKS:
+            keywords = {"habits": settings.habits} | keywords
         return gym.make(settings.env, disable_env_checker=True, **keywords)
     except (ValueError, TypeError, ImportError, gym.error.Error) as error:
         raise ValueError(

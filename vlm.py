@@ -571,16 +571,23 @@ def _token_scores(head, hidden, tokens, banned, temperature):
     return logp.gather(1, tokens[:, None]).squeeze(1), entropy
 
 
-def prefix_values(critic, inputs: dict, tokens: Tensor, mask: Tensor) -> Tensor:
+def prefix_values(
+    critic, inputs: dict, tokens: Tensor, mask: Tensor, surprise: Tensor | None = None
+) -> Tensor:
     """The critic's V of the prefix *before* each response token: (B, T) float32, 0 off the mask.
 
     critic: a module that maps the model's inputs to a value per position, (B, L), where position p
     has read the tokens up to and including p (a `sapo.SegmentCritic`).
+    surprise: what a critic that hears is told after each response token, (B, T).
     """
     P = inputs["input_ids"].shape[1]
     T = _used_columns(mask)
     _recompute_for_gradients(critic)
-    values = critic(**joined(inputs, tokens[:, :T], mask[:, :T]), use_cache=False)  # (B, P + T)
+    told = {}
+    if surprise is not None:  # before the first token nothing was surprising
+        told["surprise"] = F.pad(surprise[:, :T], (P, 0))  # (B, P + T)
+    whole = joined(inputs, tokens[:, :T], mask[:, :T])
+    values = critic(**whole, **told, use_cache=False)  # (B, P + T)
     values = torch.where(mask[:, :T], values[:, P - 1 : -1], 0.0)  # (B, T used)
     return F.pad(values, (0, mask.shape[1] - T))  # (B, T)
 

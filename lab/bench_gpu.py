@@ -252,7 +252,7 @@ def one_iteration(learners, inputs, new_tokens, micro_batch, device) -> dict:
     luck = torch.rand(mask.shape, device=device).round()
     rewards = torch.where(sapo.response_ends(mask), luck, 0.0)
     rollout = sapo.Rollout(mask, sapo.entropy_ends(entropy, mask), logp, rewards, values)
-    config = sapo.SAPOConfig(minibatch=len(mask), micro_batch=micro_batch)
+    config = sapo.SAPOConfig(epochs=1, minibatch=len(mask), micro_batch=micro_batch)
     optimizers = learners.actor_optimizer, learners.critic_optimizer
     with timed(seconds, "update", device):
         advantages, returns = sapo.credit(rollout, config)

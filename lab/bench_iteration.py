@@ -21,8 +21,10 @@ def measure(rounds=6, each=3) -> dict:
     responses to a prompt for both GRPOs. In each round `each` iterations of everyone.
     """
     runs = {}
+    once = ["--epochs", "1", "--minibatch", "128"]
     for name, method in OURS.items():
-        runs[name] = train.build(*train.parse(["--method", method, "--name", f"bench-{method}"]))
+        flags = ["--method", method, "--name", f"bench-{method}", *once]
+        runs[name] = train.build(*train.parse(flags))
     start = tiny.cached_warm_start(DiceSum(), runs["GRPO"].settings)
     seconds = {name: [] for name in OURS}
     try:

@@ -10,11 +10,12 @@
     python -m lab.compare --methods sapo ppo --seeds 3 --tokens 300000 --lam 0.9
 
 Flags that are not a sweep's are train.py's, and hold for every run. `--jobs` runs go side by side,
-a process of one thread each; a sweep that was killed continues. After each run the outcome,
-results/<experiment>-<task>.json, is written anew.
+a process of one thread each. After each run the outcome, results/<experiment>-<task>.json, is
+written anew; a sweep that was killed goes on, and makes no run whose outcome stands there.
 
-The learning rate of each method is chosen from one grid for all (`--experiment tune`, with seeds of
-its own, on the same task and --tag), and read from results/ where that exists.
+The learning rate of each method, and its lambda where it has one, is chosen by as many trials for
+each (`--experiment tune`, with seeds of its own, on the same task and --tag), and read from
+results/ where that exists.
 
 Statistics as in Agarwal et al. (arXiv:2108.13264, the rliable paper): the interquartile mean over
 seeds, and its 95% interval by bootstrap. Left out: significance tests; read the intervals.
@@ -30,7 +31,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from lab.sweep import Sweep, execute, finished, outcome, plan, table
+from lab.sweep import EXPERIMENTS, Sweep, execute, finished, kept_outcomes, outcome, plan, table
 from lab.truth import lifts, truth
 
 
@@ -59,14 +60,34 @@ def heading(sweep, argv) -> dict:
 
 
 def finished_runs(sweep, extra):
-    """Make a sweep's runs, `jobs` at a time. Yields the outcomes so far, each time one is done."""
+    """Make a sweep's runs, `jobs` at a time, but for those whose outcome the results have already.
+    Yields the outcomes so far, each time one is done, in the order of a whole sweep: those that
+    the plan does not have, because it is one of fewer methods or seeds, stay among them."""
     runs = list(plan(sweep, extra))
-    folders = [run.folder for run in runs]
-    flags = [run.flags for run in runs]
-    bar = tqdm(total=len(runs), desc=f"{sweep.experiment} on {sweep.task}", disable=None)
+    kept = kept_outcomes(sweep)
+    missing = [run for run in runs if shlex.join(run.flags) not in kept]
+    planned = {(run.label, run.seed) for run in runs}
+    others = [run for run in kept.values() if (run["label"], run["seed"]) not in planned]
+    labels = list(EXPERIMENTS[sweep.experiment])
+
+    def place(run):
+        known = run["label"] in labels
+        return run["seed"], labels.index(run["label"]) if known else len(labels)
+
+    def outcomes():
+        done = list(others)
+        for run in runs:
+            if shlex.join(run.flags) in kept:
+                done.append(kept[shlex.join(run.flags)])
+            elif finished(run.folder):
+                done.append(outcome(run))
+        return sorted(done, key=place)
+
+    yield {"runs": outcomes()}
+    bar = tqdm(total=len(missing), desc=f"{sweep.experiment} on {sweep.task}", disable=None)
     with bar, ThreadPoolExecutor(sweep.jobs) as pool:
-        for _ in pool.map(execute, folders, flags):
-            yield {"runs": [outcome(run) for run in runs if finished(run.folder)]}
+        for _ in pool.map(lambda run: execute(run.folder, run.flags), missing):
+            yield {"runs": outcomes()}
             bar.update()
 
 

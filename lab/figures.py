@@ -136,7 +136,7 @@ def _draw_critic(axes, lines):
         axes.axhline(0, color=FAINT, linestyle="--", linewidth=1)
     lowest = min((value for value in explained if math.isfinite(value)), default=0)
     bottom = max(-1, min(0, lowest)) - 0.05  # an untaught critic can be far below -1: left out
-    axes.set(ylim=(bottom, 1.05), ylabel="explained variance of the returns")
+    axes.set(ylim=(bottom, 1.05), ylabel="explained variance of the outcomes")
     axes.set_title("Critic: 1 perfect, 0 a constant guess")
 
 
@@ -440,15 +440,71 @@ def lift(file):
     return _save_svg(lift_figure(_read_results(file)), Path(file).with_suffix(".svg"))
 
 
+def critic_figure(results):
+    """What variants of the critic see of one frozen policy: a column per task, two measures."""
+    measured = results["measured"]
+    tasks = list(dict.fromkeys(row["task"] for row in measured))
+    variants = list(results["variants"])
+    figure, _ = _new_figure(3.4 * len(tasks) + 1.5, 6.4, 1)
+    figure.clear()
+    grid = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
+    measures = {
+        "explained_variance": "explained variance\nof the outcome",
+        "auroc_of_first_wrong_step": "AUROC of TD errors:\nfirst wrong step against right ones",
+    }
+    styles = _line_styles(variants, "hears")
+    for column, task in enumerate(tasks):
+        for axes, (measure, label) in zip(grid[:, column], measures.items(), strict=True):
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            for name in variants:
+                curves = _curves_of(measured, task, name)
+                if not curves:  # not measured yet
+                    continue
+                steps = [point["optimizer_steps"] for point in curves[0]]
+                of_seeds = [[point[measure] for point in curve] for curve in curves]
+                axes.plot(steps, np.mean(of_seeds, 0), label=name, **styles[name])
+            ceilings = [curve[0][measure] for curve in _curves_of(measured, task, "ceiling")]
+            if ceilings:
+                axes.axhline(
+                    np.mean(ceilings), color=GREEN, linestyle="--", label="64 continuations"
+                )
+            if column == 0:
+                axes.set_ylabel(label)
+        grid[0, column].set_title(f"{task}: {_accuracy(measured, task):.0%} right")
+        grid[1, column].set_xlabel("optimizer steps")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle("What a critic sees of one frozen policy", fontweight="bold")
+    return figure
+
+
+def _curves_of(measured, task, variant):
+    """The curves of a variant on a task, one per seed."""
+    return [row["curve"] for row in measured if row["task"] == task and row["variant"] == variant]
+
+
+def _accuracy(measured, task):
+    """How often the frozen policies of a task are right."""
+    return np.mean([row["accuracy"] for row in measured if row["task"] == task])
+
+
+def critic(file):
+    """Write `critic_figure` of lab.critic's JSON beside it; return the SVG's path."""
+    return _save_svg(critic_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+
+
 def drawn(folder):
-    """Draw all that lab.compare left in a folder of results; yields the path of each picture."""
+    """Draw all that lab.compare and lab.critic left in a folder of results; yields the path of each
+    picture. A comparison that ROWS does not know, a tuning say, has none."""
     for file in sorted(Path(folder).glob("*.json")):
         experiment = file.stem.split("-")[0]
-        if experiment == "truth":
+        if file.stem == "critic":
+            yield critic(file)
+        elif experiment == "truth":
             yield truth(file)
         elif experiment == "lift":
             yield lift(file)
-        elif experiment != "tune" and "runs" in _read_results(file):
+        elif experiment in ROWS and "runs" in _read_results(file):
             yield comparison(file)
             if experiment == "main":
                 yield training(file)

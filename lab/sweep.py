@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import numpy as np
 
 import baselines
 import checkpoint
-from lab.stats import interval
+import sapo
+from lab.stats import interval, probability_of_improvement
 from sapo import setting
 
 ROOT = Path(__file__).parent.parent
@@ -28,28 +30,55 @@ ROOT = Path(__file__).parent.parent
 
 # --------------------------------------------------------------------------- what is compared
 METHODS = list(baselines.SETTINGS)
+RATES = ("1e-4", "2e-4", "4e-4", "8e-4")
 
-# The learning rates of the tuning, the same for every method, from small to large.
-GRID = ["1e-4", "3e-4", "6e-4", "1.2e-3"]
+# The trials of the tuning, as many for every method: four learning rates, or two by two lambdas
+# where the method has a lambda. From small steps to large ones.
+TRIALS = {
+    **{method: [f"--actor_lr {rate}" for rate in RATES] for method in METHODS},
+    **{
+        method: [f"--actor_lr {rate} --lam {lam}" for lam in (0.99, 0.9) for rate in RATES[1:3]]
+        for method in ("sapo", "ppo", "vc-ppo")
+    },
+}
 
 # Monte-Carlo values cost many tokens per response, so these methods take smaller batches from the
-# same budget.
+# same budget, and as many optimizer steps from each.
 BATCHES = {
-    "spo-chain": ["--batch", "64", "--minibatch", "32", "--continuations", "4"],
-    "vineppo": ["--batch", "32", "--minibatch", "16", "--continuations", "4"],
+    "spo-chain": ["--batch", "64", "--minibatch", "16", "--continuations", "4"],
+    "vineppo": ["--batch", "32", "--minibatch", "8", "--continuations", "4"],
 }
 
 CUTS = ("topk", "causal", "delimiter", "low-prob", "fixed")
 TOP_K_PERCENT = (5, 10, 20, 30, 50, 100)
 
+# How often can a rollout be used? The ratio and its clip are there for that.
+REUSED = {
+    "segment ratio": [],
+    "token ratio": ["--ratio", "token"],
+    "response ratio": ["--ratio", "response"],
+    "product of ratios": ["--ratio", "product"],
+    "no clip": ["--clip_low", "1", "--clip_high", "inf"],
+    "ppo": ["--method", "ppo"],
+    "grpo": ["--method", "grpo"],
+}
+
 # {experiment: {label: the flags of train.py that make this variant}}
 EXPERIMENTS = {
     "tune": {
-        f"{method} {rate}": ["--method", method, "--actor_lr", rate]
+        f"{method} {trial}": ["--method", method, *trial.split()]
         for method in METHODS
-        for rate in GRID
+        for trial in TRIALS[method]
     },
-    "main": {method: ["--method", method] for method in METHODS},
+    "main": {
+        **{method: ["--method", method] for method in METHODS},
+        "ppo, lambda of sapo": ["--method", "ppo", "--lam", str(sapo.SAPOConfig().lam)],
+    },
+    "reuse": {
+        f"{name}, {epochs} epochs": [*flags, "--epochs", str(epochs)]
+        for epochs in (1, 2, 4, 8)
+        for name, flags in REUSED.items()
+    },
     "cuts": {cut: ["--cut", cut] for cut in CUTS},
     "topk": {f"{percent}%": ["--top_k", str(percent / 100)] for percent in TOP_K_PERCENT},
     "horizon": {
@@ -126,35 +155,35 @@ class Planned(NamedTuple):
     flags: list[str]  # of train.py
 
 
-def best_rate(sweep: Sweep, method: str) -> list[str]:
-    """The smallest learning rate within a standard error of the tuning's best, as train.py's flags.
+def best_trial(sweep: Sweep, method: str) -> list[str]:
+    """A method's first trial within a standard error of the tuning's best, as flags of train.py.
 
     The tuning is the "tune" experiment of the same task and tag. No flags where it has no run of
-    this method: then train.py's default holds.
+    this method: then train.py's defaults hold.
     """
     file = replace(sweep, experiment="tune").file
     if sweep.experiment == "tune" or not file.is_file():
         return []
     runs = json.loads(file.read_text())["runs"]
-    accuracies = {}  # rate -> the accuracies of its seeds
-    for rate in GRID:
-        at_rate = [run["accuracy"] for run in runs if run["label"] == f"{method} {rate}"]
-        if at_rate:
-            accuracies[rate] = at_rate
+    accuracies = {}  # trial -> the accuracies of its seeds
+    for trial in TRIALS[method]:
+        of_trial = [run["accuracy"] for run in runs if run["label"] == f"{method} {trial}"]
+        if of_trial:
+            accuracies[trial] = of_trial
     if not accuracies:
         return []
-    best, seeds = max((np.mean(at_rate), len(at_rate)) for at_rate in accuracies.values())
+    best, seeds = max((np.mean(of_trial), len(of_trial)) for of_trial in accuracies.values())
     # The standard error of 512 evaluations per seed alone: runs vary more than that.
     enough = best - math.sqrt(best * (1 - best) / (512 * seeds))
     return next(
-        ["--actor_lr", rate] for rate, at_rate in accuracies.items() if np.mean(at_rate) >= enough
+        trial.split() for trial, of_trial in accuracies.items() if np.mean(of_trial) >= enough
     )
 
 
 def plan(sweep: Sweep, extra: list[str]):
     """Every run of the sweep, all variants on a seed before the next seed. Yields Planned.
 
-    `extra`: flags of train.py for every run. They win over the tuned learning rate; a method's own
+    `extra`: flags of train.py for every run. They win over the tuned ones; a method's own
     batch and a variant's own flags win over them. Raises ValueError for an unknown experiment.
     """
     if sweep.experiment not in EXPERIMENTS:
@@ -163,7 +192,8 @@ def plan(sweep: Sweep, extra: list[str]):
     variants = EXPERIMENTS[sweep.experiment]
     for seed in range(sweep.first_seed, sweep.first_seed + sweep.seeds):
         for label, variant in variants.items():
-            if sweep.methods and label.split(" ")[0] not in sweep.methods:
+            # "ppo, lambda of sapo" and "ppo --lam 0.9" are variants of ppo
+            if sweep.methods and re.split("[ ,]", label)[0] not in sweep.methods:
                 continue
             method = variant[variant.index("--method") + 1] if "--method" in variant else "sapo"
             if method == "srpo" and "TextSum" in sweep.env:  # it weighs what was seen on a picture
@@ -172,7 +202,7 @@ def plan(sweep: Sweep, extra: list[str]):
             name = f"{sweep.name}/{words}-seed{seed}"
             flags = [
                 *sweep.task_flags,
-                *best_rate(sweep, method),
+                *best_trial(sweep, method),
                 *extra,
                 *BATCHES.get(method, []),
                 *variant,
@@ -182,6 +212,14 @@ def plan(sweep: Sweep, extra: list[str]):
             flags += ["--token_budget", str(sweep.tokens), "--iterations", "100000"]
             flags += ["--eval_every", "100000"]
             yield Planned(label, seed, Path(sweep.runs) / name, flags)
+
+
+def kept_outcomes(sweep: Sweep) -> dict[str, dict]:
+    """{flags: outcome} of the runs that an earlier sweep, perhaps on another machine, has left in
+    the results: a run with the same flags is not made again."""
+    if not sweep.file.is_file():
+        return {}
+    return {run["flags"]: run for run in json.loads(sweep.file.read_text())["runs"]}
 
 
 def finished(folder: Path) -> bool:
@@ -224,6 +262,8 @@ CURVES = (
     "entropy",
     "value_loss",
     "explained_variance",
+    "clip_fraction",
+    "approx_kl",
     "response_tokens",
     "segments_per_response",
 )
@@ -257,26 +297,47 @@ def outcome(planned: Planned) -> dict:
         "flags": shlex.join(planned.flags),
         "iterations": len(rows),
         **{key: summary[key] for key in SUMMARISED},
+        "greedy_before": summary["evaluations_before"]["greedy"]["eval_accuracy"],
         "greedy": summary["evaluations"]["greedy"]["eval_accuracy"],
         "curve": training_curve(rows),
     }
 
 
 def table(results: dict) -> str:
-    """A comparison's outcome as a Markdown table: per variant the IQM over seeds, 95% interval."""
+    """A comparison's outcome as a Markdown table: per variant the IQM over seeds, 95% interval.
+
+    Accuracy at temperature 1 and greedy, before and after. "first beats it": the probability that a
+    run of the table's first variant ends above one of this variant (rliable's probability of
+    improvement), at temperature 1.
+    """
     lines = [
-        "| | seeds | before | after: IQM, 95% interval | beats its start | tokens | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| | seeds | before: temperature 1, greedy | after, temperature 1: IQM, 95% interval | "
+        "after, greedy: IQM, 95% interval | first beats it | tokens | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for label in dict.fromkeys(run["label"] for run in results["runs"]):
-        runs = [run for run in results["runs"] if run["label"] == label]
-        start = np.mean([run["warm_start_accuracy"] for run in runs])
-        tokens = np.mean([run["generated_tokens"] for run in runs])
-        seconds = np.mean([run["seconds"] for run in runs])
-        value, low, high = interval([run["accuracy"] for run in runs])
-        better = sum(run["accuracy"] > run["warm_start_accuracy"] for run in runs)
+    by_label = {}
+    for run in results["runs"]:
+        by_label.setdefault(run["label"], []).append(run)
+    first = None
+    for label, runs in by_label.items():
+        before, greedy_before, tokens, seconds = (
+            np.mean([run[key] for run in runs])
+            for key in ("warm_start_accuracy", "greedy_before", "generated_tokens", "seconds")
+        )
+        after = [run["accuracy"] for run in runs]
+        greedy = [run["greedy"] for run in runs]
+        beaten = ""
+        if first is None:
+            first = after
+        else:
+            beaten = "{:.2f} ({:.2f} to {:.2f})".format(*probability_of_improvement(first, after))
         lines.append(
-            f"| {label} | {len(runs)} | {start:.3f} | {value:.3f} ({low:.3f} to {high:.3f}) | "
-            f"{better} of {len(runs)} | {tokens:.0f} | {seconds:.0f} |"
+            f"| {label} | {len(runs)} | {before:.3f}, {greedy_before:.3f} | {_shares(after)} | "
+            f"{_shares(greedy)} | {beaten} | {tokens:.0f} | {seconds:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _shares(accuracies):
+    """The IQM of accuracies with its 95% interval."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*interval(accuracies))

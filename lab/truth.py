@@ -8,6 +8,7 @@ same policy. `truth` measures these three; `lifts` asks whether V jumps where en
 Shapes: B responses, T tokens, as in sapo.py.
 """
 
+import re
 import shlex
 from dataclasses import replace
 
@@ -104,36 +105,61 @@ def pooled_auroc(responses):
     return auroc([advantage for advantage, _ in steps], [right for _, right in steps])
 
 
-def credit_accuracy(run, count):
-    """How well the advantages tell right steps from wrong ones, over `count` responses.
+def deepest_until_lost(advantages, steps):
+    """Of a response that has a wrong step: [(smallest advantage in the step, is it right?), ...].
 
-    "auroc": of all steps, its 95% interval by bootstrap over responses. "auroc_in_wrong_responses":
-    within responses that have a wrong step; 0.5 where all their steps are blamed alike.
-    "share_on_first_wrong_step": the mean over responses, and its 95% interval.
+    The wrong steps after the first are left out: a response can be lost only once, and then V has
+    nowhere to fall to. A step may span several segments, and the smallest advantage is that of the
+    one where the value falls most. advantages (T,); steps as `step_tokens` gives them.
     """
+    deepest, lost = [], False
+    for first, end, right in steps:
+        if right or not lost:
+            deepest.append((float(advantages[first:end].min()), right))
+        lost = lost or not right
+    return deepest if lost else []
+
+
+def credit_accuracy(run, count):
+    """How well the advantages tell right steps from wrong ones, over `count` responses: see
+    `accuracy_of`. The advantages are the method's own; with --lam 0 they are the TD errors."""
     batch = same_batch(run, count)
     # Of all used tokens: what the loss leaves out (SPO's confident tokens, say) has credit too.
-    advantages = train.assign_credit(run, batch).advantages  # (B, T)
-    responses, shares = [], []
+    return accuracy_of(train.assign_credit(run, batch).advantages, batch)
+
+
+def accuracy_of(advantages, batch, draws=200):
+    """How well advantages (B, T) tell a batch's right steps from its wrong ones.
+
+    "auroc": of all steps, its 95% interval by bootstrap over responses (slow; None at no draws).
+    "auroc_in_wrong_responses": within responses that have a wrong step; 0.5 where all their steps
+    are blamed alike. "auroc_of_first_wrong_step": there, the first wrong step against the right
+    ones (`deepest_until_lost`). "share_on_first_wrong_step": the mean over responses, and its 95%
+    interval. "wrong_responses": how many have a wrong step.
+    """
+    responses, shares, deepest = [], [], []
     for row, environment in enumerate(batch.envs):
         steps = step_tokens(environment, batch.texts[row])
         of_tokens = advantages[row].numpy()  # (T,)
         responses.append([(float(of_tokens[i:j].mean()), right) for i, j, right in steps])
+        deepest.append(deepest_until_lost(of_tokens, steps))
         share = share_on_first_wrong(of_tokens, steps)
         if share is not None:
             shares.append(share)
     rng = np.random.default_rng(0)
     resampled = []
-    for _ in range(200):
+    for _ in range(draws):
         rows = rng.integers(len(responses), size=len(responses))
         resampled.append(pooled_auroc([responses[row] for row in rows]))
     wrong = [steps for steps in responses if not all(right for _, right in steps)]
     return {
         "auroc": pooled_auroc(responses),
         # Quantiles without the NaN of a draw whose steps are all right.
-        "auroc_interval": np.nanquantile(resampled, (0.025, 0.975)).tolist(),
+        "auroc_interval": np.nanquantile(resampled, (0.025, 0.975)).tolist() if draws else None,
         "auroc_in_wrong_responses": pooled_auroc(wrong) if wrong else None,
+        "auroc_of_first_wrong_step": pooled_auroc(deepest) if wrong else None,
         "share_on_first_wrong_step": interval(shares, mean) if shares else None,
+        "wrong_responses": len(wrong),
     }
 
 
@@ -146,17 +172,15 @@ def gradient(run, batch, learned, advantages):
     split changes nothing.
     """
     config, model = run.config, run.models.policy.model
-    ends = learned.ends if config.ratio == "segment" else sapo.token_ends(learned.mask)
     # (B,): how much of the mean over the batch each response is.
     weight = learned.mask.sum(1) if config.average == "token" else torch.ones(len(advantages))
     model.zero_grad()
     for rows in torch.arange(len(advantages)).split(config.minibatch):
         inputs = vlm.take(batch.inputs, rows)
         logp, _ = vlm.score(run.models.policy, inputs, batch.tokens[rows], batch.written[rows])
-        ratio = sapo.segment_ratio(logp, learned.logp[rows], ends[rows], learned.mask[rows])
-        loss, _ = sapo.policy_loss(
-            ratio, advantages[rows], learned.mask[rows], average=config.average
-        )
+        ends, mask = learned.ends[rows], learned.mask[rows]
+        ratio = sapo.importance_ratio(logp, learned.logp[rows], ends, mask, config.ratio)
+        loss, _ = sapo.policy_loss(ratio, advantages[rows], mask, average=config.average)
         (loss * weight[rows].sum() / weight.sum().clamp(min=1)).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -307,7 +331,7 @@ def truth(
     # 256 responses a batch: --batch as it is by default.
     measured["reference"] = {"responses": 256 * large, "cosine_of_its_halves": agreement}
     for name, flags in TRUTH.items():
-        if sweep.methods and name not in sweep.methods:
+        if sweep.methods and re.split("[ ,]", name)[0] not in sweep.methods:
             continue
         run = frozen(sweep, extra, flags, rollouts)
         measured["methods"][name] = credit_accuracy(run, responses)

@@ -20,7 +20,7 @@ TASK = [
 ]
 SHORT = [
     *TASK,
-    *("--batch", "16", "--eval_episodes", "16", "--actor_lr", "1e-3", "--minibatch", "8"),
+    *("--batch", "16", "--eval_episodes", "8", "--actor_lr", "1e-3", "--minibatch", "8"),
 ]
 # A method with the groups, trees and continuations that fit a batch of 16 or 32
 SMALL = [

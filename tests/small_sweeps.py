@@ -12,8 +12,6 @@ LEARNED = [
     *("--batch", "16", "--minibatch", "8", "--eval_episodes", "32", "--group", "4"),
     *("--branching", "2", "2"),
 ]
-# A shorter warm start, for what is only to run. Of a flag given twice the second counts.
-FAST = [*LEARNED, "--warm_start_steps", "30", "--warm_start_batch", "32"]
 
 
 def parsed_sweep(*flags):

@@ -97,7 +97,7 @@ def small_smolvlm():
 
 def small_qwen():
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
-    return bench_gpu.qwen(256, 1, 2, 1, 32, 152_000, tied=True, vision=vision)
+    return bench_gpu.qwen(128, 1, 1, 1, 32, 152_000, tied=True, vision=vision)
 
 
 def check_row(row):

@@ -1,44 +1,96 @@
 """lab/compare.py: the command line of the comparisons, a small sweep from end to end."""
 
+import contextlib
 import json
 import re
+import shlex
 
 import pytest
-from small_sweeps import FAST, SUM_TASK
+from small_sweeps import LEARNED, SUM_TASK, parsed_sweep
 
+import train
 from lab import compare, figures
+from lab.sweep import CURVES, finished, plan
+
+SHARES = ("warm_start_accuracy", "accuracy", "accuracy_low", "accuracy_high")
+SHARES += ("greedy_before", "greedy")
 
 
-def test_a_sweep_end_to_end_and_again(tmp_path, capsys):
-    """A method by two seeds through the real command line; a second call finds all of it done."""
-    flags = [*SUM_TASK, "--methods", "grpo", "--seeds", "2", "--tokens", "1200", "--tag", "small"]
-    flags += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
-    flags += [*FAST, "--actor_lr", "1e-3"]
-    compare.main(flags)
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs are made here: a process of their own takes seconds to begin. test_sweep.py has one."""
+
+    def run_here(folder, flags):
+        assert not finished(folder)
+        train.main(flags)
+
+    monkeypatch.setattr(compare, "execute", run_here)
+    # only a main thread may have a handler of Ctrl-C
+    quietly = contextlib.nullcontext(lambda: False)
+    monkeypatch.setattr(train, "ctrl_c_as_a_flag", lambda: quietly)
+
+
+def test_a_sweep_end_to_end_and_again(runs, tmp_path, capsys, in_this_process):
+    """A method by two seeds. The first is run; the second's outcome is among the results, made
+    elsewhere. A second call finds all of it done."""
+    flags = [*SUM_TASK, "--methods", "grpo", "--tokens", "400", "--tag", "small"]
+    flags += ["--runs", str(runs), "--results", str(tmp_path), *LEARNED, "--actor_lr", "1e-3"]
     file = tmp_path / "main-TextSum-n=1-largest=99-small.json"
+    (elsewhere,) = plan(*parsed_sweep(*flags, "--first_seed", "1", "--seeds", "1"))
+    shares = dict.fromkeys(SHARES, 0.5)
+    kept = {"label": "grpo", "seed": 1, "flags": shlex.join(elsewhere.flags), **shares}
+    kept |= {"iterations": 1, "generated_tokens": 450, "seconds": 1.0}
+    kept["curve"] = {name: [0.5] for name in ("accuracy", *sorted({*CURVES} - {"accuracy"}))}
+    kept["curve"] = {"generated_tokens": [450], **kept["curve"]}
+    file.write_text(json.dumps({"runs": [kept]}))
+    flags += ["--seeds", "2"]
+    compare.main(flags)
     outcome = json.loads(file.read_text())
     assert outcome["command"].startswith("python -m lab.compare --env SAPO/TextSum-v0 ")
     assert {"experiment", "task", "budget_tokens", "jobs", "date", "versions"} <= outcome.keys()
-    runs = outcome["runs"]
-    assert sorted((run["label"], run["seed"]) for run in runs) == [("grpo", 0), ("grpo", 1)]
-    for run in runs:
-        assert 1200 <= run["generated_tokens"] < 1800
-        assert run["curve"]["generated_tokens"][-1] == run["generated_tokens"]
-        assert len({len(curve) for curve in run["curve"].values()}) == 1
-    warm_starts = list((tmp_path / "runs" / "cache").glob("*/manifest.json"))
-    assert len(warm_starts) == 2  # one per seed
+    made, other = outcome["runs"]
+    assert (made["label"], made["seed"]) == ("grpo", 0) and other == kept
+    assert 400 <= made["generated_tokens"] < 700
+    assert made["curve"]["generated_tokens"][-1] == made["generated_tokens"]
+    assert len({len(curve) for curve in made["curve"].values()}) == 1
+    assert made.keys() == kept.keys() and made["accuracy"] != 0.5
     shown = capsys.readouterr().out
     assert re.search(r"^\| grpo \| 2 \|", shown, re.MULTILINE) and "IQM" in shown
 
-    logs = list((tmp_path / "runs").rglob("*.log"))
-    times = [log.stat().st_mtime_ns for log in logs]
+    assert [path.name for path in runs.glob(f"{file.stem}/*")] == ["grpo-seed0"]
     compare.main(flags)
-    assert len(logs) == 2 and times == [log.stat().st_mtime_ns for log in logs]
-    assert json.loads(file.read_text())["runs"] == runs
+    assert [path.name for path in runs.glob(f"{file.stem}/*")] == ["grpo-seed0"]
+    assert json.loads(file.read_text())["runs"] == [made, kept]
 
     pictures = list(figures.drawn(tmp_path))
     assert [p.name for p in pictures] == [file.stem + ".svg", file.stem + "-training.svg"]
     assert all("<path" in picture.read_text() for picture in pictures)
+
+
+def test_outcomes_that_a_smaller_call_does_not_plan_are_kept(tmp_path, monkeypatch):
+    """In a whole sweep's order. Those it does plan, with other flags than they had, are not."""
+    flags = ["--results", str(tmp_path), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
+    made = []
+    for planned in plan(*parsed_sweep(*flags, "--seeds", "2")):
+        made.append((planned.label, planned.seed, shlex.join(planned.flags)))
+    numbers = dict.fromkeys((*SHARES, "generated_tokens", "seconds"), 0.5)
+    kept = [{"label": label, "seed": seed, "flags": line} | numbers for label, seed, line in made]
+    gone = {"label": "of an earlier version", "seed": 0, "flags": "--gone", **numbers}
+    stale = kept[-1] | {"flags": "--stale"}  # the plan below has its label and its seed
+    file = tmp_path / "main-DiceSum.json"
+    file.write_text(json.dumps({"runs": [stale, *kept[:-1][::-1], gone]}))
+    monkeypatch.setattr(compare, "execute", lambda folder, flags: None)
+    monkeypatch.setattr(compare, "finished", lambda folder: False)
+
+    compare.main([*flags, "--methods", kept[-1]["label"].split(",")[0], "--first_seed", "1"])
+    per_seed = len(kept) // 2
+    assert json.loads(file.read_text())["runs"] == [*kept[:per_seed], gone, *kept[per_seed:-1]]
+
+    new = kept[-1] | {"accuracy": 0.9}
+    monkeypatch.setattr(compare, "finished", lambda folder: str(folder).endswith("-seed1"))
+    monkeypatch.setattr(compare, "outcome", lambda run: new)
+    compare.main([*flags, "--seeds", "2"])
+    assert json.loads(file.read_text())["runs"] == [*kept[:per_seed], gone, *kept[per_seed:-1], new]
 
 
 def test_the_tag_is_made_of_train_pys_flags_unless_given():
@@ -69,10 +121,17 @@ def test_a_measurement_is_written_with_every_part(experiment, measurement, tmp_p
     assert last == {**first, "methods": 2} and last["experiment"] == experiment
 
 
-def test_what_is_wrong_becomes_one_line(tmp_path):
+def test_what_is_wrong_becomes_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="nope: expected one of"):
         compare.main(["--experiment", "nope", "--results", str(tmp_path)])
-    with pytest.raises(SystemExit, match="see .*grpo-seed0.log"):
-        flags = ["--methods", "grpo", "--seeds", "1", "--batch", "1", "--runs", str(tmp_path)]
-        compare.main([*flags, "--results", str(tmp_path)])
     assert not list(tmp_path.glob("*.json"))
+
+    def failed(folder, flags):  # test_sweep.py has a real one
+        raise ChildProcessError(f"python train.py ended with 1; see {folder}.log")
+
+    monkeypatch.setattr(compare, "execute", failed)
+    with pytest.raises(SystemExit, match="see .*grpo-seed0.log"):
+        flags = ["--methods", "grpo", "--seeds", "1", "--runs", str(tmp_path)]
+        compare.main([*flags, "--results", str(tmp_path)])
+    (file,) = tmp_path.glob("*.json")
+    assert json.loads(file.read_text())["runs"] == []

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import train
-from lab import compare, figures, sweep
-from lab.stats import interval
+from lab import compare, critic, figures, sweep, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+KINDS = (*sweep.EXPERIMENTS, "truth", "lift", "critic")  # of measurements, by a file's first word
 PAGES = ["README.md", "tutorial.md", "docs/results.md", "docs/metrics.md", "docs/models.md"]
 
 
@@ -99,6 +99,7 @@ RESUMED = [command for command in COMMANDS if "--resume" in command]
 TRAINING = beginning_with("python train.py", without=("--help", "--resume"))
 COMPARING = beginning_with("python -m lab.compare", without=("--help",))
 MEASURING = beginning_with("python -m lab.bench", "python -m lab.figures")
+LOOKING = beginning_with("python -m lab.critic", "python -m lab.tables")
 TESTING = beginning_with("python -m pytest", "python tests/")
 
 
@@ -111,7 +112,7 @@ def arguments(command, program):
 
 
 def test_every_command_is_of_a_kind_that_is_tested_here():
-    assert sorted(HELP + RESUMED + TRAINING + COMPARING + MEASURING + TESTING) == COMMANDS
+    assert sorted(HELP + RESUMED + TRAINING + COMPARING + MEASURING + LOOKING + TESTING) == COMMANDS
 
 
 def test_ci_finds_the_test_command_in_the_readme():
@@ -177,6 +178,14 @@ def test_measurements_and_figures_take_these_words(command, monkeypatch):
         importlib.import_module(module).main(words)
 
 
+@pytest.mark.parametrize("command", LOOKING)
+def test_the_other_commands_of_the_laboratory_take_these_words(command):
+    if "lab.critic" in command:
+        critic.parse(arguments(command, "python -m lab.critic"))
+    else:
+        assert arguments(command, "python -m lab.tables") == []
+
+
 @pytest.mark.parametrize("command", TESTING)
 def test_test_commands_name_files_that_exist(command):
     files = [word for word in shlex.split(command) if word.endswith((".py", ".md"))]
@@ -217,26 +226,25 @@ def test_the_claims_stand_once_and_the_others_link_to_them():
 
 
 # ---------------------------------------------------------------------------- the default run
-RUNS = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("dicesum-sapo-seed*.json"))]
+RUNS = tables.default_runs()
 METRICS = [
     json.loads(line)
-    for line in (RESULTS / "dicesum-sapo-seed0-metrics.jsonl").read_text().splitlines()
+    for line in (RESULTS / "default-sapo-seed0-metrics.jsonl").read_text().splitlines()
 ]
 
 
-def test_the_table_of_runs_is_what_results_hold():
-    assert RUNS
+def test_the_runs_of_the_readme_are_the_default_and_say_their_date():
+    assert [run["seed"] for run in RUNS] == [0, 1, 2]
     for run in RUNS:
-        low, high = run["accuracy_low"], run["accuracy_high"]
-        cool = run["evaluations"]["temperature 0.6, top-p 0.95"]["eval_accuracy"]
-        greedy = run["evaluations"]["greedy"]["eval_accuracy"]
-        row = (
-            f"| {run['seed']} | {run['warm_start_accuracy']:.3f} | "
-            f"{run['accuracy']:.3f} ({low:.3f} to {high:.3f}) | {cool:.3f} | {greedy:.3f} | "
-            f"{run['warm_start_seconds']:.0f} + {run['seconds']:.0f} | {run['peak_rss_mb']:.0f} |"
-        )
-        assert row in text("README.md"), f"README.md lacks the row {row!r}"
+        settings, config = train.parse(arguments(run["command"], "python train.py"))
+        default_settings, default_config = train.parse(["--seed", str(run["seed"])])
+        settings.name = default_settings.name
+        assert (settings, config) == (default_settings, default_config)
         assert f"({run['date']}, " in text("README.md")
+
+
+def test_the_readmes_table_of_runs_is_what_results_hold():
+    assert tables.default_table(RUNS) in text("README.md")
 
 
 def test_the_time_from_start_to_end_is_what_results_hold():
@@ -245,40 +253,32 @@ def test_the_time_from_start_to_end_is_what_results_hold():
     assert said in prose("README.md")
 
 
-def test_the_default_run_costs_and_gains_what_the_readme_says_first():
-    before = np.mean([run["warm_start_accuracy"] for run in RUNS])
-    accuracy = np.mean([run["accuracy"] for run in RUNS])
-    said = "under five minutes of two CPU cores, "
-    said += f"from {before:.0%} right answers to some {accuracy:.0%}"
+def greedy(when):
+    return np.mean([run[when]["greedy"]["eval_accuracy"] for run in RUNS])
+
+
+def test_the_default_run_gains_what_the_readme_says_first():
+    before, after = greedy("evaluations_before"), greedy("evaluations")
+    assert f"the model is right {before:.0%} of the time before it and {after:.0%} after" in prose(
+        "README.md"
+    )
+
+
+def test_the_parts_do_what_the_readme_says():
+    parts = [run["mechanism"] for run in RUNS]
+    explained = sorted(part["explained_variance_second_half"] for part in parts)
+    clipped = sorted(part["clip_fraction"] for part in parts)
+    said = f"the critic explains {explained[0]:.0%} to {explained[-1]:.0%} of the variance"
     assert said in prose("README.md")
-    assert max(run.get("wall_seconds", 0) for run in RUNS) < 300
+    said = f"the clip holds back {clipped[0]:.1%} to {clipped[-1]:.1%} of the tokens"
+    assert said in prose("README.md")
 
 
-def test_the_longer_runs_ended_where_the_results_page_says():
-    longer = RESULTS.glob("dicesum-sapo-80rollouts-seed*.json")
-    ends = sorted(json.loads(file.read_text())["accuracy"] for file in longer)
-    assert len(ends) == 3
-    assert f"ends at {ends[0]:.2f} to {ends[-1]:.2f} " in prose("docs/results.md")
-
-
-def test_the_critic_and_the_clip_do_as_little_as_the_readme_says():
-    iterations = METRICS[1:]  # the first line is the evaluation before RL
-    explained = max(abs(row["explained_variance"]) for row in iterations)
-    assert f"`explained_variance` stays within {explained:.2f} of 0" in prose("README.md")
-    assert max(row["clip_fraction"] for row in iterations) < 0.002
-    assert "the clip touches less than 0.2% of the tokens" in prose("README.md")
-
-
-def test_greedy_accuracy_with_bad_habits_is_what_results_hold():
-    files = sorted(RESULTS.glob("habits-sapo-seed*.json"))
-    assert len(files) == 3
-    for file in files:
-        run = json.loads(file.read_text())
-        before, after = (
-            run[when]["greedy"]["eval_accuracy"] for when in ("evaluations_before", "evaluations")
-        )
-        assert f"from {before:.3f} to {after:.3f}" in prose("README.md")
-        assert "--env_args habits=0.65 --error_rate 0.02" in run["command"]
+def test_the_numbers_of_seed_0_are_those_of_its_metrics():
+    rows = METRICS[1:]  # the first line is the evaluation before RL
+    parts = RUNS[0]["mechanism"]
+    assert parts["clip_fraction"] == pytest.approx(np.mean([row["clip_fraction"] for row in rows]))
+    assert parts["largest_approx_kl"] == max(row["approx_kl"] for row in rows)
 
 
 def test_every_metric_of_a_run_is_explained_and_no_other():
@@ -358,171 +358,82 @@ def test_the_table_of_the_card_is_what_results_hold():
 
 # ---------------------------------------------------------------------------- the comparisons
 MEASURED = [
-    file.name
-    for file in sorted(RESULTS.glob("*.json"))
-    if "experiment" in json.loads(file.read_text())
+    file.name for file in sorted(RESULTS.glob("*.json")) if file.name.split("-")[0] in KINDS
 ]
-COMPARED = [name for name in MEASURED if not name.startswith(("tune", "truth", "lift"))]
-
-
-def assert_rows(rows, name):
-    """All rows of the table stand on the results page."""
-    missing = [row for row in rows if row not in text("docs/results.md").splitlines()]
-    assert rows
-    assert not missing, f"docs/results.md lacks these rows of {name}: {missing}"
-
-
-def test_each_kind_of_measurement_is_there():
-    kinds = {result(name)["experiment"] for name in MEASURED}
-    assert kinds == {*sweep.EXPERIMENTS, "truth", "lift"}
+TABLES = tables.all_tables()
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_results_page_has_the_command_and_the_date_of_each_measurement(name):
     measured = result(name)
-    command = measured["command"].replace("python compare.py", "python -m lab.compare")
-    assert command in commands_of("docs/results.md")
+    assert measured["command"] in commands_of("docs/results.md")
     assert measured["date"] in text("docs/results.md")
 
 
-@pytest.mark.parametrize("name", COMPARED)
-def test_the_tables_of_comparisons_are_what_results_hold(name):
-    assert_rows(sweep.table(result(name)).splitlines()[2:], name)
+@pytest.mark.parametrize("source", TABLES)
+def test_the_tables_of_the_results_page_are_what_results_hold(source):
+    assert TABLES[source] in text("docs/results.md")
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURED if name.startswith("truth")])
-def test_the_table_of_the_truth_is_what_results_hold(name):
-    rows = []
-    for method, measured in result(name)["methods"].items():
-        low, high = measured["auroc_interval"]
-        rows.append(
-            f"| {method} | {measured['auroc']:.2f} ({low:.2f} to {high:.2f}) | "
-            f"{measured['auroc_in_wrong_responses']:.2f} | "
-            f"{measured['share_on_first_wrong_step'][0]:.2f} | "
-            f"{measured['cosine'][0]:.2f} | {measured['variance']:.1f} |"
-        )
-    assert_rows(rows, name)
-
-
-# Where the values come from that Lift is computed of: the columns of the table, twice.
-SOURCES = ("Monte Carlo", "critic")
-
-
-def lift_cell(lift):
-    """Lift and its interval, as the tables have it."""
-    value, low, high = lift
-    return f"{value:.1f} ({low:.1f} to {high:.1f})"
-
-
-@pytest.mark.parametrize("name", [name for name in MEASURED if name.startswith("lift")])
-def test_the_table_of_lift_is_what_results_hold(name):
-    measured = result(name)
-    curves = [measured[when][source]["lift"] for when in ("early", "late") for source in SOURCES]
-    rows = []
-    for q in curves[0]:
-        cells = " | ".join(lift_cell(curve[q]) for curve in curves)
-        rows.append(f"| {float(q):.0%} | {cells} |")
-    assert_rows(rows, name)
+def test_python_m_lab_tables_prints_them(capsys):
+    tables.main()
+    printed = capsys.readouterr().out
+    assert all(table in printed for table in TABLES.values())
 
 
 # --------------------------------------------------------------------------------- the claims
-ARROWS = "ArrowPath-length=10-grid=4-long.json"
-LONG = "horizon-DiceSum-verbosity=8-long.json"
-SHARES = ("5%", "10%", "20%", "30%", "50%", "100%")
+def critic_claim():
+    """Explained variance, then AUROC: without hearing and with, for the policy trained a while."""
+    measured = [row for row in result("critic.json")["measured"] if row["task"] == "later"]
+    figures_said = []
+    for measure in ("explained_variance", "auroc_of_first_wrong_step"):
+        for variant in ("more and larger steps", "hears"):
+            ends = [row["curve"][-1][measure] for row in measured if row["variant"] == variant]
+            figures_said.append(f"{np.mean(ends):.2f}")
+    return figures_said
 
 
-def after(name, *labels):
-    """What the tables give as a variant's accuracy after training, for each label."""
-    runs = result(name)["runs"]
-    accuracies = []
-    for label in labels:
-        of_seeds = [run["accuracy"] for run in runs if run["label"] == label]
-        accuracies.append(f"{interval(of_seeds)[0]:.3f}")
-    return accuracies
+def clip_claim():
+    """The least and the most that the clip held back in the default runs, and in four epochs."""
+    said = []
+    for files in ("default-sapo-seed*.json", "epochs4-seed*.json"):
+        runs = [json.loads(file.read_text()) for file in RESULTS.glob(files)]
+        clipped = sorted(run["mechanism"]["clip_fraction"] for run in runs)
+        said += [f"{100 * clipped[0]:.1f}", f"{100 * clipped[-1]:.1f}"]
+    return said
 
 
-def at_the_end(name, metric, digits, *labels):
-    """A metric of the last part of training, the mean over a variant's seeds, for each label."""
-    means = []
-    for label in labels:
-        runs = [run for run in result(name)["runs"] if run["label"] == label]
-        means.append(np.mean([run["curve"][metric][-1] for run in runs]))
-    return [f"{mean:.{digits}f}" for mean in means]
-
-
-def against(rival):
-    """SAPO's and a rival's accuracy at 31, 49 and 140 tokens; VC-PPO did not run at 140."""
-    accuracies = after("main-DiceSum.json", "sapo", rival) + after(f"main-{ARROWS}", "sapo", rival)
-    if rival != "vc-ppo":
-        accuracies += after(LONG, "sapo", rival)
-    return accuracies
-
-
-def ppo_claim():
-    return against("ppo") + after(LONG, "ppo, lambda 0.99")
-
-
-def entropy_claim():
-    names = ("main-DiceSum.json", f"main-{ARROWS}")
-    dice, arrows = (at_the_end(name, "entropy", 3, "sapo", "ppo") for name in names)
-    return dice + arrows
-
-
-def value_loss_claim():
-    critic = result("truth-DiceSum.json")["values"]["segment critic"]
-    losses = at_the_end("main-DiceSum.json", "value_loss", 2, "sapo", "ppo")
-    return [f"{critic['rmse']:.3f}", f"{critic['spread_of_truth']:.3f}", *losses]
-
-
-def lift_claim():
-    measured = result("lift-DiceSum.json")
-    curves = [measured[when]["Monte Carlo"]["lift"] for when in ("early", "late")]
-    cells = [lift_cell(curve[q]) for curve in curves for q in ("0.5", "0.3", "0.2")]
-    return [figure for cell in cells for figure in re.findall(r"\d\.\d", cell)]
-
-
-def variance_claim():
-    methods = result("truth-DiceSum.json")["methods"]
-    return [f"{methods[method]['variance']:.1f}" for method in ("sapo", "ppo", "vc-ppo")]
-
-
-def control_claim(variant):
-    """SAPO and SAPO with one thing changed, at 49 and at 31 tokens."""
-    arrows = after(f"controls-{ARROWS}", "sapo", f"sapo, {variant}")
-    return arrows + after("controls-DiceSum.json", "sapo", f"sapo, {variant}")
-
-
-# {how a row begins: (the function that computes its figures, its arguments)}
+# {how a row begins: the function that computes its figures}
 CLAIMS = {
-    "SAPO ends above PPO": (ppo_claim,),
-    "SAPO ends above GRPO": (against, "grpo"),
-    "SAPO ends above VC-PPO": (against, "vc-ppo"),
-    "Entropy does not collapse": (entropy_claim,),
-    "The value loss is lower": (value_loss_claim,),
-    "High entropy is where the value jumps": (lift_claim,),
-    "Token-level credit gives the noisier": (variance_claim,),
-    "The segment ratio beats": (control_claim, "token ratio"),
-    "Cuts at high entropy": (after, "cuts-DiceSum.json", "topk", "delimiter", "low-prob", "fixed"),
-    "30% is the best share": (after, "topk-DiceSum.json", *SHARES),
-    "Not in the paper: V read": (control_claim, "V at end"),
-    "Not in the paper: averages": (control_claim, "token mean"),
-    "Not in the paper: the causal cut": (after, "cuts-DiceSum.json", "topk", "causal"),
+    "A critic at segment boundaries": critic_claim,
+    "The clipped segment ratio": clip_claim,
 }
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_the_figures_of_each_claim_are_what_results_hold(claim):
-    function, *arguments = CLAIMS[claim]
     rows = text("docs/results.md").splitlines()
     (row,) = [row for row in rows if row.startswith(f"| {claim}")]
-    cell = re.sub(r"\]\([^)]*\)|lambda 0\.99", "", row.split(" | ")[2])
-    assert sorted(re.findall(r"\d\.\d+", cell)) == sorted(function(*arguments))
+    assert sorted(re.findall(r"\d+\.\d+", row.split(" | ")[2])) == sorted(CLAIMS[claim]())
 
 
 def test_every_claim_with_a_figure_is_tested():
     table = text("docs/results.md").split("| the paper | here |")[1].split("\n\n")[0]
     rows = [row for row in table.splitlines() if re.search(r"\d\.\d", row.split(" | ")[-1])]
     assert len(rows) == len(CLAIMS)
+
+
+def test_four_epochs_collapse_as_often_as_the_page_says():
+    runs = [json.loads(file.read_text()) for file in RESULTS.glob("epochs4-seed*.json")]
+    collapsed = 0
+    for run in runs:
+        before, after = run["evaluations_before"], run["evaluations"]
+        collapsed += after["greedy"]["eval_accuracy"] < before["greedy"]["eval_accuracy"] + 0.3
+    assert (collapsed, len(runs)) == (2, 3)
+    assert "collapse on two seeds of these three" in prose("docs/results.md")
+    whitened = [result(f"epochs4-whitened-seed{seed}.json")["accuracy"] for seed in (0, 1)]
+    said = "the two seeds that collapsed reach {:.3f} and {:.3f}".format(*whitened)
+    assert said in prose("docs/results.md")
 
 
 # -------------------------------------------------------------------------------- the figures

@@ -112,6 +112,11 @@ def summary_with(greedy_before, greedy_after):
         "env": "SAPO/DiceSum-v0",
         "seed": 0,
         "eval_episodes": 512,
+        "mechanism": {
+            "explained_variance_second_half": 0.25,
+            "clip_fraction": 0.0125,
+            "largest_approx_kl": 0.03,
+        },
         "evaluations_before": evaluations(greedy_before),
         "evaluations": evaluations(greedy_after),
         "seconds": 1.0,
@@ -141,3 +146,46 @@ def test_the_table_has_a_row_per_decoding_before_and_after(capsys):
         "to",
         "105.0%)",
     ]
+
+
+def test_the_table_says_whether_the_parts_did_their_work(capsys):
+    """Without a critic nothing of it; without an iteration nothing at all."""
+    summary = summary_with(0.1, 0.95)
+    evaluation.print_summary(summary, "runs/x")
+    printed = capsys.readouterr().out
+    assert "clip holds back 1.25% of the tokens; in the second half" in printed
+    assert "critic explains 25% of the outcomes\n" in printed
+    summary["mechanism"]["explained_variance_second_half"] = None
+    evaluation.print_summary(summary, "runs/x")
+    assert "clip holds back 1.25% of the tokens\n" in capsys.readouterr().out
+    summary["mechanism"]["clip_fraction"] = None
+    evaluation.print_summary(summary, "runs/x")
+    assert "clip" not in capsys.readouterr().out
+
+
+def mechanism_of(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return evaluation.mechanism(folder)
+
+
+def test_the_mechanism_by_hand(tmp_path):
+    """Five iterations have a second half of three; one without a finite step has no number."""
+    rows = [{"iteration": 0, "eval_accuracy": 0.5}]
+    for iteration, explained in enumerate((-9.0, -9.0, 0.1, 0.2, 0.6), 1):
+        number = iteration / 100
+        row = {"iteration": iteration, "clip_fraction": number, "approx_kl": 0.05 - number}
+        rows.append(row | {"explained_variance": explained})
+    rows.append({"iteration": 6, "explained_variance": 9.0})
+    mechanism = mechanism_of(tmp_path, rows)
+    assert mechanism == pytest.approx(
+        {
+            "explained_variance_second_half": 0.3,
+            "clip_fraction": 0.03,
+            "largest_approx_kl": 0.04,
+        }
+    )
+    for row in rows:
+        row.pop("explained_variance", None)  # as without a critic
+    without_critic = mechanism_of(tmp_path, rows)
+    assert without_critic == mechanism | {"explained_variance_second_half": None}
+    assert set(mechanism_of(tmp_path, rows[:1]).values()) == {None}

@@ -15,17 +15,12 @@ from matplotlib.text import Text
 from PIL import Image
 from run_files import finished_run, write_lines
 
-from lab import common, figures
+from lab import common, critic, figures
 from lab.credit_page import credit_map
+from lab.sweep import EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results"
-SWEEPS = [
-    file
-    for file in sorted(RESULTS.glob("*.json"))
-    if json.loads(file.read_text()).get("experiment") in figures.ROWS
-]
-MAIN = [file for file in SWEEPS if file.name.startswith("main-")]
+TASKS = ("DiceSum", "ArrowPath-length=10-grid=4")
 
 
 @pytest.fixture
@@ -33,16 +28,32 @@ def run(tmp_path):
     return finished_run(tmp_path)
 
 
-def sweep(accuracies, experiment="main", **curves):
-    """A sweep's JSON: for each label the held-out accuracy of every seed, all with these curves."""
-    curves = {"generated_tokens": [1000, 2000, 3000], "accuracy": [0.5, 0.6, 0.7]} | curves
+def sweep(accuracies, experiment="main", task="DiceSum", budget=3000, seeds=None, **curves):
+    """A sweep's JSON, made up: for each label the held-out accuracy of every seed, all with these
+    curves. Labels alone get accuracies for `seeds` seeds, and curves that end there."""
+    if seeds is not None:
+        accuracies = {
+            label: [0.6 + 0.05 * (3 * i % 5) + 0.01 * seed for seed in range(seeds)]
+            for i, label in enumerate(accuracies)
+        }
+    tokens = [budget * part // 3 for part in (1, 2, 3)]
     runs = []
-    for label, seeds in accuracies.items():
-        for accuracy in seeds:
-            run = {"label": label, "accuracy": accuracy, "warm_start_accuracy": 0.5}
-            runs.append(run | {"curve": curves})
-    keys = {"experiment": experiment, "task": "DiceSum", "budget_tokens": 3000}
+    for label, of_seeds in accuracies.items():
+        for seed, accuracy in enumerate(of_seeds):
+            end = 0.7 if seeds is None else accuracy
+            curve = {"generated_tokens": tokens, "accuracy": [0.5, (0.5 + end) / 2, end]}
+            run = {"label": label, "seed": seed, "accuracy": accuracy, "warm_start_accuracy": 0.5}
+            runs.append(run | {"curve": curve | curves})
+    keys = {"experiment": experiment, "task": task, "budget_tokens": budget}
     return keys | {"runs": runs}
+
+
+@pytest.fixture(params=itertools.product(figures.ROWS, TASKS), ids="-".join)
+def results(request):
+    """A whole comparison of each experiment that has a figure, on a task of a short and of a long
+    name."""
+    experiment, task = request.param
+    return sweep(EXPERIMENTS[experiment], experiment, task, 150_000, seeds=5)
 
 
 def is_grey(colour):
@@ -62,6 +73,8 @@ def boxes_of_texts(figure):
         texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
         named = [tick for tick in axes.get_yticklabels() if not tick.get_text()[-1:].isdigit()]
         texts += named
+    for legend in figure.legends:
+        texts += legend.get_texts()
     # Text's own extent: that of an annotation holds its leader, too.
     return [(text.get_text(), Text.get_window_extent(text)) for text in texts if text.get_text()]
 
@@ -242,9 +255,7 @@ def test_spread_heights_by_hand(heights, expected):
 # ---------------------------------------------------------------------------- the comparisons
 
 
-@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
-def test_one_line_is_coloured_and_the_others_are_greys_that_differ(file):
-    results = json.loads(file.read_text())
+def test_one_line_is_coloured_and_the_others_are_greys_that_differ(results):
     ends, paths = figures.comparison_figure(results).axes
     (strong,) = [line for line in paths.lines if not is_grey(line.get_color())]
     assert strong.get_label() == {"cuts": "topk", "topk": "30%"}.get(results["experiment"], "sapo")
@@ -254,10 +265,10 @@ def test_one_line_is_coloured_and_the_others_are_greys_that_differ(file):
     assert rows == {common.BLUE, figures.GREYS[2]}
 
 
-@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
-def test_every_line_is_named_at_its_end_and_no_name_covers_another(file):
-    figure = figures.comparison_figure(json.loads(file.read_text()))
+def test_every_line_is_named_at_its_end_and_no_name_covers_another(results):
+    figure = figures.comparison_figure(results)
     ends, paths = figure.axes
+    assert set(names_of_lines(paths)) == set(EXPERIMENTS[results["experiment"]])
     assert names_of_lines(paths) == [line.get_label() for line in paths.lines]
     for line, name in zip(paths.lines, paths.texts, strict=True):
         assert name.xy == pytest.approx(line.get_xydata()[-1])
@@ -271,29 +282,41 @@ def test_names_of_lines_that_end_together_do_not_cover_each_other():
 
 
 @pytest.mark.parametrize(
-    "name, title",
+    "experiment, task, budget, seeds, title",
     [
         (
-            "main-DiceSum",
-            "Held-out accuracy after 150,000 tokens: nine methods on DiceSum, 5 seeds",
+            "main",
+            "DiceSum",
+            150_000,
+            5,
+            "Held-out accuracy after 150,000 tokens: 10 methods on DiceSum, 5 seeds",
         ),
         (
-            "main-ArrowPath-length=10-grid=4-long",
+            "main",
+            "ArrowPath-length=10-grid=4",
+            100_000,
+            5,
             "Held-out accuracy after 100,000 tokens: "
-            "nine methods on ArrowPath (length=10, grid=4), 5 seeds",
+            "10 methods on ArrowPath (length=10, grid=4), 5 seeds",
         ),
         (
-            "controls-DiceSum",
+            "controls",
+            "DiceSum",
+            150_000,
+            3,
             "Held-out accuracy after 150,000 tokens: four variants of SAPO on DiceSum, 3 seeds",
         ),
         (
-            "topk-DiceSum",
+            "topk",
+            "DiceSum",
+            150_000,
+            3,
             "Held-out accuracy after 150,000 tokens: six values of top-k on DiceSum, 3 seeds",
         ),
     ],
 )
-def test_titles_say_in_words_what_is_compared(name, title):
-    results = json.loads((RESULTS / f"{name}.json").read_text())
+def test_titles_say_in_words_what_is_compared(experiment, task, budget, seeds, title):
+    results = sweep(EXPERIMENTS[experiment], experiment, task, budget, seeds)
     assert figures.comparison_figure(results).get_suptitle() == title
 
 
@@ -334,10 +357,16 @@ def test_a_sweep_without_a_finished_run_is_refused(tmp_path):
         figures.comparison(file)
 
 
-@pytest.mark.parametrize("file", MAIN, ids=lambda file: file.stem)
-def test_training_names_its_lines_and_colours_sapo_alone(file):
+@pytest.mark.parametrize("task", TASKS)
+def test_training_names_its_lines_and_colours_sapo_alone(task):
     methods = ("sapo", "ppo", "vc-ppo", "grpo")
-    figure = figures.training_figure(json.loads(file.read_text()), methods)
+    results = sweep(EXPERIMENTS["main"], task=task, budget=150_000, seeds=5)
+    for i, made in enumerate(results["runs"]):
+        # All in each other's way at their ends, as those of alike methods are
+        made["curve"] |= {"entropy": [0.5, 0.4, 0.3 + i / 1000], "response_tokens": [30, 31, 31]}
+        if made["label"] != "grpo":  # it has no critic
+            made["curve"] |= {"value_loss": [0.2, 0.1, 0.05 + i / 1000]}
+    figure = figures.training_figure(results, methods)
     value_loss, entropy, length = figure.axes
     assert names_of_lines(value_loss) == ["sapo", "ppo", "vc-ppo"]  # GRPO has no critic
     assert names_of_lines(entropy) == names_of_lines(length) == list(methods)
@@ -359,7 +388,11 @@ def test_training_of_methods_that_were_not_run_is_empty_but_drawn(tmp_path):
 
 
 def test_truth_colours_the_row_of_sapo_in_both_panels():
-    figure = figures.truth_figure(json.loads((RESULTS / "truth-DiceSum.json").read_text()))
+    methods = {}
+    for i, name in enumerate([*EXPERIMENTS["main"], "sapo, causal cut", "sapo, V at end"]):
+        credit = {"auroc": 0.73 - i / 50, "auroc_interval": [0.69 - i / 50, 0.77 - i / 50]}
+        methods[name] = credit | {"cosine": [0.7 - i / 25, 0.67 - i / 25, 0.74 - i / 25]}
+    figure = figures.truth_figure({"task": "DiceSum", "methods": methods})
     for axes in figure.axes:
         rows = [line for line in axes.lines if line.get_color() == common.BLUE]
         assert rows and all(set(line.get_ydata()) == {0} for line in rows)  # the first row
@@ -371,7 +404,97 @@ def test_truth_colours_the_row_of_sapo_in_both_panels():
 
 
 def test_lift_can_be_read():
-    assert_readable(figures.lift_figure(json.loads((RESULTS / "lift-DiceSum.json").read_text())))
+    by_critic = {"0.5": [0.87, 0.79, 0.96], "0.2": [0.33, 0.18, 0.5], "0.05": [0.7, 0.2, 1.29]}
+    sampled = {"0.5": [1.31, 1.19, 1.42], "0.2": [1.85, 1.53, 2.14], "0.05": [2.1, 1.36, 2.74]}
+    moment = {"critic": {"lift": by_critic}, "Monte Carlo": {"lift": sampled}}
+    results = {"task": "DiceSum", "early": moment, "late": moment}
+    figure = figures.lift_figure(results)
+    assert_readable(figure)
+    for axes in figure.axes:
+        drawn = {}
+        for line in axes.lines:
+            drawn[line.get_label()] = line.get_ydata()
+        assert list(drawn["values by critic"]) == [0.87, 0.33, 0.7]
+        assert list(drawn["values by Monte Carlo"]) == [1.31, 1.85, 2.1]
+
+
+# ----------------------------------------------------------------------------- what critics see
+
+
+def sight(steps, explained, auroc):
+    """A measurement of lab/critic.py."""
+    seen = {"explained_variance": explained, "auroc_of_first_wrong_step": auroc}
+    seen |= {"auroc_in_wrong_responses": auroc, "share_of_blame": [0.2, 0.1, 0.3]}
+    return seen | {
+        "optimizer_steps": steps,
+        "generated_tokens": 1000 * steps,
+        "wrong_responses": 40,
+    }
+
+
+def critics(variants, tasks=("dice",), seeds=(10, 11)):
+    """What lab/critic.py writes, made up: the i-th variant on seed s ends with an explained
+    variance e of i/10 + (s - 10)/5, and an AUROC of (1 + e)/2."""
+    measured = []
+    for task, seed in itertools.product(tasks, seeds):
+        where = {"task": task, "seed": seed, "flags": "", "accuracy": 0.4 + (seed - 10) / 5}
+        for i, variant in enumerate(variants):
+            end = i / 10 + (seed - 10) / 5
+            curve = [sight(32, end / 2, 0.5), sight(64, end, (1 + end) / 2)]
+            measured.append(where | {"variant": variant, "curve": curve})
+        seen = sight(0, 0.6 + (seed - 10) / 5, 0.7)
+        del seen["optimizer_steps"], seen["generated_tokens"]
+        seen |= {"responses": 96, "continuations": 64}
+        measured.append(where | {"variant": "ceiling", "curve": [seen]})
+    return {"variants": {name: {"lr": 2e-3} for name in variants}, "measured": measured}
+
+
+@pytest.mark.parametrize("tasks", [list(critic.TASKS), ["dice"]], ids=" ".join)
+def test_what_critics_see_can_be_read_and_hears_stands_out(tasks):
+    figure = figures.critic_figure(critics(critic.VARIANTS, tasks))
+    assert_readable(figure)
+    assert len(figure.axes) == 2 * len(tasks)
+    titles = [axes.get_title() for axes in figure.axes[: len(tasks)]]
+    assert titles == [f"{task}: 50% right" for task in tasks]
+    for axes in figure.axes:
+        lines = {line.get_label(): line for line in axes.lines}
+        assert list(lines) == [*critic.VARIANTS, "64 continuations"]
+        assert lines.pop("64 continuations").get_color() == common.GREEN
+        assert lines["hears"].get_color() == common.BLUE
+        widths = [line.get_linewidth() for name, line in lines.items() if name != "hears"]
+        assert lines["hears"].get_linewidth() > max(widths)
+        styles = {(line.get_color(), line.get_linestyle()) for line in lines.values()}
+        assert len(styles) == len(lines)
+        assert all(is_grey(colour) for colour, _ in styles - {(common.BLUE, "-")})
+    (legend,) = figure.legends
+    names = [name.get_text() for name in legend.get_texts()]
+    assert names == [*critic.VARIANTS, "64 continuations"]
+
+
+def test_a_critics_line_is_the_mean_over_seeds_by_hand():
+    figure = figures.critic_figure(critics(["as before", "hears"], ["dice", "nine"]))
+    for explained, auroc in (figure.axes[::2], figure.axes[1::2]):  # a column per task
+        before, hears, ceiling = explained.lines
+        assert before.get_xdata().tolist() == hears.get_xdata().tolist() == [32, 64]
+        assert before.get_ydata().tolist() == pytest.approx([0.05, 0.1])  # of 0 and 0.2
+        assert hears.get_ydata().tolist() == pytest.approx([0.1, 0.2])  # of 0.1 and 0.3
+        assert list(ceiling.get_ydata()) == pytest.approx([0.7, 0.7])
+        before, hears, ceiling = auroc.lines
+        assert before.get_ydata().tolist() == pytest.approx([0.5, 0.55])
+        assert hears.get_ydata().tolist() == pytest.approx([0.5, 0.6])
+        assert list(ceiling.get_ydata()) == pytest.approx([0.7, 0.7])
+
+
+def test_critics_without_a_ceiling_yet_are_drawn(tmp_path):
+    file = tmp_path / "critic.json"
+    results = critics(["as before", "hears"])
+    measured = [row for row in results["measured"] if row["variant"] != "ceiling"]
+    file.write_text(json.dumps(results | {"measured": measured}))
+    assert figures.critic(file) == tmp_path / "critic.svg"
+    assert "<path" in (tmp_path / "critic.svg").read_text()
+
+
+# -------------------------------------------------------------------------- a folder of results
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path):
@@ -384,13 +507,25 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     assert b"<dc:date>" not in first
 
 
-def test_a_folder_of_results_is_drawn_but_for_tunings_and_benchmarks(tmp_path):
-    made = json.dumps(sweep({"sapo": [0.5]}))
-    for name in ("main-DiceSum", "tune-DiceSum", "cuts-DiceSum"):
-        (tmp_path / f"{name}.json").write_text(made)
-    (tmp_path / "bench_math.json").write_text('{"seconds": 1}')
+def test_a_folder_of_results_is_drawn_but_for_what_has_no_figure(tmp_path):
+    """A tuning, the reuse of rollouts, a run's summary and a benchmark have none."""
+    for experiment in EXPERIMENTS:
+        made = sweep(EXPERIMENTS[experiment], experiment, seeds=1)
+        (tmp_path / f"{experiment}-DiceSum.json").write_text(json.dumps(made))
+    (tmp_path / "critic.json").write_text(json.dumps(critics(["as before", "hears"])))
+    for name in ("bench_math", "default-sapo-seed0"):
+        (tmp_path / f"{name}.json").write_text('{"seconds": 1}')
     names = [path.name for path in figures.drawn(tmp_path)]
-    assert names == ["cuts-DiceSum.svg", "main-DiceSum.svg", "main-DiceSum-training.svg"]
+    assert names == [
+        "controls-DiceSum.svg",
+        "critic.svg",
+        "cuts-DiceSum.svg",
+        "horizon-DiceSum.svg",
+        "main-DiceSum.svg",
+        "main-DiceSum-training.svg",
+        "topk-DiceSum.svg",
+    ]
+    assert sorted(path.name for path in tmp_path.glob("*.svg")) == sorted(names)
 
 
 # ------------------------------------------------------------------- what is refused, and how

@@ -201,7 +201,7 @@ def stored(tmp_path_factory):
 
 def build(start, stored=None, kl_coef=0.0, **changes):
     settings = {"lora": 0, "critic": "separate", "credit": "critic", "device": "cpu"}
-    settings |= {"dtype": "float32", "gradient_checkpointing": False}
+    settings |= {"dtype": "float32", "gradient_checkpointing": False, "critic_hears": "logp"}
     config = sapo.SAPOConfig(kl_coef=kl_coef)
     return models.build(SimpleNamespace(**settings | changes), config, start, stored)
 
@@ -215,6 +215,7 @@ def test_the_critic_begins_as_a_copy_of_the_policy_and_values_nothing(start):
     backbone = made.policy.model.base_model
     assert equal(dict(made.critic.backbone.state_dict()), dict(backbone.state_dict()))
     assert made.critic.backbone is not backbone and not made.critic.head.weight.any()
+    assert made.critic.per_nat == 0
     own = set(made.critic.parameters())
     assert own.isdisjoint(made.policy.model.parameters())
     assert made.reference is None
@@ -251,9 +252,22 @@ def test_only_the_critics_credit_has_a_critic(start, credit):
 
 def test_a_shared_critic_adds_a_head_to_what_is_trained(start):
     made = build(start, critic="shared")
-    trained = models.trained_parameters(made)
-    assert trained[-2:] == [made.critic.head.weight, made.critic.head.bias]
-    assert len(trained) == len(list(made.policy.model.parameters())) + 2
+    trained, head = models.trained_parameters(made), made.critic.head
+    policy = list(made.policy.model.parameters())
+    own = trained[len(policy) :]
+    assert len(own) == 3 and {*own} == {head.weight, head.bias, made.critic.per_nat}
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize(("critic_hears", "hears"), [("nothing", False), ("logp", True)])
+def test_the_critic_hears_what_the_settings_say(start, critic, critic_hears, hears):
+    made = build(start, critic=critic, critic_hears=critic_hears)
+    assert made.critic.hears is hears
+    names = {name for name, _ in made.critic.named_parameters()}
+    assert ("per_nat" in names) is hears
+    if hears:
+        per_nat = made.critic.per_nat
+        assert any(p is per_nat for p in made.critic_optimizer.param_groups[0]["params"])
 
 
 def test_with_lora_the_backbone_is_the_start_and_the_reference_a_view_of_it(start, stored):
@@ -265,7 +279,7 @@ def test_with_lora_the_backbone_is_the_start_and_the_reference_a_view_of_it(star
         if "lora_" not in name:
             assert torch.equal(parameter, plain[name.replace(".base_layer", "")])
     count = parameter_count(models.trained_parameters(made))
-    head = made.policy.hidden_size + 1
+    head = made.policy.hidden_size + 2  # the bias, and what a nat is worth
     assert count == parameter_count(adapters_of(made.policy).values()) + head
     assert build(start, lora=2).reference is None  # without a KL penalty it serves no one
 

@@ -190,6 +190,29 @@ def test_a_critic_values_every_prefix(runs, which):
     assert credit.loss_mask is None
 
 
+@pytest.mark.parametrize("critic_hears", ["nothing", "logp"])
+def test_the_values_of_some_rows_are_those_of_the_rollout(runs, critic_hears):
+    """So the update begins at the rollout's values; a critic that hears is told log pi_old."""
+    flags = ["--critic_hears", critic_hears, "--micro_batch", "4"]
+    run = built(runs, "--name", f"hears-{critic_hears}", *flags)
+    critic = run.models.critic
+    torch.nn.init.normal_(critic.head.weight)
+    if critic.hears:
+        torch.nn.init.constant_(critic.per_nat, 0.5)
+    batch = rollout.collect(run, np.arange(16))
+    logp, values = batch.rollout.logp, batch.rollout.values
+    rows = torch.tensor([3, 14, 2, 9, 5])
+    some = rollout.values_of(critic, batch, logp, rows)
+    torch.testing.assert_close(some.detach(), values[rows], rtol=0, atol=1e-4)
+    assert some.requires_grad and not values.requires_grad
+    other = rollout.values_of(critic, batch, logp - 1.0, rows)
+    assert torch.equal(other, some) is not critic.hears
+    if critic.hears:  # every token after the first has heard of one nat more
+        heard = batch.written[rows][:, 1:]
+        nats = (some - other)[:, 1:][heard].detach()
+        torch.testing.assert_close(nats, torch.full_like(nats, 0.5), rtol=0, atol=1e-4)
+
+
 def test_the_first_causal_threshold_takes_a_batch_of_its_own(runs):
     run, batch = collected(runs, "first-threshold", "--cut", "causal")
     assert run.progress.threshold is not None
@@ -329,7 +352,7 @@ def test_srpos_perception_rests_on_the_picture_and_its_reasoning_on_the_percepti
 def test_srpos_temperature_reaches_its_weights(tmp_path):
     """At inf every weight is 1."""
     run, batch = seen_dice(tmp_path, "--method", "srpo", "--role_temperature", "inf")
-    batch.rollout.rewards[::2, -1] = 1.0  # an untrained model is never right
+    batch.rollout.rewards[::2, 0] = 1.0  # an untrained model is never right
     advantages = train.assign_credit(run, batch).advantages
     plain = baselines.group_advantages(batch.rollout.rewards.sum(1), 4)[:, None]
     torch.testing.assert_close(advantages, plain * batch.rollout.mask)
@@ -340,7 +363,7 @@ def test_srpo_weighs_what_the_picture_and_the_perception_carry(tmp_path):
     reasoning."""
     run, batch = seen_dice(tmp_path, "--method", "srpo")
     grpo, _ = seen_dice(tmp_path, "--method", "grpo")
-    batch.rollout.rewards[::2, -1] = 1.0  # an untrained model is never right
+    batch.rollout.rewards[::2, 0] = 1.0  # an untrained model is never right
     weighted = train.assign_credit(run, batch).advantages
     plain = train.assign_credit(grpo, batch).advantages
     assert torch.equal(plain.sign(), weighted.sign()) and not torch.equal(plain, weighted)

@@ -29,12 +29,18 @@ TENSORS = {
     "segment_gae": ("rewards", "values", "ends", "mask"),
     "whiten": ("x", "mask"),
     "segment_ratio": ("logp", "old_logp", "ends", "mask"),
+    "importance_ratio": ("logp", "old_logp", "ends", "mask"),
+    "surprise": ("logp", "mask"),
     "approx_kl": ("logp", "old_logp", "mask"),
     "policy_loss": ("ratio", "advantages", "mask"),
     "value_loss": ("values", "returns", "old_values", "ends", "mask"),
 }
 # what else they are called with here: value_loss reads old_values only beside a value_clip
-OPTIONS = {"threshold_ends": {"threshold": 0.9}, "value_loss": {"value_clip": 0.5}}
+OPTIONS = {
+    "threshold_ends": {"threshold": 0.9},
+    "value_loss": {"value_clip": 0.5},
+    "importance_ratio": {"kind": "product"},
+}
 # function -> the arguments that get a gradient
 DIFFERENTIABLE = {
     "segment_sum": ("x",),
@@ -42,6 +48,7 @@ DIFFERENTIABLE = {
     "whiten": ("x",),
     "segment_gae": ("rewards", "values"),
     "segment_ratio": ("logp", "old_logp"),
+    "importance_ratio": ("logp", "old_logp"),
     "policy_loss": ("ratio", "advantages"),
     "value_loss": ("values", "returns"),
 }
@@ -148,7 +155,7 @@ def banned_on_both_sides(batch):
     return with_rubbish(batch, "logp", -math.inf) | with_rubbish(batch, "old_logp", -math.inf)
 
 
-@pytest.mark.parametrize("function", ["segment_ratio", "approx_kl"])
+@pytest.mark.parametrize("function", ["segment_ratio", "importance_ratio", "approx_kl"])
 def test_tokens_banned_off_the_mask_on_both_sides_change_no_number(function):
     batch = random_batch(2)
     [clean] = tensors_of(call(function, batch))
@@ -176,7 +183,7 @@ def test_nan_on_a_policy_token_is_refused(function, name):
         call(function, batch, **{name: broken})
 
 
-@pytest.mark.parametrize("function", ["segment_ratio", "approx_kl"])
+@pytest.mark.parametrize("function", ["segment_ratio", "importance_ratio", "approx_kl"])
 def test_a_sampled_token_that_is_banned_on_both_sides_is_refused(function):
     """-inf minus -inf, on a policy token: neither is NaN, but their difference is."""
     batch = random_batch(3)
@@ -269,7 +276,7 @@ def test_batches_without_policy_tokens_give_nothing(function):
     """0 everywhere, False everywhere, a loss of 0; the ratio is 1."""
     batch = random_batch(4)
     batch.mask = batch.ends = torch.zeros_like(batch.mask)
-    nothing = 1 if function == "segment_ratio" else 0
+    nothing = 1 if function.endswith("_ratio") else 0
     for result in tensors_of(call(function, batch)):
         assert torch.equal(result, torch.full_like(result, nothing))
 

@@ -208,19 +208,30 @@ def test_credit_metrics_by_plain_loops(value_at, gamma):
         {
             "advantage_mean": sum(policy) / len(policy),
             "advantage_std": math.sqrt(variance(policy)),
+            "positive_advantages": sum(number > 0 for number in policy) / len(policy),
             "segments_per_response": count / len(responses),
             "tokens_per_segment": len(policy) / count,
             "explained_variance": 1 - variance(errors) / variance(outcomes),
         },
+        rel=1e-7,  # a share is a mean of bools, in float32
         abs=1e-12,
     )
+
+
+@pytest.mark.parametrize(("of_all", "share"), [(1.0, 1.0), (0.0, 0.0), (-1.0, 0.0)])
+def test_the_share_of_positive_advantages(of_all, share):
+    """An advantage of 0 is not positive, and what stands off the mask does not count."""
+    rollout = random_rollout()
+    advantages = torch.where(rollout.mask, of_all, 7.0)
+    metrics = sapo.credit_metrics(rollout, advantages, SAPOConfig())
+    assert metrics["positive_advantages"] == share
 
 
 def test_without_values_there_is_no_explained_variance():
     rollout = random_rollout(values=None)
     metrics = sapo.credit_metrics(rollout, rollout.rewards, SAPOConfig())
     assert "explained_variance" not in metrics
-    assert len(metrics) == 4
+    assert len(metrics) == 5
 
 
 def explained_variance(rollout, lam=1.0):

@@ -58,7 +58,7 @@ def always_failing(failure):
 def test_a_step_that_is_not_finite_is_skipped(failure):
     learner = always_failing(failure)
     start = learner.logp.detach().clone()
-    update(learner, SAPOConfig())
+    update(learner, SAPOConfig(epochs=1))
     assert torch.equal(learner.logp.detach(), start)  # bit for bit
     assert not learner.optimizers[0].state[learner.logp]  # nor did it reach Adam's moments
     assert learner.logp.grad is None  # and nothing is left for the next step to trip over
@@ -66,18 +66,18 @@ def test_a_step_that_is_not_finite_is_skipped(failure):
 
 @every_failure
 def test_a_step_that_is_not_finite_is_counted(failure):
-    [metrics] = update(always_failing(failure), SAPOConfig())
+    [metrics] = update(always_failing(failure), SAPOConfig(epochs=1))
     assert metrics["skipped_steps"] == metrics["skipped_in_a_row"] == 1
 
 
 @every_failure
 def test_three_in_a_row_stop_the_run(failure):
     with pytest.raises(FloatingPointError, match="three minibatches in a row"):
-        update(always_failing(failure), SAPOConfig(minibatch=2))
+        update(always_failing(failure), SAPOConfig(epochs=1, minibatch=2))
 
 
 def test_two_in_a_row_do_not_stop_the_run():
-    [metrics] = update(always_failing("NaN gradient"), SAPOConfig(minibatch=4))
+    [metrics] = update(always_failing("NaN gradient"), SAPOConfig(epochs=1, minibatch=4))
     assert metrics["skipped_steps"] == metrics["skipped_in_a_row"] == 2
 
 
@@ -89,18 +89,18 @@ def test_three_in_a_row_across_epochs():
 def test_three_in_a_row_across_calls():
     learner, skipped = always_failing("NaN gradient"), 0
     for call_number in range(2):
-        [metrics] = update(learner, SAPOConfig(), skipped_in_a_row=skipped)
+        [metrics] = update(learner, SAPOConfig(epochs=1), skipped_in_a_row=skipped)
         skipped = metrics["skipped_in_a_row"]
         assert skipped == call_number + 1
     with pytest.raises(FloatingPointError):
-        update(learner, SAPOConfig(), skipped_in_a_row=skipped)
+        update(learner, SAPOConfig(epochs=1), skipped_in_a_row=skipped)
 
 
 def test_a_good_step_ends_the_row():
     """Of four minibatches the first, the second and the last fail: three, but not in a row."""
     learner = fail(FreeNumbers(), "NaN gradient", calls=(0, 1, 3))
     start = learner.logp.detach().clone()
-    [metrics] = update(learner, SAPOConfig(minibatch=2))
+    [metrics] = update(learner, SAPOConfig(epochs=1, minibatch=2))
     assert metrics["skipped_steps"] == 3
     assert metrics["skipped_in_a_row"] == 1
     assert not torch.equal(learner.logp.detach(), start)
@@ -109,7 +109,7 @@ def test_a_good_step_ends_the_row():
 
 def test_metrics_are_means_over_the_steps_that_were_taken():
     learner = fail(FreeNumbers(), "NaN log-probability", calls=(0, 1, 3))
-    [metrics] = update(learner, SAPOConfig(minibatch=2))
+    [metrics] = update(learner, SAPOConfig(epochs=1, minibatch=2))
     assert all(math.isfinite(number) for number in metrics.values())
     assert metrics["ratio"] > 0
 
@@ -118,7 +118,7 @@ def test_one_bad_micro_batch_spoils_the_step():
     """The gradients of the good parts are dropped with it: half a minibatch is another one."""
     learner = fail(FreeNumbers(), "NaN log-probability", calls=(2,))
     start = learner.logp.detach().clone()
-    [metrics] = update(learner, SAPOConfig(micro_batch=2))
+    [metrics] = update(learner, SAPOConfig(epochs=1, micro_batch=2))
     assert torch.equal(learner.logp.detach(), start)
     assert metrics["skipped_steps"] == 1
 
@@ -132,7 +132,7 @@ def failing_critic():
 def test_a_critic_that_fails_is_counted_too():
     learner = failing_critic()
     start = learner.values.detach().clone()
-    [metrics] = update(learner, SAPOConfig())
+    [metrics] = update(learner, SAPOConfig(epochs=1))
     assert torch.equal(learner.values.detach(), start)
     assert metrics["skipped_steps"] == 1
 
@@ -140,7 +140,7 @@ def test_a_critic_that_fails_is_counted_too():
 def test_a_critic_that_fails_does_not_hold_the_policy_back():
     learner = failing_critic()
     start = learner.logp.detach().clone()
-    update(learner, SAPOConfig())
+    update(learner, SAPOConfig(epochs=1))
     assert not torch.equal(learner.logp.detach(), start)
 
 
@@ -162,7 +162,7 @@ def test_a_nan_in_the_rollout_is_an_error_not_a_skip(name):
     advantages = torch.ones_like(learner.rollout.rewards)
     setattr(learner.rollout, name, nan_at_position_4(getattr(learner.rollout, name)))
     with pytest.raises(ValueError, match=rf"^{name}\b.*NaN"):
-        update_policy(learner, advantages, SAPOConfig())
+        update_policy(learner, advantages, SAPOConfig(epochs=1))
 
 
 def one_per_response(tensor):
@@ -174,25 +174,25 @@ def test_wrong_advantages_are_an_error_not_a_skip(spoil):
     learner = FreeNumbers()
     advantages = spoil(torch.ones_like(learner.rollout.rewards))
     with pytest.raises(ValueError, match=r"^advantages\b"):
-        update_policy(learner, advantages, SAPOConfig())
+        update_policy(learner, advantages, SAPOConfig(epochs=1))
 
 
 def test_scores_of_a_wrong_shape_are_an_error_not_a_skip():
     learner = FreeNumbers()
     learner.score = lambda rows: (learner.logp[rows][:, :-1], learner.entropy[rows])
     with pytest.raises(ValueError, match=r"^logp\b"):
-        update(learner, SAPOConfig())
+        update(learner, SAPOConfig(epochs=1))
 
 
 def test_values_of_a_wrong_shape_are_an_error_not_a_skip():
     learner = FreeNumbers()
     learner.value = lambda rows: learner.values[rows][:, :-1]
     with pytest.raises(ValueError, match=r"^values\b"):
-        update(learner, SAPOConfig())
+        update(learner, SAPOConfig(epochs=1))
 
 
 @pytest.mark.parametrize(
-    "setting", [{"ratio": "response"}, {"average": "batch"}, {"value_at": "middle"}]
+    "setting", [{"ratio": "word"}, {"average": "batch"}, {"value_at": "middle"}]
 )
 def test_an_unknown_setting_is_an_error_not_a_skip(setting):
     learner = FreeNumbers()
@@ -208,7 +208,7 @@ def test_a_wrong_rollout_teaches_nothing():
     start = learner.logp.detach().clone()
     learner.rollout.rewards = nan_at_position_4(learner.rollout.rewards)
     with pytest.raises(sapo.NaNError):
-        update_policy(learner, torch.ones_like(start), SAPOConfig(minibatch=2))
+        update_policy(learner, torch.ones_like(start), SAPOConfig(epochs=1, minibatch=2))
     assert torch.equal(learner.logp.detach(), start)
 
 
@@ -236,5 +236,5 @@ def teach(learner, advantages, returns):
     optimizers = learner.optimizers
     return sapo.sapo_update(
         *(learner.rollout, advantages, returns, learner.score, learner.value, optimizers),
-        SAPOConfig(),
+        SAPOConfig(epochs=1),
     )

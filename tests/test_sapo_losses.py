@@ -26,6 +26,78 @@ def test_segment_ratio_is_the_geometric_mean(batch, scale):
     exact(ours, to_tokens(ratios, batch.ends, batch.mask, off=1.0))
 
 
+def sharing(kind, batch):
+    """For each response the lists of positions that share one ratio."""
+    if kind == "token":
+        return [[[t] for t in row] for row in policy_positions(batch.mask)]
+    if kind == "response":
+        return [[row] if row else [] for row in policy_positions(batch.mask)]
+    return segments(batch.ends, batch.mask)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0], ids=["", "clamped"])
+@pytest.mark.parametrize("kind", sapo.RATIOS)
+def test_importance_ratio_of_every_kind(batch, kind, scale):
+    """The clamp to +-20 bites at each token, and for a product at the sum of them again."""
+    logp, old_logp = scale * batch.logp, scale * batch.old_logp
+    expected = torch.ones(batch.mask.shape, dtype=torch.float64)
+    for b, row in enumerate(sharing(kind, batch)):
+        for positions in row:
+            total = 0.0
+            for t in positions:
+                total += max(-20.0, min(20.0, (logp[b, t] - old_logp[b, t]).item()))
+            if kind == "product":
+                log_ratio = max(-20.0, min(20.0, total))
+            else:
+                log_ratio = total / len(positions)
+            for t in positions:
+                expected[b, t] = math.exp(log_ratio)
+    exact(sapo.importance_ratio(logp, old_logp, batch.ends, batch.mask, kind), expected)
+
+
+def test_each_kind_of_ratio_is_a_segment_ratio_under_its_own_cut(batch):
+    logp, old_logp, mask = batch.logp, batch.old_logp, batch.mask
+    whole = mask.clone()
+    whole[4:] = False  # the rows below have no hole
+    cuts = {
+        "segment": (batch.ends, mask),
+        "token": (sapo.token_ends(mask), mask),
+        "response": (sapo.response_ends(whole), whole),
+    }
+    for kind, (ends, mask) in cuts.items():
+        ours = sapo.importance_ratio(logp, old_logp, batch.ends, mask, kind)
+        assert torch.equal(ours, sapo.segment_ratio(logp, old_logp, ends, mask)), kind
+    default = sapo.importance_ratio(logp, old_logp, batch.ends, batch.mask)
+    assert torch.equal(default, sapo.segment_ratio(logp, old_logp, batch.ends, batch.mask))
+
+
+def test_a_product_is_the_product_of_the_token_ratios(batch):
+    of_tokens = sapo.importance_ratio(
+        batch.logp, batch.old_logp, batch.ends, batch.mask, kind="token"
+    )
+    products = []
+    for b, row in enumerate(segments(batch.ends, batch.mask)):
+        products.append([math.prod(of_tokens[b, segment].tolist()) for segment in row])
+    ours = sapo.importance_ratio(batch.logp, batch.old_logp, batch.ends, batch.mask, "product")
+    exact(ours, to_tokens(products, batch.ends, batch.mask, off=1.0))
+
+
+def test_a_hole_does_not_part_the_response_of_a_response_ratio():
+    """Nor does an end that stands in it; for the other kinds it does."""
+    mask = torch.tensor([[True, True, False, True]])
+    logp, nothing = torch.tensor([[0.1, 0.2, 9.0, 0.6]]), torch.zeros(1, 4)
+    for ends in (mask, ~mask, torch.zeros_like(mask)):
+        ratio = sapo.importance_ratio(logp, nothing, ends, mask, "response")
+        torch.testing.assert_close(ratio[mask], torch.full((3,), math.exp(0.3)))
+        assert ratio[0, 2] == 1
+
+
+@pytest.mark.parametrize("kind", ["word", "", None])
+def test_an_unknown_kind_of_ratio_is_refused_with_the_known_ones(batch, kind):
+    with pytest.raises(ValueError, match=r"^ratio\b.*segment, token, response, product"):
+        sapo.importance_ratio(batch.logp, batch.old_logp, batch.ends, batch.mask, kind)
+
+
 def test_approx_kl_token_by_token(batch):
     terms = []
     for b, row in enumerate(policy_positions(batch.mask)):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import typing
 
 import pytest
 
@@ -12,10 +13,11 @@ from sapo import SAPOConfig
 
 
 def test_defaults_are_the_papers_mathematics():
-    """Only the learning rates differ, and the small KL term."""
+    """Only the numbers differ that teach a tiny model fast."""
     paper, default = vars(SAPOConfig.paper()), vars(SAPOConfig())
     different = {name for name in paper if paper[name] != default[name]}
-    assert different == {"actor_lr", "critic_lr", "kl_coef"}
+    rates = {"actor_lr", "critic_lr", "kl_coef"}
+    assert different == rates | {"lam", "epochs", "minibatch"}
 
 
 def test_paper_is_table_7_and_the_equations():
@@ -34,6 +36,7 @@ def test_paper_is_table_7_and_the_equations():
         "value_clip": None,
         "value_coef": 1.0,
         "kl_coef": 0.001,
+        "epochs": 1,
         "minibatch": 128,
         "actor_lr": 1e-6,
         "critic_lr": 2e-6,
@@ -84,10 +87,25 @@ def shared_defaults(function, settings):
     ],
 )
 def test_a_functions_defaults_are_those_of_the_settings(function, names):
-    """A call without options and a run without flags compute the same thing."""
-    settings = vars(SAPOConfig())
+    """A call without options computes what the paper does."""
+    settings = vars(SAPOConfig.paper())
     defaults = shared_defaults(getattr(sapo, function), settings)
     assert defaults == {name: settings[name] for name in names}
+
+
+def test_without_flags_a_run_differs_in_lambda_alone():
+    """Of all that the functions have as defaults, too."""
+    paper, default = vars(SAPOConfig.paper()), vars(SAPOConfig())
+    for function in vars(sapo).values():
+        if inspect.isfunction(function):
+            for name in shared_defaults(function, paper).keys() - {"lam"}:
+                assert paper[name] == default[name], (function, name)
+
+
+def test_the_kind_of_ratio_is_the_settings():
+    kind = inspect.signature(sapo.importance_ratio).parameters["kind"].default
+    assert kind == SAPOConfig().ratio == SAPOConfig.paper().ratio
+    assert typing.get_args(typing.get_type_hints(SAPOConfig)["ratio"]) == sapo.RATIOS
 
 
 def test_the_defaults_of_baselines_cut_are_those_of_the_settings():

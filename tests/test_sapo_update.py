@@ -18,6 +18,8 @@ CONFIGS = {
     "paper": SAPOConfig.paper(),
     "released": SAPOConfig.released(),
     "token ratio": SAPOConfig(ratio="token", average="token", value_clip=0.1, advantage_clamp=0.5),
+    "response ratio": SAPOConfig(ratio="response", lam=0.9),
+    "product of ratios": SAPOConfig(ratio="product", lam=0.9, clip_high=0.5),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -39,10 +41,13 @@ def epochs_by_hand(learner, config):
     if config.whiten_advantages:
         advantages = sapo.whiten(advantages, mask)
     advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
-    ratio_ends = ends if config.ratio == "segment" else mask
+    # without an end the whole response is one segment
+    ratio_ends = {"token": mask, "response": torch.zeros_like(mask)}.get(config.ratio, ends)
     history = []
     for _ in range(config.epochs):
         ratio = sapo.segment_ratio(learner.logp, rollout.logp, ratio_ends, mask)
+        if config.ratio == "product":  # undoes the root of the geometric mean
+            ratio = ratio ** sapo.segment_sum(mask, ends, mask)
         policy_loss, policy_stats = sapo.policy_loss(
             ratio,
             advantages,
@@ -111,7 +116,7 @@ def test_each_epoch_logs_a_mean_over_its_minibatches():
         return score(rows)
 
     learner.score = remembering
-    [metrics] = update(learner, SAPOConfig(minibatch=3))
+    [metrics] = update(learner, SAPOConfig(epochs=1, minibatch=3))
     entropies = []
     for rows in parts:
         entropies.append(learner.entropy[rows][learner.rollout.mask[rows]].mean().item())
@@ -124,7 +129,7 @@ def test_each_epoch_logs_a_mean_over_its_minibatches():
 
 def test_update_logs_the_credit_as_it_is_before_whitening():
     learner = FreeNumbers()
-    config = SAPOConfig(whiten_advantages=True, advantage_clamp=0.1, lam=0.9)
+    config = SAPOConfig(epochs=1, whiten_advantages=True, advantage_clamp=0.1, lam=0.9)
     advantages, returns = sapo.credit(learner.rollout, config)
     [metrics] = update(learner, config)
     expected = sapo.credit_metrics(learner.rollout, advantages, config)
@@ -135,19 +140,19 @@ def test_the_first_step_finds_the_policy_that_sampled():
     """A ratio of 1, nothing clipped, no divergence."""
     learner = FreeNumbers()
     learner.logp.data.copy_(learner.rollout.logp)
-    [metrics] = update(learner, SAPOConfig())
+    [metrics] = update(learner, SAPOConfig(epochs=1))
     assert metrics["ratio"] == pytest.approx(1.0, abs=1e-12)
     assert metrics["clip_fraction"] == 0
     assert metrics["approx_kl"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_names_of_the_metrics():
-    [metrics] = update(FreeNumbers(), SAPOConfig())
+    [metrics] = update(FreeNumbers(), SAPOConfig(epochs=1))
     assert set(metrics) == {
         *("policy_loss", "clip_fraction", "approx_kl", "ratio", "entropy", "policy_grad_norm"),
         *("value_loss", "value_clip_fraction", "value_grad_norm", "explained_variance"),
         *("advantage_mean", "advantage_std", "segments_per_response", "tokens_per_segment"),
-        *("skipped_steps", "skipped_in_a_row"),
+        *("positive_advantages", "skipped_steps", "skipped_in_a_row"),
     }
     assert all(math.isfinite(number) for number in metrics.values())
 
@@ -172,7 +177,7 @@ def test_micro_batches_change_memory_not_numbers(average, micro_batch):
 @pytest.mark.parametrize("average", ["response", "token"])
 def test_a_minibatch_without_policy_tokens_is_no_failure(average):
     """An empty response, alone in its minibatch: nothing to learn, nothing to skip."""
-    [metrics] = update(FreeNumbers(), SAPOConfig(average=average, minibatch=1))
+    [metrics] = update(FreeNumbers(), SAPOConfig(epochs=1, average=average, minibatch=1))
     assert metrics["skipped_steps"] == 0
 
 
@@ -236,7 +241,7 @@ def test_given_advantages_need_no_critic():
     learner = FreeNumbers(values=None)
     mask, start = learner.rollout.mask, learner.logp.detach().clone()
     advantages = given_advantages(mask)
-    config = SAPOConfig(ratio="token", clip_low=99, clip_high=99, max_grad_norm=math.inf)
+    config = SAPOConfig(ratio="token", clip_low=99, clip_high=99, epochs=1, max_grad_norm=math.inf)
     update_policy(learner, advantages, config)
     step = torch.zeros_like(start)
     for b, row in enumerate(policy_positions(mask)):
@@ -249,19 +254,25 @@ def test_given_advantages_need_no_critic():
 def test_without_a_critic_its_metrics_are_absent_not_zero():
     learner = FreeNumbers(values=None)
     mask = learner.rollout.mask
-    [metrics] = update_policy(learner, given_advantages(mask), SAPOConfig(ratio="token"))
+    config = SAPOConfig(epochs=1, ratio="token")
+    [metrics] = update_policy(learner, given_advantages(mask), config)
     assert not {"value_loss", "value_grad_norm", "explained_variance"} & set(metrics)
     policy = on_policy(given_advantages(mask), mask)
     assert metrics["advantage_mean"] == pytest.approx(sum(policy) / len(policy))
 
 
-def steps_of_long_segments(ratio):
-    """How far each token of a segment of several tokens moves, segment by segment."""
+def steps_of(ratio):
+    """(learner, how far each token moves in a step at an advantage of 1 everywhere)."""
     learner = FreeNumbers()
     start = learner.logp.detach().clone()
-    config = SAPOConfig(ratio=ratio, clip_low=99, clip_high=99)
+    config = SAPOConfig(ratio=ratio, clip_low=99, clip_high=1e9, epochs=1)
     update_policy(learner, torch.ones_like(start), config)
-    moved = learner.logp.detach() - start
+    return learner, learner.logp.detach() - start
+
+
+def steps_of_long_segments(ratio):
+    """How far each token of a segment of several tokens moves, segment by segment."""
+    learner, moved = steps_of(ratio)
     steps = []
     for b, row in enumerate(segments(learner.rollout.ends, learner.rollout.mask)):
         steps += [moved[b, segment] for segment in row if len(segment) > 1]
@@ -269,9 +280,22 @@ def steps_of_long_segments(ratio):
     return steps
 
 
-def test_a_segment_ratio_pulls_alike_at_all_tokens_of_a_segment():
-    for step in steps_of_long_segments("segment"):
+@pytest.mark.parametrize("ratio", ["segment", "product", "response"])
+def test_a_ratio_of_several_tokens_pulls_alike_at_all_of_them(ratio):
+    for step in steps_of_long_segments(ratio):
         assert_close(step, step[:1].expand_as(step))
+
+
+def test_a_response_ratio_pulls_alike_at_all_tokens_of_a_response():
+    """On both sides of a hole, too; other ratios part it there."""
+    learner, moved = steps_of("response")
+    _, by_segment = steps_of("segment")
+    parted = 0
+    for b, row in enumerate(policy_positions(learner.rollout.mask)):
+        if row:
+            assert_close(moved[b, row], moved[b, row[:1]].expand(len(row)))
+            parted += (by_segment[b, row] - by_segment[b, row[0]]).abs().max().item() > 1e-3
+    assert parted > 3
 
 
 def test_a_token_ratio_pulls_at_each_token_by_itself():

@@ -4,12 +4,15 @@ import json
 import typing
 from dataclasses import asdict, fields
 
+import gymnasium as gym
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from small_runs import parsed, resumed
 
 import baselines
 import sapo
 import train
+from tasks import TASKS
 
 EVERY_FIELD = [*fields(train.Settings), *fields(sapo.SAPOConfig)]
 
@@ -179,6 +182,38 @@ def test_env_args_reach_the_task():
     settings, _ = train.parse(["--env", "SAPO/ArrowPath-v0", "--env_args", "length=12", "grid=5"])
     task = train.make_env(settings).unwrapped.task
     assert (task.length, task.grid) == (12, 5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "habits"),
+    [
+        (["--habits", "0.25"], 0.25),
+        (["--habits", "0"], 0.0),
+        (["--habits", "0.25", "--env_args", "habits=0.5"], 0.5),
+        (["--env_args", "habits=0"], 0),
+        ([], train.Settings().habits),
+    ],
+)
+@pytest.mark.parametrize("env", [*(f"SAPO/{name}-v0" for name in TASKS), "env:SAPO/DiceSum-v0"])
+def test_habits_reach_every_task_that_demonstrates(env, flags, habits):
+    """By their own flag, unless --env_args names them."""
+    settings, _ = train.parse(["--env", env, *flags])
+    assert train.make_env(settings).unwrapped.task.habits == habits
+
+
+def test_habits_that_are_no_share_are_named():
+    with pytest.raises(ValueError, match="habits=2.0"):
+        train.make_env(train.parse(["--habits", "2"])[0])
+
+
+@pytest.mark.parametrize("env", ["SAPO/Dataset-v0", "Foreign-v0", "not_loaded_yet:Foreign-v1"])
+def test_an_environment_that_demonstrates_nothing_gets_no_habits(monkeypatch, env):
+    """It might refuse them."""
+    monkeypatch.setitem(gym.registry, "Foreign-v0", EnvSpec("Foreign-v0", "foreign:Env"))
+    made = []
+    monkeypatch.setattr(gym, "make", lambda *args, **named: made.append((args, named)))
+    train.make_env(train.parse(["--env", env, "--env_args", "path=x"])[0])
+    assert made == [((env,), {"disable_env_checker": True, "path": "x"})]
 
 
 # --------------------------------------------------------------------- one line for bad input

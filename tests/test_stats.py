@@ -90,3 +90,30 @@ def test_lift_by_hand():
 def test_lift_of_all_tokens_is_one():
     entropy, jump = np.random.default_rng(0).random((2, 50))
     assert stats.lift(entropy, jump, q=1.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "others", "expected"),
+    [
+        ([2.0, 3.0], [0.0, 1.0], 1.0),
+        ([0.0], [0.0], 0.5),
+        ([0.0, 2.0], [1.0], 0.5),
+        ([1.0, 2.0, 3.0], [2.0, 9.0], 1.5 / 6),
+    ],
+)
+def test_the_probability_of_improvement_by_hand(values, others, expected):
+    """The share of the pairs that the first wins, half of it where they are equal."""
+    share, low, high = stats.probability_of_improvement(values, others)
+    assert share == pytest.approx(expected)
+    assert low <= share <= high
+    assert stats.probability_of_improvement(values, others) == (share, low, high)
+    mirrored, _, _ = stats.probability_of_improvement(others, values)
+    assert mirrored == pytest.approx(1 - expected)
+
+
+def test_the_interval_of_an_improvement_is_that_of_the_normal_distribution():
+    """Of n against m equal draws the share has the variance (n + m + 1) / (12 n m)."""
+    rng, n, m = np.random.default_rng(0), 100, 80
+    _, low, high = stats.probability_of_improvement(rng.normal(size=n), rng.normal(size=m))
+    width = 2 * 1.96 * math.sqrt((n + m + 1) / (12 * n * m))
+    assert high - low == pytest.approx(width, rel=0.15)

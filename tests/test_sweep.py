@@ -1,12 +1,13 @@
 """lab/sweep.py: the plan of every experiment, a run killed and continued, what is kept of it."""
 
+import dataclasses
 import json
 import os
 import subprocess
 
 import pytest
 from small_runs import rows_of
-from small_sweeps import FAST, SUM_TASK, parsed_sweep
+from small_sweeps import LEARNED, SUM_TASK, parsed_sweep
 
 import sapo
 import train
@@ -33,25 +34,59 @@ def test_all_variants_of_a_seed_come_before_the_next_seed():
 
 def test_labels_say_what_a_run_is():
     for run in sweep.plan(*parsed_sweep("--experiment", "main", "--seeds", "1")):
-        assert train.parse(run.flags)[0].method == run.label
+        assert train.parse(run.flags)[0].method == run.label.split(",")[0]
     for run in sweep.plan(*parsed_sweep("--experiment", "cuts", "--seeds", "1")):
         assert train.parse(run.flags)[0].cut == run.label
     for run in sweep.plan(*parsed_sweep("--experiment", "topk", "--seeds", "1")):
         assert f"{train.parse(run.flags)[1].top_k:.0%}" == run.label
+    for run in sweep.plan(*parsed_sweep("--experiment", "reuse", "--seeds", "1")):
+        settings, config = train.parse(run.flags)
+        kind, epochs = run.label.split(", ")
+        assert epochs == f"{config.epochs} epochs"
+        if kind in ("ppo", "grpo"):
+            assert settings.method == kind
+        elif kind != "no clip":
+            assert kind.split(" ")[0] == config.ratio
+
+
+def test_ppo_is_compared_at_its_own_lambda_and_at_sapos():
+    runs = {run.label: run for run in sweep.plan(*parsed_sweep("--seeds", "1"))}
+    own, sapos = (train.parse(runs[label].flags)[1] for label in ("ppo", "ppo, lambda of sapo"))
+    assert own == train.parse(["--method", "ppo"])[1]
+    assert sapos == dataclasses.replace(own, lam=sapo.SAPOConfig().lam)
 
 
 def test_a_subset_of_the_methods_takes_the_users_flags():
     flags = ["--methods", "ppo", "sapo", "--seeds", "1", *SUM_TASK, "--lam", "0.9"]
     runs = list(sweep.plan(*parsed_sweep(*flags)))
-    assert sorted(run.label for run in runs) == ["ppo", "sapo"]
+    assert sorted(run.label for run in runs) == ["ppo", "ppo, lambda of sapo", "sapo"]
     for run in runs:
         settings, config = train.parse(run.flags)
-        assert config.lam == 0.9 and settings.env_args == ["n=1", "largest=99"]
+        assert settings.env_args == ["n=1", "largest=99"]
+        if run.label in ("ppo", "sapo"):  # the third has a lambda of its own
+            assert config.lam == 0.9
+
+
+@pytest.mark.parametrize(
+    ("experiment", "method", "labels"),
+    [
+        ("main", "ppo", ["ppo", "ppo, lambda of sapo"]),
+        ("main", "sapo", ["sapo"]),
+        ("main", "vc-ppo", ["vc-ppo"]),
+        ("horizon", "ppo", ["ppo", "ppo, lambda 0.99"]),
+        ("controls", "sapo", ["sapo", "sapo, token ratio", "sapo, V at end", "sapo, token mean"]),
+        ("reuse", "grpo", [f"grpo, {epochs} epochs" for epochs in (1, 2, 4, 8)]),
+        ("tune", "gspo", [f"gspo --actor_lr {rate}" for rate in sweep.RATES]),
+    ],
+)
+def test_a_method_is_taken_with_all_its_variants(experiment, method, labels):
+    flags = ["--experiment", experiment, "--methods", method, "--seeds", "1"]
+    assert [run.label for run in sweep.plan(*parsed_sweep(*flags))] == labels
 
 
 def test_srpo_takes_no_part_where_there_is_no_picture():
     labels = {run.label for run in sweep.plan(*parsed_sweep(*SUM_TASK))}
-    assert labels == set(sweep.METHODS) - {"srpo"}
+    assert labels == set(sweep.EXPERIMENTS["main"]) - {"srpo"}
 
 
 def test_an_unknown_experiment_is_refused_with_the_known_ones():
@@ -62,13 +97,15 @@ def test_an_unknown_experiment_is_refused_with_the_known_ones():
 # ------------------------------------------------------------------------- the learning rates
 @pytest.fixture
 def tuned(tmp_path):
-    """A folder with a tuning: of PPO's two best rates the smaller, GRPO's best at the default."""
+    """A folder with a tuning: of GSPO's two best rates the smaller, GRPO's second, PPO's last."""
     accuracies = {
-        "ppo 1e-4": [0.5, 0.6],  # as good as the next, within the error
-        "ppo 3e-4": [0.545, 0.56],
-        "ppo 6e-4": [0.9, 0.1],
-        "grpo 1e-4": [0.53, 0.53],
-        "grpo 3e-4": [0.55, 0.55],
+        "gspo --actor_lr 1e-4": [0.5, 0.6],  # as good as the next, within the error
+        "gspo --actor_lr 2e-4": [0.545, 0.56],
+        "gspo --actor_lr 4e-4": [0.9, 0.1],
+        "grpo --actor_lr 1e-4": [0.5, 0.5],
+        "grpo --actor_lr 2e-4": [0.55, 0.55],
+        "ppo --actor_lr 2e-4 --lam 0.99": [0.3, 0.3],
+        "ppo --actor_lr 4e-4 --lam 0.9": [0.5, 0.5],
     }
     runs = []
     for label, of_seeds in accuracies.items():
@@ -77,54 +114,77 @@ def tuned(tmp_path):
     return tmp_path
 
 
-def rates(*flags):
-    """{label: the learning rate of its run}"""
+def tuned_numbers(*flags):
+    """{label: (learning rate, lambda) of its run}"""
     runs = sweep.plan(*parsed_sweep(*flags, "--seeds", "1"))
-    return {run.label: train.parse(run.flags)[1].actor_lr for run in runs}
+    configs = {run.label: train.parse(run.flags)[1] for run in runs}
+    return {label: (config.actor_lr, config.lam) for label, config in configs.items()}
 
 
-def test_the_smallest_rate_as_good_as_the_tunings_best_is_used(tuned):
-    chosen = rates("--results", str(tuned))
-    assert chosen.pop("ppo") == 1e-4
-    assert set(chosen.values()) == {sapo.SAPOConfig().actor_lr}  # GRPO's best, and the untuned
+def defaults(method):
+    """The same, of a method that was not tuned."""
+    _, config = train.parse(["--method", method])
+    return config.actor_lr, config.lam
 
 
-def test_a_rate_clearly_below_the_best_is_not_used(tuned):
-    runs = [{"label": "ppo 1e-4", "accuracy": 0.5}, {"label": "ppo 6e-4", "accuracy": 0.6}]
+def test_the_first_trial_as_good_as_the_tunings_best_is_used(tuned):
+    chosen = tuned_numbers("--results", str(tuned))
+    assert chosen.pop("gspo") == (1e-4, defaults("gspo")[1])
+    assert chosen.pop("grpo") == (2e-4, defaults("grpo")[1])
+    assert chosen.pop("ppo") == (4e-4, 0.9)
+    # a variant's own flags win over the tuned ones
+    assert chosen.pop("ppo, lambda of sapo") == (4e-4, sapo.SAPOConfig().lam)
+    assert chosen == {method: defaults(method) for method in chosen} and len(chosen) > 3
+
+
+def test_a_trial_clearly_below_the_best_is_not_used(tuned):
+    runs = [
+        {"label": "gspo --actor_lr 1e-4", "accuracy": 0.5},
+        {"label": "gspo --actor_lr 8e-4", "accuracy": 0.6},
+    ]
     (tuned / "tune-DiceSum.json").write_text(json.dumps({"runs": runs}))
-    assert rates("--results", str(tuned))["ppo"] == 6e-4
+    assert tuned_numbers("--results", str(tuned))["gspo"][0] == 8e-4
 
 
-def test_the_tuning_itself_takes_every_rate_of_the_grid(tuned):
-    chosen = rates("--experiment", "tune", "--results", str(tuned))
-    assert len(chosen) == len(sweep.METHODS) * len(sweep.GRID)
-    for label, rate in chosen.items():
-        assert rate == float(label.split()[1])
+def test_the_tuning_itself_makes_as_many_trials_of_every_method(tuned):
+    chosen = tuned_numbers("--experiment", "tune", "--results", str(tuned))
+    trials = {}
+    for label, (rate, lam) in chosen.items():
+        method, _, rate_word, *lam_flag = label.split()
+        assert rate == float(rate_word)
+        assert lam == (float(lam_flag[1]) if lam_flag else defaults(method)[1])
+        trials.setdefault(method, []).append((rate, lam))
+    assert set(trials) == set(sweep.METHODS)
+    assert {len(set(of_method)) for of_method in trials.values()} == {4}
 
 
 def test_a_users_rate_wins_over_the_tunings(tuned):
-    assert set(rates("--results", str(tuned), "--actor_lr", "5e-4").values()) == {5e-4}
+    chosen = tuned_numbers("--results", str(tuned), "--actor_lr", "5e-4")
+    assert {rate for rate, _ in chosen.values()} == {5e-4}
 
 
 def test_a_tuning_counts_for_its_own_tag(tmp_path):
-    runs = [{"label": "ppo 1e-4", "accuracy": 0.9}]
+    runs = [{"label": "grpo --actor_lr 1e-4", "accuracy": 0.9}]
     (tmp_path / "tune-DiceSum-long.json").write_text(json.dumps({"runs": runs}))
-    flags = ["--results", str(tmp_path), "--methods", "ppo", "vineppo"]
-    assert rates(*flags) == {"ppo": 3e-4, "vineppo": 3e-4}
-    assert rates(*flags, "--tag", "long") == {"ppo": 1e-4, "vineppo": 3e-4}
+    flags = ["--results", str(tmp_path), "--methods", "grpo", "vineppo"]
+    untuned = {method: defaults(method) for method in ("grpo", "vineppo")}
+    assert tuned_numbers(*flags) == untuned
+    tagged = tuned_numbers(*flags, "--tag", "long")
+    assert tagged.pop("grpo")[0] == 1e-4 != untuned.pop("grpo")[0]
+    assert tagged == untuned
 
 
 def test_a_methods_own_batch_stands_behind_the_users():
     flags = ["--methods", "ppo", "vineppo", "--seeds", "1", "--batch", "128"]
     runs = sweep.plan(*parsed_sweep(*flags))
     batches = {run.label: train.parse(run.flags)[0].batch for run in runs}
-    assert batches == {"ppo": 128, "vineppo": 32}
+    assert batches == {"ppo": 128, "ppo, lambda of sapo": 128, "vineppo": 32}
 
 
 # ----------------------------------------------------------------------------------- the runs
-def test_a_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path):
-    flags = ["--methods", "grpo", "--seeds", "1", *SUM_TASK, "--runs", str(tmp_path)]
-    (planned,) = sweep.plan(*parsed_sweep(*flags, "--tokens", "600", *FAST))
+def test_a_run_that_was_killed_goes_on_from_its_checkpoint(runs):
+    flags = ["--methods", "grpo", "--seeds", "1", *SUM_TASK, "--runs", str(runs)]
+    (planned,) = sweep.plan(*parsed_sweep(*flags, "--tokens", "600", "--tag", "killed", *LEARNED))
     run = train.build(*train.parse([*planned.flags, "--token_budget", "200"]))
     assert train.train(run)
     stored = json.loads((planned.folder / "config.json").read_text())
@@ -203,7 +263,11 @@ def test_an_outcome_is_the_summary_the_flags_and_the_curve(tmp_path):
     accuracies = {"warm_start_accuracy": 0.5, "accuracy": 0.9}
     accuracies |= {"accuracy_low": 0.8, "accuracy_high": 0.95}
     cost = {"generated_tokens": 200, "seconds": 3.0}
-    evaluations = {"evaluations": {"greedy": {"eval_accuracy": 0.97}}, "peak_rss_mb": 500}
+    evaluations = {
+        "evaluations": {"greedy": {"eval_accuracy": 0.97}},
+        "evaluations_before": {"greedy": {"eval_accuracy": 0.55}},
+        "peak_rss_mb": 500,
+    }
     summary = {**accuracies, **cost, **evaluations}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     before_training = {"iteration": 0, "eval_accuracy": 0.5}
@@ -218,18 +282,23 @@ def test_an_outcome_is_the_summary_the_flags_and_the_curve(tmp_path):
         "iterations": 2,
         **accuracies,
         **cost,
+        "greedy_before": 0.55,
         "greedy": 0.97,
         "curve": {"generated_tokens": [100, 200], "accuracy": [0.6, 0.8]},
     }
 
 
 def test_a_table_has_a_row_per_variant_by_hand():
-    run = {"warm_start_accuracy": 0.5, "generated_tokens": 1000, "seconds": 10.0}
-    runs = [{"label": "sapo", "accuracy": accuracy, **run} for accuracy in (0.4, 0.8, 0.8, 0.8)]
-    runs += [{"label": "ppo", "accuracy": 0.5, **run}]
+    run = {"warm_start_accuracy": 0.5, "greedy_before": 0.625}
+    run |= {"generated_tokens": 1000, "seconds": 10.0}
+    accuracies = (0.4, 0.8, 0.8, 0.8)
+    runs = [{"label": "sapo", "accuracy": share, "greedy": 0.9, **run} for share in accuracies]
+    runs += [{"label": "ppo", "accuracy": 0.5, "greedy": share, **run} for share in accuracies]
     head, rule, *rows = sweep.table({"runs": runs}).splitlines()
-    assert head.count("|") == rule.count("|") == 8
-    # The interquartile mean of four leaves the lowest and the highest out.
-    assert rows[0].startswith("| sapo | 4 | 0.500 | 0.800 (")
-    assert rows[0].endswith(" to 0.800) | 3 of 4 | 1000 | 10 |")
-    assert rows[1] == "| ppo | 1 | 0.500 | 0.500 (0.500 to 0.500) | 0 of 1 | 1000 | 10 |"
+    assert {line.count("|") for line in (head, rule, *rows)} == {9}
+    sapos, ppos = ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows)
+    assert sapos[:3] == ["sapo", "4", "0.500, 0.625"] and sapos[5:] == ["", "1000", "10"]
+    # the interquartile mean of four leaves the lowest and the highest out
+    assert sapos[3].startswith("0.800 (") and sapos[4] == "0.900 (0.900 to 0.900)"
+    assert ppos[3] == "0.500 (0.500 to 0.500)" and ppos[4] == sapos[3]
+    assert ppos[5].startswith("0.75 (")  # three of SAPO's four ended above PPO's

@@ -162,16 +162,16 @@ def finished(runs):
         train.main(
             [
                 *TASK,
-                *("--runs", str(runs), "--name", "finished", "--iterations", "12"),
+                *("--runs", str(runs), "--name", "finished", "--iterations", "8"),
                 *("--batch", "128", "--actor_lr", "5e-4", "--critic_lr", "1e-3"),
-                *("--eval_every", "6", "--eval_episodes", "512"),
+                *("--eval_every", "4", "--eval_episodes", "256"),
             ]
         )
     return runs / "finished", out.getvalue()
 
 
 def test_a_short_run_improves_accuracy(finished):
-    """Trials with seeds 0 to 3 went from 0.30-0.35 to 0.55-0.64 on the held-out examples."""
+    """Trials with seeds 0 to 3 went from 0.32-0.36 to 0.69-0.80 on the held-out examples."""
     folder, _ = finished
     summary = json.loads((folder / "summary.json").read_text())
     metrics = rows_of(folder / "metrics.jsonl")
@@ -188,7 +188,7 @@ def test_the_summary_has_what_was_promised(finished):
     promised = {"warm_start_accuracy", "accuracy", "accuracy_low", "accuracy_high", "episodes"}
     promised |= {"seconds", "warm_start_seconds", "peak_rss_mb", "method", "seed", "command"}
     assert promised <= set(summary)
-    assert (summary["method"], summary["seed"], summary["episodes"]) == ("sapo", 0, 12 * 128)
+    assert (summary["method"], summary["seed"], summary["episodes"]) == ("sapo", 0, 8 * 128)
     assert 0 < summary["accuracy_low"] < summary["accuracy"] < summary["accuracy_high"] < 1
     assert 50 < summary["peak_rss_mb"] < 3000 and summary["seconds"] > 0
     last = rows_of(folder / "metrics.jsonl")[-1]
@@ -217,13 +217,14 @@ def test_the_promised_files_are_there(finished):
 def test_metrics_are_complete_finite_and_strict_json(finished):
     folder, _ = finished
     rows = rows_of(folder / "metrics.jsonl")
-    assert [row["iteration"] for row in rows] == list(range(13))
-    assert [row["iteration"] for row in rows if "eval_accuracy" in row] == [0, 6, 12]
+    assert [row["iteration"] for row in rows] == list(range(9))
+    assert [row["iteration"] for row in rows if "eval_accuracy" in row] == [0, 4, 8]
     needed = {"accuracy", "reward", "response_tokens", "policy_loss", "value_loss", "ratio"}
     needed |= {"clip_fraction", "approx_kl", "entropy", "policy_grad_norm", "value_grad_norm"}
     needed |= {"advantage_mean", "advantage_std", "explained_variance", "skipped_steps"}
     needed |= {"segments_per_response", "tokens_per_segment", "episodes", "generated_tokens"}
     needed |= {"seconds", "actor_lr", "value_clip_fraction", "skipped_in_a_row"}
+    needed |= {"positive_advantages"}
     for iteration, row in enumerate(rows[1:], 1):
         assert needed <= set(row) and all(math.isfinite(value) for value in row.values())
         assert row["episodes"] == 128 * iteration
@@ -236,7 +237,7 @@ def test_metrics_are_complete_finite_and_strict_json(finished):
 def test_samples_are_consistent(finished):
     folder, _ = finished
     rows = rows_of(folder / "samples.jsonl")
-    assert [row["iteration"] for row in rows] == [6] * 64 + [12] * 64
+    assert [row["iteration"] for row in rows] == [4] * 64 + [8] * 64
     assert all(row["image"] is None for row in rows)
     assert {row["reward"] for row in rows} == {0.0, 1.0}
     check_samples(rows, has_critic=True)

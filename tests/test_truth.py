@@ -13,6 +13,7 @@ from small_sweeps import LEARNED, SUM_TASK, parsed_sweep
 
 import baselines
 import rollout
+import sapo
 import train
 import vlm
 from lab import figures, truth
@@ -97,8 +98,9 @@ def test_credit_made_from_the_known_steps_is_found_as_good_as_it_is(
     monkeypatch.setattr(train, "assign_credit", lambda run, batch: train.Credit(advantages, None))
     accuracy = truth.credit_accuracy(None, 40)
     assert accuracy["auroc"] == accuracy["auroc_in_wrong_responses"] == expected
+    assert accuracy["auroc_of_first_wrong_step"] == expected
     assert accuracy["auroc_interval"][0] == expected
-    assert len(shares) > 10
+    assert accuracy["wrong_responses"] == len(shares) > 10
     assert accuracy["share_on_first_wrong_step"][0] == pytest.approx(np.mean(shares))
 
 
@@ -116,7 +118,8 @@ def test_without_a_wrong_step_there_is_no_share_of_it(demonstrations, monkeypatc
     monkeypatch.setattr(truth, "same_batch", lambda run, count: batch)
     monkeypatch.setattr(train, "assign_credit", lambda run, batch: credit)
     accuracy = truth.credit_accuracy(None, len(all_right))
-    assert accuracy["auroc_in_wrong_responses"] is None
+    assert accuracy["auroc_in_wrong_responses"] is accuracy["auroc_of_first_wrong_step"] is None
+    assert accuracy["wrong_responses"] == 0
     assert accuracy["share_on_first_wrong_step"] is None
 
 
@@ -140,12 +143,59 @@ def test_the_share_of_the_first_wrong_step_by_hand():
     assert truth.share_on_first_wrong(0 * advantages, steps) is None  # nothing to share
 
 
+A, B, C, D = (0, 1), (1, 3), (3, 4), (4, 5)  # steps of one, two, one and one token
+
+
+@pytest.mark.parametrize(
+    ("rights", "expected"),
+    [
+        ([True, True, True, True], []),  # nothing wrong
+        ([True, False, True, True], [(1.0, True), (-2.0, False), (-4.0, True), (0.5, True)]),
+        ([True, False, False, True], [(1.0, True), (-2.0, False), (0.5, True)]),
+        ([False, True, False, False], [(1.0, False), (-2.0, True)]),
+    ],
+)
+def test_the_deepest_advantage_of_each_step_until_a_response_is_lost(rights, expected):
+    advantages = np.array([1.0, -2.0, 3.0, -4.0, 0.5])
+    steps = [(*step, right) for step, right in zip((A, B, C, D), rights, strict=True)]
+    assert truth.deepest_until_lost(advantages, steps) == expected
+
+
+def test_the_accuracy_of_advantages_by_hand(monkeypatch):
+    """Two responses: one has two wrong steps, the other none, but an advantage lower than all."""
+    advantages = torch.tensor([[0.4, 0.2, -0.6, 0.9], [-0.8, 0.1, 0.1, 0.1]])
+    steps = {
+        "lost": [(0, 2, True), (2, 3, False), (3, 4, False)],
+        "right": [(0, 2, True), (2, 4, True)],
+    }
+    monkeypatch.setattr(truth, "step_tokens", lambda environment, texts: steps[environment])
+    batch = SimpleNamespace(envs=["lost", "right"], texts=[[], []])
+    accuracy = truth.accuracy_of(advantages, batch)
+    # right steps have means 0.3, -0.35 and 0.1, wrong ones -0.6 and 0.9
+    assert accuracy["auroc"] == accuracy["auroc_in_wrong_responses"] == 0.5
+    assert accuracy["auroc_of_first_wrong_step"] == 1.0  # 0.2 against -0.6
+    assert accuracy["share_on_first_wrong_step"][0] == pytest.approx(0.6 / 2.1)
+    assert accuracy["wrong_responses"] == 1
+
+
 # ----------------------------------------------------- does the gradient point the right way?
-@pytest.mark.parametrize("average", ["response", "token"])
-def test_the_gradient_is_the_policy_gradient(small, average):
+# {kind of ratio: the factor on grad log pi of each token, of advantages (B, T) under a cut}
+PULLS = {
+    "token": lambda drawn, ends, mask: drawn,
+    "segment": sapo.segment_mean,
+    "response": lambda drawn, ends, mask: sapo.segment_mean(drawn, torch.zeros_like(ends), mask),
+    "product": sapo.segment_sum,
+}
+
+
+@pytest.mark.parametrize(
+    ("average", "ratio"), [("token", "token"), *(("response", ratio) for ratio in PULLS)]
+)
+def test_the_gradient_is_the_policy_gradient(small, average, ratio):
     """Against autograd on the plain objective, A log pi averaged as the method does; in minibatches
     of 8 as in one."""
-    run = truth.frozen(*small, ["--method", "grpo", "--average", average])
+    flags = ["--average", average, "--ratio", ratio, "--cut", "topk"]
+    run = truth.frozen(*small, ["--method", "grpo", *flags])
     batch = rollout.collect(run, rollout.train_indices(run.settings, 1))
     loss_mask = batch.written & (torch.rand(batch.written.shape) < 0.7)
     drawn = torch.randn(batch.written.shape) * batch.written
@@ -155,7 +205,8 @@ def test_the_gradient_is_the_policy_gradient(small, average):
     policy = run.models.policy
     policy.model.zero_grad()
     logp, _ = vlm.score(policy, batch.inputs, batch.tokens, batch.written)
-    total = (drawn * logp * loss_mask).sum(1)  # (B,)
+    pull = PULLS[ratio](drawn * loss_mask, learned.ends, loss_mask)
+    total = (pull * logp * loss_mask).sum(1)  # (B,)
     if average == "response":
         loss = -(total / loss_mask.sum(1).clamp(min=1)).mean()
     else:

@@ -286,6 +286,42 @@ def test_a_prefix_value_knows_the_tokens_before_it_and_no_others(sharp, critic):
     assert (other_values[:, 0] - values[:, 0]).abs().min() > 1e-3
 
 
+@torch.no_grad()
+def test_a_prefix_value_hears_the_log_probabilities_before_it_and_no_others(sharp, critic):
+    """V before token t is the plain critic's, and u times the surprise after token t - 1."""
+    hearing = sapo.SegmentCritic(critic.backbone, hears=True)
+    hearing.head.load_state_dict(critic.head.state_dict())
+    torch.nn.init.constant_(hearing.per_nat, 0.5)
+    inputs, tokens, mask = sample(sharp, T=8, stop="e")
+    assert not mask.all()
+    logp, _ = vlm.score(sharp, inputs, tokens, mask)
+
+    def values(logp):
+        return vlm.prefix_values(hearing, inputs, tokens, mask, sapo.surprise(logp, mask))
+
+    plain, heard = vlm.prefix_values(critic, inputs, tokens, mask), values(logp)
+    for row, n in enumerate(mask.sum(1).tolist()):
+        least = 0.0
+        for t in range(n):
+            assert (heard[row, t] - plain[row, t]).item() == pytest.approx(0.5 * least, abs=1e-4)
+            least = min(least, logp[row, t].item())
+    assert not heard[~mask].any()
+    for t in range(mask.shape[1]):
+        other = logp.clone()
+        other[:, t] = -20.0
+        moved = values(other) != heard
+        assert not moved[:, : t + 1].any()
+        assert torch.equal(moved[:, t + 1 : t + 2], mask[:, t + 1 : t + 2])
+
+
+def test_prefix_values_of_a_critic_that_hears_need_something_to_hear(sharp):
+    tokens, mask = response_of(sharp, "12")
+    inputs = vlm.encode(sharp, ["Sum."], [picture(0)])
+    hearing = sapo.SegmentCritic(sharp.model.base_model, hears=True)
+    with pytest.raises(ValueError, match=r"^surprise\b"):
+        vlm.prefix_values(hearing, inputs, tokens, mask)
+
+
 def test_prefix_values_are_the_critics_own_values_moved_by_one(sharp, critic):
     tokens, mask = response_of(sharp, "12")
     inputs = vlm.encode(sharp, ["Sum."], [picture(0)])

@@ -1,0 +1,81 @@
+"""Signs that a run is breaking, each said once, in one line, while it can still be stopped.
+
+A collapse announces itself: the policy moves far within one rollout, every advantage turns negative
+because the critic lags behind, or the critic becomes worse than a constant. `warn` watches the
+metrics of each iteration for these three. It changes nothing in the run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Something in an iteration's metrics that healthy runs do not show for long."""
+
+    metric: str  # the number that shows it
+    holds: Callable[[dict], bool]  # metrics of an iteration -> is it there?
+    patience: int  # iterations in a row that it must last before it is worth a line
+    meaning: str
+    remedy: str
+
+
+KL_BOUND = 0.2  # nats per token; healthy runs here stay below 0.08, collapses reach 1
+
+
+def _moves_too_far(metrics):
+    return metrics.get("approx_kl", 0.0) > KL_BOUND
+
+
+def _has_one_sign(metrics):
+    return metrics["advantage_std"] > 0 and metrics["positive_advantages"] in (0.0, 1.0)
+
+
+def _is_worse_than_a_constant(metrics):
+    return metrics.get("explained_variance", 0.0) < -0.5
+
+
+SIGNS = (
+    Sign(
+        "approx_kl",
+        _moves_too_far,
+        1,
+        f"above {KL_BOUND}: one rollout moves the policy too far",
+        "lower --actor_lr or --epochs",
+    ),
+    Sign(
+        "positive_advantages",
+        _has_one_sign,
+        3,
+        "every advantage has the same sign: the critic lags behind the policy",
+        "lower --actor_lr or --epochs, or add --whiten_advantages",
+    ),
+    Sign(
+        "explained_variance",
+        _is_worse_than_a_constant,
+        3,
+        "below -0.5: the critic is worse than a constant",
+        "lower --critic_lr",
+    ),
+)
+
+
+def warnings(metrics: dict, since: dict[str, int]) -> list[str]:
+    """The lines that an iteration gives reason for.
+
+    metrics: of one iteration, as iterate() returns them, with its number as "iteration".
+    since: {metric: the iteration that its sign has been there from}; brought up to date here, and
+        kept by the caller from one iteration to the next.
+    """
+    lines = []
+    for sign in SIGNS:
+        if not sign.holds(metrics):
+            since.pop(sign.metric, None)
+            continue
+        first = since.setdefault(sign.metric, metrics["iteration"])
+        if metrics["iteration"] - first + 1 == sign.patience:
+            lines.append(
+                f"warning: {sign.metric} is {metrics[sign.metric]:.3g} since iteration {first}, "
+                f"{sign.meaning}; {sign.remedy}"
+            )
+    return lines

@@ -1,0 +1,73 @@
+"""health.py: a run that is breaking says so, once, in one line; a healthy one says nothing."""
+
+import json
+
+import pytest
+import small_runs
+
+import health
+import train
+
+HEALTHY = {
+    "approx_kl": 0.02,
+    "advantage_std": 0.3,
+    "positive_advantages": 0.6,
+    "explained_variance": 0.2,
+}
+BREAKING = {
+    "approx_kl": {"approx_kl": 0.9},
+    "positive_advantages": {"positive_advantages": 0.0},
+    "explained_variance": {"explained_variance": -0.8},
+}
+
+
+def said(rows):
+    """{iteration: the lines said after it} for the metrics of iterations 1, 2, ..."""
+    since, lines = {}, {}
+    for iteration, row in enumerate(rows, 1):
+        lines[iteration] = health.warnings({"iteration": iteration, **row}, since)
+    return {iteration: said for iteration, said in lines.items() if said}
+
+
+def test_a_healthy_run_says_nothing():
+    without_critic = {k: v for k, v in HEALTHY.items() if k != "explained_variance"}
+    skipped = {k: v for k, v in HEALTHY.items() if k != "approx_kl"}  # no minibatch was finite
+    equal = HEALTHY | {"advantage_std": 0.0, "positive_advantages": 0.0}  # nothing to learn from
+    assert said([HEALTHY, without_critic, skipped, equal, equal, equal]) == {}
+
+
+@pytest.mark.parametrize("sign", health.SIGNS, ids=lambda sign: sign.metric)
+def test_a_sign_is_said_once_when_it_has_lasted(sign):
+    sick = HEALTHY | BREAKING[sign.metric]
+    lines = said([HEALTHY, *[sick] * 5])
+    assert list(lines) == [1 + sign.patience]
+    (line,) = lines[1 + sign.patience]
+    assert line.startswith(f"warning: {sign.metric} is ") and "since iteration 2," in line
+    assert sign.remedy in line and "--" in sign.remedy
+
+
+@pytest.mark.parametrize("sign", health.SIGNS, ids=lambda sign: sign.metric)
+def test_a_sign_that_goes_and_comes_back_is_said_again(sign):
+    sick = HEALTHY | BREAKING[sign.metric]
+    lines = said([*[sick] * sign.patience, HEALTHY, *[sick] * sign.patience])
+    assert list(lines) == [sign.patience, 2 * sign.patience + 1]
+
+
+@pytest.mark.parametrize("share", (0.0, 1.0))
+def test_all_positive_is_one_sign_too(share):
+    assert said([HEALTHY | {"positive_advantages": share}] * 3)
+    assert not said([HEALTHY | {"positive_advantages": abs(share - 0.01)}] * 3)
+
+
+def test_a_training_that_breaks_says_so_and_goes_on(runs, capsys):
+    """A rate a hundred times too large: the policy leaves the rollout's within one update."""
+    run = small_runs.built(
+        runs, "--name", "breaking", "--actor_lr", "0.1", "--epochs", "4", "--iterations", "2"
+    )
+    assert train.train(run)
+    shown = capsys.readouterr()
+    assert "warning: approx_kl is" in shown.out + shown.err
+    rows = small_runs.rows_of(run.folder / "metrics.jsonl")
+    assert max(row.get("approx_kl", 0) for row in rows) > health.KL_BOUND
+    saved = json.dumps(run.progress.ailing_since)  # plain numbers: a checkpoint keeps them
+    assert json.loads(saved) == run.progress.ailing_since

@@ -1,0 +1,183 @@
+"""lab/tables.py: each table by hand on made-up outcomes, and which tables a folder gives."""
+
+import json
+
+import pytest
+
+from lab import tables
+from lab.sweep import table
+
+
+def cells(text):
+    """The cells of a Markdown table, row by row; without the rule, which is checked here."""
+    head, rule, *rows = text.splitlines()
+    assert set(rule) == {"|", "-"}
+    assert {line.count("|") for line in (head, rule, *rows)} == {head.count("|")}
+    assert all(line.startswith("| ") and line.endswith(" |") for line in (head, *rows))
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *rows)]
+
+
+def evaluations(*accuracies):
+    """The three ways of decoding, as a summary has them."""
+    kinds = ("temperature 1", "temperature 0.6, top-p 0.95", "greedy")
+    return {
+        kind: {"eval_accuracy": accuracy} for kind, accuracy in zip(kinds, accuracies, strict=True)
+    }
+
+
+def summary(seed=0):
+    """A summary of train.py with what results/ adds to it."""
+    mid_run = {"auroc_of_first_wrong_step": 0.876, "auroc_in_wrong_responses": 0.654}
+    mid_run |= {"own_credit": {"share_on_first_wrong_step": [0.321, 0.2, 0.4]}}
+    mechanism = {"explained_variance_second_half": 0.456, "clip_fraction": 0.0123}
+    mechanism |= {"largest_approx_kl": 0.0456, "mid_run": mid_run}
+    costs = {"warm_start_seconds": 20.4, "seconds": 99.6, "peak_rss_mb": 700.2}
+    return {
+        "seed": seed,
+        "evaluations_before": evaluations(0.3, 0.4, 0.1),
+        "evaluations": evaluations(0.8, 0.85, 0.9375),
+        "mechanism": mechanism,
+        **costs,
+    }
+
+
+def critics():
+    """What lab.critic writes: two tasks, of which the second has no ceiling yet."""
+    measured = []
+
+    def add(task, variant, *ends):
+        for seed, (explained, auroc, share) in enumerate(ends):
+            first = {"explained_variance": -9, "auroc_of_first_wrong_step": 0}
+            first |= {"share_of_blame": [9, 9, 9]}
+            last = {"explained_variance": explained, "auroc_of_first_wrong_step": auroc}
+            last |= {"share_of_blame": [share, 0, 1]}
+            row = {"task": task, "seed": seed, "variant": variant, "curve": [first, last]}
+            measured.append(row)
+
+    add("dice", "as before", (0.1, 0.5, 0.1), (0.3, 0.6, 0.2))
+    add("dice", "hears", (0.4, 0.8, 0.3), (0.5, 1.0, 0.5))
+    add("dice", "ceiling", (0.7, 0.9, 0.6))
+    add("nine", "as before", (-0.25, 0.5, 0.125))
+    add("nine", "hears", (0.25, 0.75, 0.25))
+    return {"variants": {"as before": {}, "hears": {}}, "measured": measured}
+
+
+def trial(**changes):
+    fields = {"seed": 10, "habits": 0.65, "critic_hears": "nothing", "lam": 0.99, "epochs": 4}
+    fields |= {"batch": 256, "minibatch": 64, "actor_lr": 1e-4, "critic_lr": 2e-3}
+    fields |= {"actor_half_life": 500000.0, "whiten_advantages": True, "accuracy": 0.8613}
+    fields |= {"greedy": 0.9551, "generated_tokens": 159288, "clip_fraction": 0.0267}
+    return fields | {"explained_variance_second_half": 0.2274} | changes
+
+
+def sweep(experiment):
+    """A sweep's outcome of one variant and one seed."""
+    run = {"label": "sapo", "seed": 0, "accuracy": 0.75, "greedy": 0.875, "seconds": 12}
+    run |= {"warm_start_accuracy": 0.5, "greedy_before": 0.625, "generated_tokens": 1000}
+    return {"experiment": experiment, "task": "DiceSum", "runs": [run]}
+
+
+# ------------------------------------------------------------------------------- each by hand
+def test_the_table_of_the_default_runs():
+    head, first, second = cells(tables.default_table([summary(), summary(seed=3)]))
+    assert head[1:4] == list(summary()["evaluations"])  # the columns are in this order
+    decoded = ["0.300 to 0.800", "0.400 to 0.850", "0.100 to 0.938"]
+    assert first == ["0", *decoded, "20 + 100", "700"]
+    assert second == ["3", *first[1:]]
+
+
+def test_the_table_of_the_mechanism():
+    head, first, second = cells(tables.mechanism_table([summary(), summary(seed=3)]))
+    assert first == ["0", "0.46", "1.23%", "0.046", "0.88", "0.65", "0.32"]
+    assert second == ["3", *first[1:]]
+    assert "first wrong step" in head[4] and "all wrong steps" in head[5]
+
+
+def test_the_table_of_the_guards():
+    _, row = cells(tables.guards_table([summary(seed=2)]))
+    assert row == ["2", "0.300, 0.800", "0.100, 0.938", "1.23%", "0.046"]
+
+
+def test_the_table_of_the_critics_has_the_means_over_seeds_at_the_end():
+    head, *rows = cells(tables.critic_table(critics()))
+    assert [cell.split(":")[0] for cell in head] == ["critic", "dice", "nine"]
+    assert rows == [
+        ["as before", "0.20, 0.55, 0.15", "-0.25, 0.50, 0.12"],
+        ["hears", "0.45, 0.90, 0.40", "0.25, 0.75, 0.25"],
+        ["ceiling", "0.70, 0.90, 0.60", ""],
+    ]
+
+
+def test_the_table_of_the_trials():
+    other = trial(seed=11, critic_hears="surprise", minibatch=32, whiten_advantages=False)
+    head, first, second = cells(tables.trials_table({"trials": [trial(), other]}))
+    places = dict(zip(head, first, strict=True))
+    assert places == {
+        "seed": "10",
+        "habits": "0.65",
+        "critic hears": "nothing",
+        "lambda": "0.99",
+        "epochs x steps": "4 x 4",
+        "rates": "0.0001, 0.002",
+        "half-life": "500000",
+        "whitened": "yes",
+        "tokens": "159288",
+        "temperature 1": "0.861",
+        "greedy": "0.955",
+        "explained variance": "0.23",
+        "clip fraction": "2.67%",
+    }
+    changed = {"seed": "11", "critic hears": "surprise", "epochs x steps": "4 x 8"}
+    changed |= {"whitened": "no"}
+    assert dict(zip(head, second, strict=True)) == places | changed
+
+
+# ------------------------------------------------------------------------------- a folder's
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder with an outcome of every kind, in place of results/."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    files = {
+        "default-sapo-seed1": summary(seed=1),
+        "default-sapo-seed0": summary(seed=0),
+        "epochs4-seed0": summary(seed=0),
+        "critic": critics(),
+        "trials": {"trials": [trial()]},
+        "main-DiceSum": sweep("main"),
+        "reuse-DiceSum": sweep("reuse"),
+        "tune-DiceSum": sweep("tune"),
+        "truth-DiceSum": {"experiment": "truth", "methods": {}},
+        "bench_math": {"seconds": 1},
+    }
+    for name, made in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(made))
+    return tmp_path
+
+
+def test_a_file_is_read_by_its_name(results):
+    assert tables.read("bench_math.json") == {"seconds": 1}
+    assert [run["seed"] for run in tables.default_runs()] == [0, 1]
+
+
+def test_all_tables_are_those_of_the_files_there(results):
+    defaults = [summary(0), summary(1)]
+    assert tables.all_tables() == {
+        "default-sapo-seed*.json": tables.default_table(defaults),
+        "default-sapo-seed*.json, mechanism": tables.mechanism_table(defaults),
+        "epochs4-seed*.json": tables.guards_table([summary(0)]),
+        "critic.json": tables.critic_table(critics()),
+        "main-DiceSum.json": table(sweep("main")),
+        "reuse-DiceSum.json": table(sweep("reuse")),
+        "trials.json": tables.trials_table({"trials": [trial()]}),
+    }
+
+
+def test_without_runs_of_four_epochs_there_is_no_table_of_them(results):
+    (results / "epochs4-seed0.json").unlink()
+    assert "epochs4-seed*.json" not in tables.all_tables()
+
+
+def test_main_prints_every_table_under_its_source(results, capsys):
+    tables.main()
+    expected = [f"results/{source}\n\n{lines}\n" for source, lines in tables.all_tables().items()]
+    assert capsys.readouterr().out == "\n".join(expected) + "\n"
