@@ -358,7 +358,7 @@ def test_the_table_of_the_card_is_what_results_hold():
 
 # ---------------------------------------------------------------------------- the comparisons
 MEASURED = [
-    file.name for file in sorted(RESULTS.glob("*.json")) if file.name.split("-")[0] in KINDS
+    file.name for file in sorted(RESULTS.glob("*.json")) if file.stem.split("-")[0] in KINDS
 ]
 TABLES = tables.all_tables()
 
