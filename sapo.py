@@ -368,7 +368,7 @@ class SegmentCritic(nn.Module):
     below). A slip is a token to which the policy gave little probability, and a critic that is
     told so sees it long before it could see it in the picture. The surprise is a function of the
     prefix, so V(s_m) stays one, and a valid baseline. But it is no proof: such a critic can be
-    swayed by confidence, and a small lambda then teaches the policy to be sure (docs/results.md).
+    swayed by confidence, and a small lambda may then teach the policy to be sure, not right.
 
     The head and u start at zero, so the first advantages know nothing of the critic.
     """
