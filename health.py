@@ -1,8 +1,8 @@
-"""Signs that a run is breaking, each said once, in one line, while it can still be stopped.
+"""Signs that a run is breaking, each said in one line, while it can still be stopped.
 
-A collapse announces itself: the policy moves far within one rollout, every advantage turns negative
-because the critic lags behind, or the critic becomes worse than a constant. `warn` watches the
-metrics of each iteration for these three. It changes nothing in the run.
+A collapse announces itself: the policy moves far within one rollout, every advantage has the same
+sign because the critic lags behind, or the critic becomes worse than a constant. `warnings` looks
+for these three in the metrics of each iteration. A sign that goes and comes back is said again.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ SIGNS = (
         _has_one_sign,
         3,
         "every advantage has the same sign: the critic lags behind the policy",
-        "lower --actor_lr or --epochs, or add --whiten_advantages",
+        "lower --actor_lr or --epochs",
     ),
     Sign(
         "explained_variance",

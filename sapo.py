@@ -66,7 +66,8 @@ class SAPOConfig:
     gamma: float = setting(1.0, "discount per segment, in [0, 1] (Eq. 6)")
     lam: float = setting(
         0.9,
-        "GAE's lambda per segment, in [0, 1] (Eq. 7): 1 asks the outcome alone, 0 the critic alone",
+        "GAE's lambda per segment, in [0, 1] (Eq. 7): at 1 V is a baseline only, at 0 the next V "
+        "stands for all that follows",
     )
     critic_lam: float | None = setting(
         None, "lambda of the critic's returns, if not lam (VC-PPO decouples them)"
@@ -364,11 +365,12 @@ class SegmentCritic(nn.Module):
     Position p has read the tokens up to *and including* p. So V of the prefix before response
     token t (from 0), after a prompt of P tokens, stands at position P + t - 1.
 
-    surprise (B, L), in nats: the smallest log pi_old of any token written up to p (`surprise`
-    below). A slip is a token to which the policy gave little probability, and a critic that is
-    told so sees it long before it could see it in the picture. The surprise is a function of the
-    prefix, so V(s_m) stays one, and a valid baseline. But it is no proof: such a critic can be
-    swayed by confidence, and a small lambda may then teach the policy to be sure, not right.
+    surprise (B, L), in nats: the smallest log pi_old of any token written up to p (the function
+    below), 0 within the prompt. A slip is a token to which the policy gave little probability, and
+    a critic that is told so sees it long before it could see it in the picture. The surprise is a
+    function of the prefix, so V(s_m) stays one, and a valid baseline. But it is no proof: such a
+    critic can be swayed by confidence, and a small lambda may then teach the policy to be sure, not
+    right.
 
     The head and u start at zero, so the first advantages know nothing of the critic.
     """
@@ -400,7 +402,8 @@ class SegmentCritic(nn.Module):
 
 
 def surprise(logp: Tensor, mask: Tensor) -> Tensor:
-    """How unlikely the least likely policy token so far was: min over i <= t of log pi_old(y_i).
+    """The log-probability of the least likely policy token so far: min over i <= t of
+    log pi_old(y_i). The lower, the more the policy was surprised by what it wrote.
 
     logp (B, T) in nats -> (B, T), float32 or better, at most 0, clamped to -20 as log-ratios are.
     """
@@ -516,6 +519,7 @@ def importance_ratio(
         response  Eq. 8 with the whole response as the segment (GSPO, arXiv:2507.18071)
         product   a segment's true weight, prod over its tokens of pi / pi_old (Eq. 19's R)
 
+    Log-ratios are clamped to +-20: each token's, and the product's sum, too.
     logp, old_logp (B, T) in nats -> (B, T), 1 off the mask. ValueError for another kind.
     """
     _require(kind in RATIOS, "ratio", kind, f"one of {', '.join(RATIOS)}")
@@ -680,14 +684,25 @@ def credit(rollout: Rollout, config: SAPOConfig) -> tuple[Tensor, Tensor]:
     return advantages, returns
 
 
+def outcomes(rollout: Rollout, config: SAPOConfig) -> Tensor:
+    """What is earned from each segment on, which V(s_m) foretells: G_m = sum_l gamma^l r_{m+l}.
+
+    Eq. 7's R_m at lambda 1, where the critic cancels out. Rewards less the KL penalty. -> (B, T),
+    one number per segment, 0 off the mask.
+    """
+    rewards, nothing = penalised_rewards(rollout, config), torch.zeros_like(rollout.rewards)
+    returns, _ = segment_gae(rewards, nothing, rollout.ends, rollout.mask, config.gamma, lam=1.0)
+    return returns
+
+
 def credit_metrics(rollout: Rollout, advantages: Tensor, config: SAPOConfig) -> dict:
     """What the cut and the credit look like, as numbers to log.
 
-    explained_variance = 1 - Var(G_m - V(s_m)) / Var(G_m), where G_m = sum_l gamma^l r_{m+l} is the
-    outcome from segment m on: 1 for values that foretell every outcome, 0 for values that are the
-    same everywhere. (The critic's own targets, R_m, contain V below lambda 1: measured against
-    them, a critic flatters itself.) 0 where all outcomes are equal, as there is nothing to explain;
-    absent without values. positive_advantages is the share of policy tokens with A > 0.
+    explained_variance = 1 - Var(G_m - V(s_m)) / Var(G_m), G_m as in `outcomes`: 1 for values that
+    foretell every outcome, 0 for values that are the same everywhere. (The critic's own targets,
+    R_m, contain V below lambda 1: measured against them, a critic flatters itself.) 0 where all
+    outcomes are equal, as there is nothing to explain; absent without values.
+    positive_advantages is the share of policy tokens with A > 0.
     """
     mask = rollout.mask
     reads = boundaries(rollout.ends, mask, config.value_at)
@@ -700,11 +715,9 @@ def credit_metrics(rollout: Rollout, advantages: Tensor, config: SAPOConfig) -> 
         "tokens_per_segment": (mask.sum() / reads.sum().clamp(min=1)).item(),
     }
     if rollout.values is not None:
-        rewards = penalised_rewards(rollout, config)
-        nothing = torch.zeros_like(rollout.values)  # with V = 0 and lambda 1 GAE sums the rewards
-        outcomes, _ = segment_gae(rewards, nothing, rollout.ends, mask, config.gamma, lam=1.0)
-        spread = outcomes[reads].var(correction=0)
-        unexplained = (outcomes - rollout.values)[reads].var(correction=0)
+        earned = outcomes(rollout, config)
+        spread = earned[reads].var(correction=0)
+        unexplained = (earned - rollout.values)[reads].var(correction=0)
         metrics["explained_variance"] = (1 - unexplained / spread).item() if spread > 0 else 0.0
     return metrics
 

@@ -65,6 +65,7 @@ class Variant:
 
 PLAIN = Variant(hears=False)
 VARIANTS = {
+    # the default until November 2026
     "as before": Variant(lr=4e-4, minibatch=128, passes=1, hears=False),
     "more and larger steps": PLAIN,
     "four passes": replace(PLAIN, passes=4),
@@ -79,17 +80,10 @@ VARIANTS = {
 # ------------------------------------------------------------------------------ what is learned
 
 
-def outcomes(episodes):
-    """G_m of every segment, the outcome that V(s_m) foretells: GAE at V = 0 and lambda 1. (B, T)"""
-    nothing = torch.zeros_like(episodes.rewards)
-    returns, _ = sapo.segment_gae(episodes.rewards, nothing, episodes.ends, episodes.mask, lam=1.0)
-    return returns
-
-
-def teach(critic, optimizer, variant, batch, rows):
-    """One optimizer step on some responses of a batch, towards the outcome."""
+def teach(critic, optimizer, variant, batch, targets, rows):
+    """One optimizer step on some responses of a batch. targets (B, T): the batch's outcomes."""
     values = rollout.values_of(critic, batch, batch.rollout.logp, rows)
-    targets = outcomes(batch.rollout)[rows]
+    targets = targets[rows]
     ends, mask = batch.rollout.ends[rows], batch.rollout.mask[rows]
     if variant.logistic:
         reads = sapo.boundaries(ends, mask)
@@ -101,6 +95,7 @@ def teach(critic, optimizer, variant, batch, rows):
 
 
 def descend(critic, optimizer, loss):
+    """One optimizer step, gradients scaled down to norm 1 as in training."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
@@ -108,7 +103,10 @@ def descend(critic, optimizer, loss):
 
 
 def read_demonstrations(run, critic, optimizer, variant):
-    """Teach a critic by demonstrations and whether each ended well, at every prefix."""
+    """Teach a critic by demonstrations and whether each ended well, at every prefix.
+
+    No policy wrote them, so they have no surprise: only for a critic that does not hear.
+    """
     task, policy = run.grading_env.unwrapped.task, run.models.policy
     rng = np.random.default_rng(run.settings.seed + 1)
     for _ in range(variant.demonstrations):
@@ -140,7 +138,7 @@ def valued(critic, variant, batch):
 
 
 def sight(batch, config):
-    """The three measures of the values in a batch."""
+    """What the values in a batch see: the measures above, AUROC in both ways."""
     td_errors, _ = sapo.credit(batch.rollout, replace(config, lam=0.0))
     blame, _ = sapo.credit(batch.rollout, replace(config, lam=0.99))
     seen = accuracy_of(td_errors, batch, draws=0)
@@ -204,11 +202,12 @@ def learned(run, variant, batches, held_out):
         rewards = torch.cat([batch.rollout.rewards.sum(1) for batch in batches])
         torch.nn.init.constant_(critic.head.bias, rewards.mean().item())
     read_demonstrations(run, critic, optimizer, variant)
-    steps, tokens, curve = 0, 0, []
+    steps, tokens, curve = variant.demonstrations, 0, []
     for number, batch in enumerate(batches, 1):
+        targets = sapo.outcomes(batch.rollout, run.config)
         for _ in range(variant.passes):
             for rows in torch.randperm(len(batch.tokens)).split(variant.minibatch):
-                teach(critic, optimizer, variant, batch, rows)
+                teach(critic, optimizer, variant, batch, targets, rows)
                 steps += 1
         tokens += batch.generated_tokens
         if number % EVERY == 0 or number == len(batches):
@@ -228,7 +227,8 @@ def experiment(tasks, seeds, runs, rollouts, responses, continuations):
             batches = [rollout.collect(run, of_one) for of_one in indices]
             # The last one keeps the environments, which know what is right
             held_out = rollout.collect(run, np.arange(run.settings.batch), "eval")
-            where = {"task": task, "seed": seed, "flags": shlex.join(TASKS[task])}
+            flags = TASKS[task] + (LATER if task == "later" else [])
+            where = {"task": task, "seed": seed, "flags": shlex.join(flags)}
             where["accuracy"] = np.mean([info["correct"] for info in held_out.infos]).item()
             for name, variant in VARIANTS.items():
                 curve = learned(run, variant, batches, held_out)
@@ -258,7 +258,8 @@ def of_run(folder, count):
 # --------------------------------------------------------------------------- the command line
 
 
-def parse(argv=None):
+def parse(argv=None) -> argparse.Namespace:
+    """The command line -> its arguments."""
     parser = argparse.ArgumentParser(prog="python -m lab.critic", description=main.__doc__)
     parser.add_argument(
         "--run", help="only this: the folder of a run, whose own critic is measured"

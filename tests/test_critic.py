@@ -8,7 +8,6 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from plain_loops import exact, random_rollout, segments, to_tokens
 from small_runs import SHORT, built, equal
 
 import models
@@ -17,6 +16,7 @@ import sapo
 import vlm
 from lab import critic, figures
 
+CONFIG = sapo.SAPOConfig()
 SIGHT = {"explained_variance", "auroc_in_wrong_responses", "auroc_of_first_wrong_step"}
 SIGHT |= {"share_of_blame", "wrong_responses"}
 
@@ -27,15 +27,6 @@ def collected(runs):
     run = built(runs, "--name", "critics")
     torch.manual_seed(0)
     return run, rollout.collect(run, np.arange(16), "eval")
-
-
-def test_the_outcome_of_a_segment_is_all_that_is_earned_from_it_on():
-    episodes = random_rollout()
-    outcomes = []
-    for b, row in enumerate(segments(episodes.ends, episodes.mask)):
-        rewards = [sum(episodes.rewards[b, t].item() for t in segment) for segment in row]
-        outcomes.append([sum(rewards[m:]) for m in range(len(row))])
-    exact(critic.outcomes(episodes), to_tokens(outcomes, episodes.ends, episodes.mask))
 
 
 def made(run, variant):
@@ -51,7 +42,7 @@ def error(new, variant, batch):
     """Mean squared error of the outcome at segment starts."""
     episodes = critic.valued(new, variant, batch).rollout
     reads = sapo.boundaries(episodes.ends, episodes.mask)
-    return (episodes.values - critic.outcomes(episodes))[reads].square().mean().item()
+    return (episodes.values - sapo.outcomes(episodes, CONFIG))[reads].square().mean().item()
 
 
 @pytest.mark.parametrize("logistic", [False, True])
@@ -63,8 +54,9 @@ def test_teaching_lowers_the_error(collected, hears, logistic):
     variant = critic.Variant(hears=hears, logistic=logistic)
     new, optimizer = made(run, variant)
     before = error(new, variant, batch)
+    targets = sapo.outcomes(batch.rollout, CONFIG)
     for _ in range(8):
-        critic.teach(new, optimizer, variant, batch, torch.arange(16))
+        critic.teach(new, optimizer, variant, batch, targets, torch.arange(16))
     assert error(new, variant, batch) < before - 0.02
     assert equal(dict(run.models.policy.model.state_dict()), dict(weights))
     assert not hears or new.per_nat != 0
@@ -83,7 +75,7 @@ def test_the_values_of_a_logistic_critic_are_probabilities(collected):
 
 def test_values_that_know_every_outcome_explain_all_of_it(collected):
     run, batch = collected
-    all_seen = replace(batch.rollout, values=critic.outcomes(batch.rollout))
+    all_seen = replace(batch.rollout, values=sapo.outcomes(batch.rollout, CONFIG))
     seen = critic.sight(replace(batch, rollout=all_seen), run.config)
     assert seen["explained_variance"] == pytest.approx(1)
     wrong = sum(not info["correct"] for info in batch.infos)
@@ -130,8 +122,9 @@ def test_every_variant_is_measured_and_the_ceiling(runs, tmp_path, monkeypatch):
         assert all(
             set(point) == {"optimizer_steps", "generated_tokens"} | SIGHT for point in row["curve"]
         )
-        passes = few[row["variant"]].passes
-        assert [point["optimizer_steps"] for point in row["curve"]] == [passes, 2 * passes]
+        passes, read_first = few[row["variant"]].passes, few[row["variant"]].demonstrations
+        steps = [read_first + passes, read_first + 2 * passes]
+        assert [point["optimizer_steps"] for point in row["curve"]] == steps
     assert ceiling["variant"] == "ceiling"
     (best,) = ceiling["curve"]
     assert set(best) == {"responses", "continuations"} | SIGHT

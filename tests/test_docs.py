@@ -417,6 +417,27 @@ def test_the_figures_of_each_claim_are_what_results_hold(claim):
     assert sorted(re.findall(r"\d+\.\d+", row.split(" | ")[2])) == sorted(CLAIMS[claim]())
 
 
+def test_the_older_task_and_the_ceiling_are_what_the_page_says():
+    before = result("sharpening-start-seed0.json")["evaluations_before"]
+    cold, greedily = (before[kind]["eval_accuracy"] for kind in ("temperature 1", "greedy"))
+    assert f"{cold:.3f} at temperature 1, {greedily:.3f} greedy" in prose("docs/results.md")
+    (ceiling,) = [
+        row["curve"][0]
+        for row in result("critic.json")["measured"]
+        if (row["task"], row["variant"]) == ("later", "ceiling")
+    ]
+    said = f"even 64 continuations give no more than {ceiling['auroc_in_wrong_responses']:.2f}"
+    assert said in prose("docs/results.md")
+
+
+def test_the_seed_that_fell_at_a_larger_rate_did_so_as_the_page_says():
+    lines = (RESULTS / "trials-seed2-at-3e-4-metrics.jsonl").read_text().splitlines()
+    rows = {row["iteration"]: row for row in map(json.loads, lines)}
+    fall = f"fell from {rows[4]['accuracy']:.2f} to {rows[9]['accuracy']:.2f}"
+    assert fall in prose("docs/results.md")
+    assert f"the mean advantage went to {rows[7]['advantage_mean']:.2f}" in prose("docs/results.md")
+
+
 def test_every_claim_with_a_figure_is_tested():
     table = text("docs/results.md").split("| the paper | here |")[1].split("\n\n")[0]
     rows = [row for row in table.splitlines() if re.search(r"\d\.\d", row.split(" | ")[-1])]

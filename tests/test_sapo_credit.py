@@ -266,3 +266,27 @@ def test_where_no_outcome_differs_there_is_nothing_to_explain():
     assert explained_variance(replace(rollout, rewards=nothing)) == 0
     same = torch.full_like(rollout.values, 7.0)
     assert explained_variance(replace(rollout, rewards=nothing, values=same)) == 0
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_the_outcome_of_a_segment_is_all_that_is_earned_from_it_on(gamma):
+    episodes = random_rollout()
+    earned = []
+    for b, row in enumerate(segments(episodes.ends, episodes.mask)):
+        rewards = [sum(episodes.rewards[b, t].item() for t in segment) for segment in row]
+        earned.append(
+            [
+                sum(gamma**later * reward for later, reward in enumerate(rewards[m:]))
+                for m in range(len(row))
+            ]
+        )
+    outcomes = sapo.outcomes(episodes, SAPOConfig(gamma=gamma))
+    torch.testing.assert_close(outcomes, to_tokens(earned, episodes.ends, episodes.mask))
+
+
+def test_an_outcome_is_less_the_kl_penalty():
+    episodes = random_rollout()
+    episodes.ref_logp = episodes.logp - 0.25
+    plain = sapo.outcomes(episodes, SAPOConfig(kl_coef=0.0))
+    penalised = sapo.outcomes(episodes, SAPOConfig(kl_coef=1.0))
+    assert ((plain - penalised)[episodes.mask] > 0.2).all()
