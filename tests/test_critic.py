@@ -2,12 +2,14 @@
 
 import copy
 import json
+import math
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from plain_loops import mean_of, segments
 from small_runs import SHORT, built, equal
 
 import models
@@ -38,6 +40,15 @@ def made(run, variant):
     return new, models.adam(new.parameters(), variant.lr)
 
 
+def uneven(batch):
+    """The batch with its responses broken off at random, and cut at random."""
+    torch.manual_seed(0)
+    shape = batch.written.shape
+    written = batch.written & (torch.arange(shape[1]) < torch.randint(2, shape[1], (shape[0], 1)))
+    ends = written & (torch.rand(shape) < 0.4) | sapo.response_ends(written)
+    return replace(batch, written=written, rollout=replace(batch.rollout, mask=written, ends=ends))
+
+
 def error(new, variant, batch):
     """Mean squared error of the outcome at segment starts."""
     episodes = critic.valued(new, variant, batch).rollout
@@ -62,8 +73,43 @@ def test_teaching_lowers_the_error(collected, hears, logistic):
     assert not hears or new.per_nat != 0
 
 
+@pytest.mark.parametrize("logistic", [False, True])
+def test_the_loss_term_by_term(collected, logistic, monkeypatch):
+    """Of the rows that are asked for: a mean over each response's segment starts, then over all."""
+    run, batch = collected
+    variant, batch, rows = critic.Variant(logistic=logistic), uneven(batch), [3, 14, 2, 9, 5]
+    new, optimizer = made(run, variant)
+    torch.nn.init.normal_(new.head.weight)
+    targets = torch.rand(batch.written.shape)
+    values = critic.valued(new, critic.Variant(), batch).rollout.values
+    cut = segments(batch.rollout.ends, batch.rollout.mask)
+    terms = []
+    for b in rows:
+        of_starts = [(values[b, s[0]].item(), targets[b, s[0]].item()) for s in cut[b]]
+        if logistic:
+            terms.append([math.log1p(math.exp(v)) - target * v for v, target in of_starts])
+        else:
+            terms.append([(v - target) ** 2 for v, target in of_starts])
+    losses = []
+    monkeypatch.setattr(critic, "descend", lambda *args: losses.append(args[-1].item()))
+    critic.teach(new, optimizer, variant, batch, targets, torch.tensor(rows))
+    assert len({len(of_row) for of_row in terms}) > 1
+    assert losses == [pytest.approx(mean_of(terms, "response"), rel=1e-4)]
+
+
+def test_a_step_follows_its_own_gradient_of_norm_1_at_most():
+    point = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(point.weight)
+    optimizer = torch.optim.SGD(point.parameters(), lr=1.0)
+    critic.descend(point, optimizer, (point.weight * torch.tensor([3.0, 4.0])).sum())
+    torch.testing.assert_close(point.weight.detach(), torch.tensor([[-0.6, -0.8]]))
+    critic.descend(point, optimizer, (point.weight * torch.tensor([-0.3, 0.4])).sum())
+    torch.testing.assert_close(point.weight.detach(), torch.tensor([[-0.3, -1.2]]))
+
+
 def test_the_values_of_a_logistic_critic_are_probabilities(collected):
     run, batch = collected
+    batch = uneven(batch)
     variant = critic.Variant(logistic=True)
     new, _ = made(run, variant)
     torch.nn.init.normal_(new.head.weight)
@@ -90,6 +136,36 @@ def test_demonstrations_teach_too(collected):
     assert not new.head.bias.any()
     critic.read_demonstrations(run, new, optimizer, replace(critic.PLAIN, demonstrations=2))
     assert new.head.bias > 0  # half of them end well
+
+
+def test_demonstrations_err_as_often_as_those_of_the_warm_start(collected, monkeypatch):
+    run, _ = collected
+    value_loss, read = sapo.value_loss, []
+
+    def noted(values, targets, *cut):
+        read.append(targets)
+        return value_loss(values, targets, *cut)
+
+    monkeypatch.setattr(sapo, "value_loss", noted)
+    critic.read_demonstrations(
+        run, *made(run, critic.PLAIN), replace(critic.PLAIN, demonstrations=1)
+    )
+    (targets,) = read
+    assert torch.equal(targets, targets[:, :1].expand_as(targets)) and len(targets) == 128
+    assert targets[:, 0].mean().item() == pytest.approx(1 - run.settings.error_rate, abs=0.15)
+
+
+@pytest.mark.parametrize("at_the_mean", [False, True])
+def test_a_critic_starts_at_the_mean_reward_or_at_zero(collected, at_the_mean, monkeypatch):
+    run, batch = collected
+    started = []
+    monkeypatch.setattr(critic, "sight", lambda batch, config: started.append(batch.rollout) or {})
+    untaught = replace(critic.PLAIN, passes=0, at_the_mean=at_the_mean)
+    critic.learned(run, untaught, [batch], batch)
+    (episodes,) = started
+    mean = batch.rollout.rewards.sum(1).mean() if at_the_mean else torch.tensor(0.0)
+    torch.testing.assert_close(episodes.values, mean * batch.rollout.mask)
+    assert 0 < batch.rollout.rewards.sum() < 16
 
 
 # ---------------------------------------------------------------------------- the whole command

@@ -53,6 +53,27 @@ def test_a_sign_that_goes_and_comes_back_is_said_again(sign):
     assert list(lines) == [sign.patience, 2 * sign.patience + 1]
 
 
+@pytest.mark.parametrize(
+    ("metric", "mild", "sick", "patience"),
+    [
+        ("approx_kl", 0.19, 0.21, 1),
+        ("positive_advantages", 0.001, 0.0, 3),
+        ("explained_variance", -0.49, -0.51, 3),
+    ],
+)
+def test_where_a_sign_begins_and_how_long_it_must_last(metric, mild, sick, patience):
+    assert said([HEALTHY | {metric: mild}] * 5) == {}
+    assert list(said([HEALTHY | {metric: sick}] * 5)) == [patience]
+
+
+def test_a_line_in_full():
+    (line,) = said([HEALTHY, HEALTHY | {"approx_kl": 0.91234}])[2]
+    assert line == (
+        "warning: approx_kl is 0.912 since iteration 2, above 0.2: one rollout moves the policy "
+        "too far; lower --actor_lr or --epochs"
+    )
+
+
 @pytest.mark.parametrize("share", (0.0, 1.0))
 def test_all_positive_is_one_sign_too(share):
     assert said([HEALTHY | {"positive_advantages": share}] * 3)
