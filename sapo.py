@@ -107,6 +107,11 @@ class SAPOConfig:
     micro_batch: int = setting(
         0, "responses per backward pass, 0: the whole minibatch; changes memory, not numbers"
     )
+    target_kl: float = setting(
+        0.015,
+        "once approx_kl of a minibatch exceeds this (nats per token), the policy stays as it is "
+        "until the next rollout, and only the critic learns on; inf: it never stays",
+    )
     actor_lr: float = setting(2e-4, "Adam learning rate of the policy")
     critic_lr: float = setting(2e-3, "Adam learning rate of the critic")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
@@ -121,6 +126,7 @@ class SAPOConfig:
             actor_lr=1e-6,
             critic_lr=2e-6,
             kl_coef=0.001,
+            target_kl=math.inf,
         )
 
     @classmethod
@@ -744,6 +750,11 @@ def sapo_update(
     optimizers            (the policy's, the critic's or None)
     generator             of the shuffling; None: torch's global one
 
+    Once a minibatch finds the policy further than config.target_kl from the rollout's, the policy
+    stays as it is and only the critic goes on: no number of epochs can take it where the advantages
+    do not hold any more. Its metrics are then those of its last step, and `policy_steps` is the
+    share of minibatches in which it took one.
+
     -> the metrics of each epoch, means over its minibatches. A loss or gradient that is not finite
     skips its optimizer step, and `skipped_steps` counts the minibatches with one. Three of them in
     a row raise FloatingPointError; hand the last epoch's `skipped_in_a_row` to the next call, so
@@ -772,15 +783,21 @@ def sapo_update(
     def critic_objective(rows):
         return _critic_objective(rows, value, rollout, returns, config)
 
-    history = []
+    history, policy_stats = [], {}
     for _ in range(config.epochs):
         minibatches = torch.randperm(len(mask), generator=generator).split(config.minibatch)
         finite = []  # the stats of those whose numbers are all finite
         for rows in minibatches:
-            stats = _descend("policy", policy_objective, rows, mask, actor_optimizer, config)
+            went_far = policy_stats.get("approx_kl", 0.0) > config.target_kl
+            stays = went_far and _finite(policy_stats)
+            if not stays:
+                policy_stats = _descend(
+                    "policy", policy_objective, rows, mask, actor_optimizer, config
+                )
+            stats = {"policy_steps": 1.0 - stays, **policy_stats}
             if value is not None:
                 stats |= _descend("value", critic_objective, rows, reads, critic_optimizer, config)
-            if all(map(math.isfinite, stats.values())):
+            if _finite(stats):
                 finite.append(stats)
                 skipped_in_a_row = 0
             else:
@@ -807,6 +824,7 @@ def _check_update(rollout, advantages, returns, value, config):
     _check_rollout(rollout)
     _check(rollout.mask, advantages=advantages)
     _require(config.ratio in RATIOS, "ratio", config.ratio, f"one of {', '.join(RATIOS)}")
+    _require(config.target_kl >= 0, "target_kl", config.target_kl, "nats per token, at least 0")
     if value is not None:
         _require(returns is not None, "returns", None, "returns (B, T), as there is a critic")
     if returns is not None:
@@ -851,10 +869,14 @@ def _descend(name, objective, rows, counted, optimizer, config) -> dict:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     stats[f"{name}_grad_norm"] = grad_norm.item()
-    if all(map(math.isfinite, stats.values())):
+    if _finite(stats):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return dict(stats)
+
+
+def _finite(stats):
+    return all(map(math.isfinite, stats.values()))
 
 
 def _means(rows):

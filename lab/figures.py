@@ -355,6 +355,43 @@ def comparison(file):
     return _save_svg(comparison_figure(results), Path(file).with_suffix(".svg"))
 
 
+def reuse_figure(results):
+    """How often can a rollout be used? Three measures against the number of epochs, as a figure."""
+    of_kind = {}  # kind of ratio -> {epochs: its runs}
+    for label, runs in _runs_by_label(results).items():
+        kind, epochs = label.rsplit(", ", 1)
+        of_kind.setdefault(kind, {})[int(epochs.split()[0])] = runs
+    measures = {
+        "held-out accuracy (%), mean": lambda run: 100 * run["accuracy"],
+        "tokens clipped (%), mean": lambda run: 100 * np.mean(run["curve"]["clip_fraction"]),
+        "largest approx_kl (nats per token), mean": lambda run: max(run["curve"]["approx_kl"]),
+    }
+    figure, panels = _new_figure(14, 4.2, 3)
+    seeds = max(len(runs) for kind in of_kind.values() for runs in kind.values())
+    title = f"How often can a rollout be used? {results['budget_tokens']:,} tokens"
+    figure.suptitle(f"{title} of {_task(results)}, {seeds} seeds", fontweight="bold")
+    figure.get_layout_engine().set(w_pad=0.12)  # inches, between a line's name and the next panel
+    for axes, (unit, measure) in zip(panels, measures.items(), strict=True):
+        for kind, style in _line_styles(of_kind, "segment ratio").items():
+            epochs = sorted(of_kind[kind])
+            means = [np.mean([measure(run) for run in of_kind[kind][count]]) for count in epochs]
+            axes.plot(epochs, means, marker="o", markersize=4, label=kind, **style)
+        axes.set(xscale="log", xlabel="epochs over each rollout", ylabel=unit)
+        axes.set_xticks(epochs, epochs)
+    panels[2].set_yscale("log")
+    panels[2].yaxis.set_major_formatter("{x:g}")
+    for axes in panels:
+        axes.minorticks_off()
+    for axes in panels[:2]:
+        _name_lines(axes)
+    return figure
+
+
+def reuse(file):
+    """Write `reuse_figure` of a sweep's JSON beside it; return the SVG's path."""
+    return _save_svg(reuse_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+
+
 def training_figure(results, methods):
     """Value loss, entropy and response length through training, mean over seeds, as a figure.
 
@@ -504,6 +541,8 @@ def drawn(folder):
             yield truth(file)
         elif experiment == "lift":
             yield lift(file)
+        elif experiment == "reuse":
+            yield reuse(file)
         elif experiment in ROWS and "runs" in _read_results(file):
             yield comparison(file)
             if experiment == "main":

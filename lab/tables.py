@@ -9,7 +9,8 @@ import json
 
 import numpy as np
 
-from lab.sweep import ROOT, table
+from lab.stats import interval
+from lab.sweep import ROOT, collapsed, table
 
 RESULTS = ROOT / "results"
 
@@ -146,6 +147,23 @@ def trials_table(results) -> str:
     return markdown(heads, rows)
 
 
+def reuse_table(results) -> str:
+    """How often a rollout can be used: a row per kind of ratio, a column per number of epochs."""
+    cells = {}  # kind -> {epochs: cell}
+    for label in dict.fromkeys(run["label"] for run in results["runs"]):
+        kind, epochs = label.rsplit(", ", 1)
+        runs = [run for run in results["runs"] if run["label"] == label]
+        accuracy = interval([run["accuracy"] for run in runs])[0]
+        clipped = np.mean([np.mean(run["curve"]["clip_fraction"]) for run in runs])
+        kl = max(max(run["curve"]["approx_kl"]) for run in runs)
+        lost = sum(map(collapsed, runs))
+        text = f"{accuracy:.3f}, {lost} of {len(runs)}, {clipped:.1%}, {kl:.2g}"
+        cells.setdefault(kind, {})[epochs] = text
+    columns = list(dict.fromkeys(epochs for row in cells.values() for epochs in row))
+    rows = [(kind, *(row.get(epochs, "") for epochs in columns)) for kind, row in cells.items()]
+    return markdown(("IQM, collapsed, clipped, largest approx_kl", *columns), rows)
+
+
 def all_tables() -> dict[str, str]:
     """{where a table's numbers come from: the table}, of every table that results/ can give."""
     tables = {
@@ -161,6 +179,8 @@ def all_tables() -> dict[str, str]:
             tables[file.name] = critic_table(results)
         elif file.name == "trials.json":
             tables[file.name] = trials_table(results)
+        elif results.get("experiment") == "reuse":
+            tables[file.name] = reuse_table(results)
         elif "runs" in results and results.get("experiment") != "tune":
             tables[file.name] = table(results)
     return tables

@@ -17,7 +17,7 @@ from run_files import finished_run, write_lines
 
 from lab import common, critic, figures
 from lab.credit_page import credit_map
-from lab.sweep import EXPERIMENTS
+from lab.sweep import EXPERIMENTS, REUSED
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("DiceSum", "ArrowPath-length=10-grid=4")
@@ -403,6 +403,47 @@ def test_truth_colours_the_row_of_sapo_in_both_panels():
     assert_readable(figure)
 
 
+def reuse(seeds=5):
+    """The experiment on reuse, made up: all kinds of ratio alike, but at eight epochs."""
+    results = sweep(EXPERIMENTS["reuse"], "reuse", budget=80_000, seeds=seeds)
+    for run in results["runs"]:
+        often = run["label"].endswith(" 8 epochs")
+        run["accuracy"] = 0.25 if often else 0.75
+        run["curve"] |= {"clip_fraction": [0.01, 0.03], "approx_kl": [0.125, 0.5 if often else 0.0]}
+    return results
+
+
+def test_reuse_can_be_read():
+    figure = figures.reuse_figure(reuse())
+    assert_readable(figure)
+    assert "80,000 tokens of DiceSum, 5 seeds" in figure.get_suptitle()
+
+
+def test_reuse_shows_three_measures_against_the_epochs():
+    accuracy, clipped, kl = figures.reuse_figure(reuse()).axes
+    expected = {
+        accuracy: [75, 75, 75, 25],
+        clipped: [2, 2, 2, 2],
+        kl: [0.125, 0.125, 0.125, 0.5],
+    }
+    for axes, heights in expected.items():
+        lines = {line.get_label(): line for line in axes.lines}
+        assert list(lines) == list(REUSED)
+        for kind, line in lines.items():
+            assert line.get_xdata().tolist() == [1, 2, 4, 8]
+            assert line.get_ydata().tolist() == pytest.approx(heights)
+            assert (line.get_color() == common.BLUE) == (kind == "segment ratio")
+
+
+def test_reuse_shows_what_is_there_of_a_sweep_that_is_under_way():
+    results = reuse(seeds=1)
+    results["runs"] = results["runs"][:9]  # all kinds once, and one of them at two epochs
+    accuracy = figures.reuse_figure(results).axes[0]
+    lines = {line.get_label(): line.get_xdata().tolist() for line in accuracy.lines}
+    assert lines.pop("segment ratio") == [1, 2]
+    assert all(epochs == [1] for epochs in lines.values())
+
+
 def test_lift_can_be_read():
     by_critic = {"0.5": [0.87, 0.79, 0.96], "0.2": [0.33, 0.18, 0.5], "0.05": [0.7, 0.2, 1.29]}
     sampled = {"0.5": [1.31, 1.19, 1.42], "0.2": [1.85, 1.53, 2.14], "0.05": [2.1, 1.36, 2.74]}
@@ -508,9 +549,11 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
 
 
 def test_a_folder_of_results_is_drawn_but_for_what_has_no_figure(tmp_path):
-    """A tuning, the reuse of rollouts, a run's summary and a benchmark have none."""
+    """A tuning, a run's summary and a benchmark have none."""
     for experiment in EXPERIMENTS:
         made = sweep(EXPERIMENTS[experiment], experiment, seeds=1)
+        if experiment == "reuse":
+            made = reuse(seeds=1)
         (tmp_path / f"{experiment}-DiceSum.json").write_text(json.dumps(made))
     (tmp_path / "critic.json").write_text(json.dumps(critics(["as before", "hears"])))
     for name in ("bench_math", "default-sapo-seed0"):
@@ -523,6 +566,7 @@ def test_a_folder_of_results_is_drawn_but_for_what_has_no_figure(tmp_path):
         "horizon-DiceSum.svg",
         "main-DiceSum.svg",
         "main-DiceSum-training.svg",
+        "reuse-DiceSum.svg",
         "topk-DiceSum.svg",
     ]
     assert sorted(path.name for path in tmp_path.glob("*.svg")) == sorted(names)

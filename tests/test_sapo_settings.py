@@ -17,7 +17,7 @@ def test_defaults_are_the_papers_mathematics():
     paper, default = vars(SAPOConfig.paper()), vars(SAPOConfig())
     different = {name for name in paper if paper[name] != default[name]}
     rates = {"actor_lr", "critic_lr", "kl_coef"}
-    assert different == rates | {"lam", "epochs", "minibatch"}
+    assert different == rates | {"lam", "epochs", "minibatch", "target_kl"}
 
 
 def test_paper_is_table_7_and_the_equations():
@@ -38,6 +38,7 @@ def test_paper_is_table_7_and_the_equations():
         "kl_coef": 0.001,
         "epochs": 1,
         "minibatch": 128,
+        "target_kl": math.inf,
         "actor_lr": 1e-6,
         "critic_lr": 2e-6,
     }

@@ -14,6 +14,7 @@ from sapo import SAPOConfig
 
 # ------------------------------------------------------------------------------------ by hand
 
+NO_BOUND = {"target_kl": math.inf}  # of the KL divergence: it has tests of its own below
 CONFIGS = {
     "paper": SAPOConfig.paper(),
     "released": SAPOConfig.released(),
@@ -85,7 +86,7 @@ def epochs_by_hand(learner, config):
 @every_config
 def test_update_goes_where_steps_by_hand_go(config):
     """The cut and the advantages are made once and serve in all epochs."""
-    config = replace(config, epochs=2, max_grad_norm=0.05)
+    config = replace(config, epochs=2, max_grad_norm=0.05, **NO_BOUND)
     learner, by_hand = FreeNumbers(), FreeNumbers()
     update(learner, config)
     epochs_by_hand(by_hand, config)
@@ -95,7 +96,7 @@ def test_update_goes_where_steps_by_hand_go(config):
 
 @every_config
 def test_update_logs_what_steps_by_hand_give(config):
-    config = replace(config, epochs=2, max_grad_norm=0.05)
+    config = replace(config, epochs=2, max_grad_norm=0.05, **NO_BOUND)
     history, by_hand = update(FreeNumbers(), config), epochs_by_hand(FreeNumbers(), config)
     assert len(history) == 2
     for metrics, expected in zip(history, by_hand, strict=True):
@@ -116,7 +117,7 @@ def test_each_epoch_logs_a_mean_over_its_minibatches():
         return score(rows)
 
     learner.score = remembering
-    [metrics] = update(learner, SAPOConfig(epochs=1, minibatch=3))
+    [metrics] = update(learner, SAPOConfig(epochs=1, minibatch=3, **NO_BOUND))
     entropies = []
     for rows in parts:
         entropies.append(learner.entropy[rows][learner.rollout.mask[rows]].mean().item())
@@ -152,7 +153,7 @@ def test_the_names_of_the_metrics():
         *("policy_loss", "clip_fraction", "approx_kl", "ratio", "entropy", "policy_grad_norm"),
         *("value_loss", "value_clip_fraction", "value_grad_norm", "explained_variance"),
         *("advantage_mean", "advantage_std", "segments_per_response", "tokens_per_segment"),
-        *("positive_advantages", "skipped_steps", "skipped_in_a_row"),
+        *("positive_advantages", "policy_steps", "skipped_steps", "skipped_in_a_row"),
     }
     assert all(math.isfinite(number) for number in metrics.values())
 
@@ -191,7 +192,7 @@ def asked_rows(seed):
         return score(rows)
 
     learner.score = remembering
-    update(learner, SAPOConfig(epochs=3, minibatch=3), seed)
+    update(learner, SAPOConfig(epochs=3, minibatch=3, **NO_BOUND), seed)
     return asked
 
 
@@ -301,3 +302,72 @@ def test_a_response_ratio_pulls_alike_at_all_tokens_of_a_response():
 def test_a_token_ratio_pulls_at_each_token_by_itself():
     for step in steps_of_long_segments("token"):
         assert step.unique().numel() == step.numel()
+
+
+# ------------------------------------------------------------------------- how far it may go
+
+
+def near():
+    """A learner whose policy begins where its rollout was made, as in training."""
+    learner = FreeNumbers()
+    learner.rollout.logp = learner.logp.detach().clone()
+    return learner
+
+
+def after(epochs, target_kl):
+    """A learner after some epochs of one minibatch each, and the metrics of each epoch."""
+    learner = near()
+    history = update(learner, SAPOConfig(epochs=epochs, target_kl=target_kl, minibatch=8))
+    return learner, history
+
+
+def test_a_policy_that_has_gone_far_stays_and_the_critic_goes_on():
+    """The first minibatch is on-policy (KL 0); the second is the first that can pass the bound."""
+    stopped, history = after(4, target_kl=1e-9)
+    assert [epoch["policy_steps"] for epoch in history] == [1, 1, 0, 0]
+    assert history[1]["approx_kl"] > 1e-9
+    assert_close(stopped.logp, after(2, math.inf)[0].logp, rtol=0, atol=0)
+    free, free_history = after(4, math.inf)
+    assert not torch.equal(stopped.logp, free.logp)
+    assert_close(stopped.values, free.values, rtol=0, atol=0)
+    for name in ("policy_loss", "approx_kl", "clip_fraction", "policy_grad_norm"):
+        assert history[3][name] == history[1][name], "the numbers are those of the last step"
+    assert history[3]["value_loss"] == free_history[3]["value_loss"]
+
+
+def test_the_bound_is_of_one_rollout():
+    """The next call begins anew: its first minibatch is near its own rollout again."""
+    learner = near()
+    config = SAPOConfig(epochs=3, target_kl=1e-9, minibatch=8)
+    update(learner, config)
+    learner.rollout.logp = learner.logp.detach().clone()
+    assert update(learner, config)[0]["policy_steps"] == 1
+
+
+def test_no_bound_is_reached_below_it():
+    history = after(3, target_kl=1e9)[1]
+    assert [epoch["policy_steps"] for epoch in history] == [1, 1, 1]
+
+
+def test_a_step_that_was_not_finite_does_not_stop_the_policy():
+    """An infinite gradient is skipped; it must not be counted again in every later minibatch."""
+    learner = near()
+    good, calls = learner.score, []
+
+    def score(rows):
+        calls.append(rows)
+        logp, entropy = good(rows)
+        if len(calls) == 2:  # far from the rollout's, and with a gradient that overflows
+            logp = logp * 1.0
+            logp.register_hook(lambda gradient: gradient * math.inf)
+        return logp, entropy
+
+    learner.score = score
+    history = update(learner, SAPOConfig(epochs=4, target_kl=1e-9, minibatch=8))
+    assert [epoch["skipped_steps"] for epoch in history] == [0, 1, 0, 0]
+    assert len(calls) == 3, "the third minibatch found it far again, and finite"
+
+
+def test_target_kl_below_zero_is_refused():
+    with pytest.raises(ValueError, match="target_kl"):
+        after(1, target_kl=-1.0)

@@ -104,8 +104,8 @@ def tuned(tmp_path):
         "gspo --actor_lr 4e-4": [0.9, 0.1],
         "grpo --actor_lr 1e-4": [0.5, 0.5],
         "grpo --actor_lr 2e-4": [0.55, 0.55],
-        "ppo --actor_lr 2e-4 --lam 0.99": [0.3, 0.3],
-        "ppo --actor_lr 4e-4 --lam 0.9": [0.5, 0.5],
+        "ppo --actor_lr 2e-4 --lam 0.8": [0.3, 0.3],
+        "ppo --actor_lr 4e-4 --lam 0.95": [0.5, 0.5],
     }
     runs = []
     for label, of_seeds in accuracies.items():
@@ -131,7 +131,7 @@ def test_the_first_trial_as_good_as_the_tunings_best_is_used(tuned):
     chosen = tuned_numbers("--results", str(tuned))
     assert chosen.pop("gspo") == (1e-4, defaults("gspo")[1])
     assert chosen.pop("grpo") == (2e-4, defaults("grpo")[1])
-    assert chosen.pop("ppo") == (4e-4, 0.9)
+    assert chosen.pop("ppo") == (4e-4, 0.95)
     # a variant's own flags win over the tuned ones
     assert chosen.pop("ppo, lambda of sapo") == (4e-4, sapo.SAPOConfig().lam)
     assert chosen == {method: defaults(method) for method in chosen} and len(chosen) > 3

@@ -77,6 +77,23 @@ def sweep(experiment):
     return {"experiment": experiment, "task": "DiceSum", "runs": [run]}
 
 
+def reuse():
+    """A sweep over epochs: the token ratio has not run at two epochs yet."""
+
+    def run(label, accuracy, kl):
+        curve = {"clip_fraction": [0.01, 0.03], "approx_kl": [kl, kl / 2]}
+        return {"label": label, "accuracy": accuracy, "warm_start_accuracy": 0.5, "curve": curve}
+
+    runs = [
+        run("segment ratio, 1 epochs", 0.8, 0.25),
+        run("segment ratio, 1 epochs", 0.75, 0.125),
+        run("token ratio, 1 epochs", 0.5, 0.125),
+        run("segment ratio, 2 epochs", 0.45, 1.5),
+        run("segment ratio, 2 epochs", 0.55, 1.0),
+    ]
+    return {"experiment": "reuse", "task": "DiceSum", "runs": runs}
+
+
 # ------------------------------------------------------------------------------- each by hand
 def test_the_table_of_the_default_runs():
     head, first, second = cells(tables.default_table([summary(), summary(seed=3)]))
@@ -105,6 +122,15 @@ def test_the_table_of_the_critics_has_the_means_over_seeds_at_the_end():
         ["as before", "0.20, 0.55, 0.15", "-0.25, 0.50, 0.12"],
         ["hears", "0.45, 0.90, 0.40", "0.25, 0.75, 0.25"],
         ["ceiling", "0.70, 0.90, 0.60", ""],
+    ]
+
+
+def test_the_table_of_reuse_has_a_row_per_ratio_and_a_column_per_number_of_epochs():
+    head, *rows = cells(tables.reuse_table(reuse()))
+    assert head[1:] == ["1 epochs", "2 epochs"]
+    assert rows == [
+        ["segment ratio", "0.775, 0 of 2, 2.0%, 0.25", "0.500, 1 of 2, 2.0%, 1.5"],
+        ["token ratio", "0.500, 0 of 1, 2.0%, 0.12", ""],
     ]
 
 
@@ -144,7 +170,7 @@ def results(tmp_path, monkeypatch):
         "critic": critics(),
         "trials": {"trials": [trial()]},
         "main-DiceSum": sweep("main"),
-        "reuse-DiceSum": sweep("reuse"),
+        "reuse-DiceSum": reuse(),
         "tune-DiceSum": sweep("tune"),
         "truth-DiceSum": {"experiment": "truth", "methods": {}},
         "bench_math": {"seconds": 1},
@@ -166,7 +192,7 @@ def test_all_tables_are_those_of_the_files_there(results):
         "epochs4-seed*.json": tables.four_epochs_table([summary(0)]),
         "critic.json": tables.critic_table(critics()),
         "main-DiceSum.json": table(sweep("main")),
-        "reuse-DiceSum.json": table(sweep("reuse")),
+        "reuse-DiceSum.json": tables.reuse_table(reuse()),
         "trials.json": tables.trials_table({"trials": [trial()]}),
     }
 
