@@ -65,7 +65,7 @@ class SAPOConfig:
 
     gamma: float = setting(1.0, "discount per segment, in [0, 1] (Eq. 6)")
     lam: float = setting(
-        0.9,
+        0.8,
         "GAE's lambda per segment, in [0, 1] (Eq. 7): at 1 V is a baseline only, at 0 the next V "
         "stands for all that follows",
     )
