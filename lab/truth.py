@@ -26,11 +26,11 @@ import vlm
 from lab.stats import auroc, interval, lift
 from lab.sweep import BATCHES, EXPERIMENTS, execute, plan
 
-# {label: flags of train.py}: the methods of the comparison, and SAPO with one thing changed.
+# {label: flags of train.py}: SAPO at other lambdas than its own, and the methods beside it.
 TRUTH = {
-    **EXPERIMENTS["main"],
-    "sapo, causal cut": ["--cut", "causal"],
-    "sapo, V at end": ["--value_at", "end"],
+    "sapo": [],
+    **{f"sapo, lambda {lam}": ["--lam", str(lam)] for lam in (0.99, 0.9, 0.5, 0.0)},
+    **{name: flags for name, flags in EXPERIMENTS["main"].items() if name != "sapo"},
 }
 SHARES = (0.5, 0.3, 0.2, 0.1, 0.05)  # of tokens called high-entropy: q of Eq. 12
 
@@ -167,9 +167,8 @@ def accuracy_of(advantages, batch, draws=200):
 def gradient(run, batch, learned, advantages):
     """The gradient of the policy loss (Eq. 9) from one batch at ratio 1, as a vector (parameters,).
 
-    learned: the sapo.Rollout as the loss reads it; advantages (B, T), not whitened. The ratio is 1
-    for responses sampled at temperature 1. Scored one minibatch at a time, weighted so that the
-    split changes nothing.
+    learned: the sapo.Rollout as the loss reads it; advantages (B, T), not whitened. Scored one
+    minibatch at a time, weighted so that the split changes nothing.
     """
     config, model = run.config, run.models.policy.model
     # (B,): how much of the mean over the batch each response is.
@@ -177,7 +176,13 @@ def gradient(run, batch, learned, advantages):
     model.zero_grad()
     for rows in torch.arange(len(advantages)).split(config.minibatch):
         inputs = vlm.take(batch.inputs, rows)
-        logp, _ = vlm.score(run.models.policy, inputs, batch.tokens[rows], batch.written[rows])
+        logp, _ = vlm.score(
+            run.models.policy,
+            inputs,
+            batch.tokens[rows],
+            batch.written[rows],
+            run.settings.temperature,
+        )
         ends, mask = learned.ends[rows], learned.mask[rows]
         ratio = sapo.importance_ratio(logp, learned.logp[rows], ends, mask, config.ratio)
         loss, _ = sapo.policy_loss(ratio, advantages[rows], mask, average=config.average)
@@ -286,6 +291,37 @@ def lift_over_q(batch, draws=1000):
     return {"large": float(large.mean()), "lift": curve}
 
 
+def cut_steps(batch, top_k=0.3):
+    """Does the entropy cut find the hard steps, those where the teacher had a bad habit?
+
+    -> {"hard" or "easy": {"steps": how many, "cut": the share of them in which a segment ends by
+    the cut (a token of the step is among the top_k), "entropy": the mean over steps of the largest
+    entropy in them, in nats}}.
+    """
+    ends = sapo.entropy_ends(batch.entropy, batch.rollout.mask, top_k)
+    found = {"hard": [], "easy": []}
+    for row, environment in enumerate(batch.envs):
+        task, example = environment.unwrapped.task, environment.unwrapped.example
+        response = "".join(batch.texts[row])
+        steps = step_tokens(environment, batch.texts[row])
+        spans = task.step_spans(response)
+        are_hard = task.hard_steps(example, response)
+        of_steps = [hard for (i, j), hard in zip(spans, are_hard, strict=True) if j > i]
+        for (first, end, _), is_hard in zip(steps, of_steps, strict=True):
+            kind = "hard" if is_hard else "easy"
+            entropy = batch.entropy[row, first:end].max().item()
+            found[kind].append((bool(ends[row, first:end].any()), entropy))
+    return {
+        kind: {
+            "steps": len(steps),
+            "cut": float(np.mean([is_cut for is_cut, _ in steps])),
+            "entropy": float(np.mean([entropy for _, entropy in steps])),
+        }
+        for kind, steps in found.items()
+        if steps
+    }
+
+
 # ------------------------------------------------------------------------ the two experiments
 def lifts(sweep, extra, **sizes):
     """Lift over q by PPO's token critic and by Monte Carlo, before and after training with SAPO.
@@ -306,6 +342,7 @@ def lifts(sweep, extra, **sizes):
             **errors,
             "critic": lift_over_q(critic_batch),
             "Monte Carlo": lift_over_q(exact_batch),
+            "steps": cut_steps(critic_batch),
         }
         yield measured
 
@@ -327,9 +364,12 @@ def truth(
         errors, _, _ = value_error(sweep, extra, flags, rollouts, continuations, responses // 8)
         measured["values"][name] = errors
         yield measured
-    reference, agreement = reference_gradient(frozen(sweep, extra, ["--method", "sapo"]), large)
-    # 256 responses a batch: --batch as it is by default.
-    measured["reference"] = {"responses": 256 * large, "cosine_of_its_halves": agreement}
+    judge = frozen(sweep, extra, ["--method", "sapo"])
+    reference, agreement = reference_gradient(judge, large)
+    measured["reference"] = {
+        "responses": judge.settings.batch * large,
+        "cosine_of_its_halves": agreement,
+    }
     for name, flags in TRUTH.items():
         if sweep.methods and re.split("[ ,]", name)[0] not in sweep.methods:
             continue

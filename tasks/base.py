@@ -350,22 +350,46 @@ class Task:
         last result of a finished chain. All right, the answer among them, means reward 1; not the
         reverse, as two slips can cancel.
         """
+        steps = self._beside_the_truth(example, text)
+        return [right is not None and written == right for written, right, _ in steps]
+
+    def hard_steps(self, example, text):
+        """One bool per step of `step_spans`: would the teacher's bad habit change the right step?
+
+        Whether `habits` is set or not, and whatever the response has written there.
+        """
+        steps = self._beside_the_truth(example, text)
+        return [
+            right is not None and self._habit(right, result) is not None
+            for _, right, result in steps
+        ]
+
+    def _beside_the_truth(self, example, text):
+        """(what is written, what would be right, the result before) of every step of `step_spans`.
+
+        Right given what the response said before; None where nothing can be. The result before is
+        `result` as in `_slips`: None for a read.
+        """
         read_spans, move_spans, answer_spans = self._parse(text)
         reads = [text[start:end] for start, end in read_spans]
         moves = [text[start:end] for start, end in move_spans]
 
         true_reads = example.content[0]
         known = reads if self.read_size else true_reads
-        checks = [i < len(true_reads) and read == true_reads[i] for i, read in enumerate(reads)]
+        steps = []
+        for i, read in enumerate(reads):
+            steps.append((read, true_reads[i] if i < len(true_reads) else None, None))
 
         result = known[0] if known else ""
         for i, move in enumerate(moves):
-            is_expected = i < self.move_count
-            checks.append(is_expected and move == self._move(example.content, known, i, result))
+            right = None
+            if i < self.move_count:
+                right = self._move(example.content, known, i, result)
+            steps.append((move, right, result))
             result = _result_of(move, default=result)  # also of a wrong move
 
         if answer_spans:
             is_finished = len(known) == len(true_reads) and len(moves) == self.move_count
             response, _ = until_end(text)  # what stands behind the end does not count
-            checks.append(is_finished and read_answer(response) == result)
-        return checks
+            steps.append((read_answer(response), result if is_finished else None, result))
+        return steps

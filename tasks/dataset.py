@@ -383,3 +383,7 @@ class DatasetTask(Task):
     def check_steps(self, example, text):
         """No step is known."""
         return []
+
+    def hard_steps(self, example, text):
+        """No step is known."""
+        return []

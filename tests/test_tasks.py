@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from task_responses import EXAMPLES, TASKS, play, soup
 
 from env import SegmentEnv
-from tasks import END, SPLITS, TAGS, ArrowPath, DiceSum, TextSum, until_end
+from tasks import END, SPLITS, TAGS, ArrowPath, DiceSum, Example, TextSum, until_end
 
 EPISODES = {task: SegmentEnv(task, max_chars=20_000) for task in TASKS}
 
@@ -157,6 +157,49 @@ def test_habits_change_the_demonstrations_and_nothing_else(kind):
         assert is_right == all(fallible.check_steps(other, text))
         unlike += not is_right
     assert unlike > 20
+
+
+@pytest.mark.parametrize(
+    "task, content, text, hard",
+    [
+        (
+            DiceSum(n=3),
+            (("6", "5", "1"),),
+            "<see>651</see><think>6+5=11;11+1=12</think><answer>12</answer>",
+            [True, False, False, True, False, False],
+        ),
+        (
+            DiceSum(
+                n=3
+            ),  # the six was read as a five: what follows is hard or not as it is written
+            (("6", "5", "1"),),
+            "<see>551</see><think>5+5=10;10+1=13</think><answer>13</answer>",
+            [True, False, False, True, False, False],
+        ),
+        (
+            TextSum(n=3),
+            (("8", "1", "1"),),
+            "<think>8+1=9;9+1=0;3+3=6</think><answer>6</answer>",  # one move too many
+            [False, True, False, False],
+        ),
+    ],
+)
+def test_hard_steps_are_those_where_a_habit_would_win(task, content, text, hard):
+    """Whatever was written there, and with no habit set; a step that nothing can make right is not
+    hard."""
+    example = Example(None, "", "", content)
+    assert task.hard_steps(example, text) == hard
+
+
+def test_with_no_hard_step_a_teacher_of_habits_is_right():
+    """And with one it is wrong: its demonstrations at habits 1 are judged by their own steps."""
+    rng = np.random.default_rng(0)
+    for task in (DiceSum(habits=1.0), TextSum(habits=1.0), ArrowPath(habits=1.0)):
+        for index in range(100):
+            example = task.example_at(index)
+            text = task.demonstrate(example, rng)
+            wrong = [not right for right in task.check_steps(example, text)]
+            assert wrong == task.hard_steps(example, text)
 
 
 def test_a_habit_wins_as_often_as_it_is_told():

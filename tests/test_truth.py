@@ -17,6 +17,7 @@ import sapo
 import train
 import vlm
 from lab import figures, truth
+from tasks import DiceSum
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +274,22 @@ def test_lift_reads_the_change_of_value_at_each_token():
     assert measured["large"] == pytest.approx(3 / 19)
 
 
+def test_the_cut_finds_the_hard_steps_or_not():
+    """Two dice, a six among them: reading it is hard, and so is the sum that carries."""
+    pieces = ["<see>", "6", "5", "</see>", "<think>", "6+5=", "11", "</think>"]
+    pieces += ["<answer>", "11", "</answer>"]
+    example = SimpleNamespace(content=(("6", "5"),))
+    environment = SimpleNamespace(unwrapped=SimpleNamespace(task=DiceSum(n=2), example=example))
+    entropy = torch.tensor([[0.0, 0.9, 0.1, 0.0, 0.0, 0.0, 0.2, 0.0, 0.0, 0.0, 0.0]])
+    rollout = SimpleNamespace(mask=torch.ones(1, 11, dtype=torch.bool))
+    batch = SimpleNamespace(envs=[environment], texts=[pieces], entropy=entropy, rollout=rollout)
+    # 1 token ends a segment (the 6), and the last, which is in no step
+    measured = truth.cut_steps(batch, top_k=0.05)
+    assert measured["hard"] == {"steps": 2, "cut": 0.5, "entropy": pytest.approx(0.55)}
+    assert measured["easy"] == {"steps": 2, "cut": 0.0, "entropy": pytest.approx(0.05)}
+    assert truth.cut_steps(batch, top_k=0.15)["hard"]["cut"] == 1.0  # two of eleven
+
+
 # ------------------------------------------------------------------------ the two experiments
 def test_lift_early_and_late_from_one_command(small, tmp_path, monkeypatch):
     """It makes the comparison's run where that is missing, and the late policy is that run's."""
@@ -303,6 +320,7 @@ def test_lift_early_and_late_from_one_command(small, tmp_path, monkeypatch):
             lift = measured[when][name]["lift"]
             assert all(0 <= low <= high for _, low, high in lift.values())
             assert 0.1 <= measured[when][name]["large"] <= 1
+        assert measured[when]["steps"]["easy"]["steps"] > 0
     (tmp_path / "lift-small.json").write_text(json.dumps({"task": "TextSum", **measured}))
     assert [path.name for path in figures.drawn(tmp_path)] == ["lift-small.svg"]
 
