@@ -103,7 +103,7 @@ class SAPOConfig:
         0.0, "KL to the reference model (k1), subtracted from each token's reward"
     )
     epochs: int = setting(2, "passes over a rollout; the cut stays the same in all of them")
-    minibatch: int = setting(64, "responses per optimizer step")
+    minibatch: int = setting(32, "responses per optimizer step")
     micro_batch: int = setting(
         0, "responses per backward pass, 0: the whole minibatch; changes memory, not numbers"
     )

@@ -92,12 +92,12 @@ class Settings(baselines.Method):
     resume: str = setting(
         "", "folder of a run to continue; flags given beside it change its settings"
     )
-    iterations: int = setting(40, "rollouts to learn from")
+    iterations: int = setting(65, "rollouts to learn from")
     token_budget: int = setting(
         0,
         "stop also when so many tokens were generated, continuations and trees included; 0: never",
     )
-    batch: int = setting(256, "responses per rollout, all written at once")
+    batch: int = setting(128, "responses per rollout, all written at once")
     max_new_tokens: int = setting(64, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling and scoring in training")
     warm_start_steps: int = setting(
@@ -111,11 +111,11 @@ class Settings(baselines.Method):
     )
     error_rate: float = setting(0.02, "probability that a demonstrated step slips besides")
     actor_half_life: float = setting(
-        2e5, "generated tokens in which --actor_lr falls by half; inf: it stays"
+        1.2e5, "generated tokens in which --actor_lr falls by half; inf: it stays"
     )
-    eval_every: int = setting(20, "iterations between held-out evaluations at temperature 1")
+    eval_every: int = setting(30, "iterations between held-out evaluations at temperature 1")
     eval_episodes: int = setting(512, "held-out episodes per evaluation")
-    checkpoint_every: int = setting(20, "iterations between checkpoints")
+    checkpoint_every: int = setting(30, "iterations between checkpoints")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
 

@@ -21,7 +21,7 @@ def measure(rounds=6, each=3) -> dict:
     responses to a prompt for both GRPOs. In each round `each` iterations of everyone.
     """
     runs = {}
-    once = ["--epochs", "1", "--minibatch", "128"]
+    once = ["--batch", "256", "--epochs", "1", "--minibatch", "128"]
     for name, method in OURS.items():
         flags = ["--method", method, "--name", f"bench-{method}", *once]
         runs[name] = train.build(*train.parse(flags))

@@ -45,8 +45,8 @@ TRIALS = {
 # Monte-Carlo values cost many tokens per response, so these methods take smaller batches from the
 # same budget, and as many optimizer steps from each.
 BATCHES = {
-    "spo-chain": ["--batch", "64", "--minibatch", "16", "--continuations", "4"],
-    "vineppo": ["--batch", "32", "--minibatch", "8", "--continuations", "4"],
+    "spo-chain": ["--batch", "32", "--minibatch", "8", "--continuations", "4"],
+    "vineppo": ["--batch", "16", "--minibatch", "4", "--continuations", "4"],
 }
 
 CUTS = ("topk", "causal", "delimiter", "low-prob", "fixed")

@@ -9,6 +9,7 @@ import json
 
 import numpy as np
 
+import sapo
 from lab.stats import interval
 from lab.sweep import ROOT, collapsed, table
 
@@ -107,17 +108,19 @@ def critic_table(results) -> str:
     return markdown(heads, [(name, *(cell(task, name) for task in tasks)) for name in variants])
 
 
-def four_epochs_table(runs) -> str:
-    """Four epochs at the default's rates, seed by seed."""
-    heads = ("seed", "temperature 1", "greedy", "clip fraction", "largest approx_kl")
+def four_epochs_table(unbounded, bounded) -> str:
+    """Four epochs at the default's rates, seed by seed, without the KL bound and with it."""
+    heads = ("KL bound", "seed", "temperature 1", "greedy", "clip fraction", "largest approx_kl")
     rows = [
         (
+            bound,
             run["seed"],
             accuracies(run, "temperature 1"),
             accuracies(run, "greedy"),
             f"{run['mechanism']['clip_fraction']:.2%}",
             f"{run['mechanism']['largest_approx_kl']:.3f}",
         )
+        for bound, runs in (("none", unbounded), (sapo.SAPOConfig().target_kl, bounded))
         for run in runs
     ]
     return markdown(heads, rows)
@@ -127,7 +130,8 @@ def trials_table(results) -> str:
     """The trials by which the defaults were chosen."""
     heads = (
         *("seed", "habits", "critic hears", "lambda", "epochs x steps", "rates", "half-life"),
-        *("whitened", "tokens", "temperature 1", "greedy", "explained variance", "clip fraction"),
+        *("whitened", "KL bound", "tokens", "temperature 1", "greedy", "explained variance"),
+        "clip fraction",
     )
     rows = [
         (
@@ -136,6 +140,7 @@ def trials_table(results) -> str:
             f"{trial['actor_lr']:g}, {trial['critic_lr']:g}",
             f"{trial['actor_half_life']:.0f}",
             "yes" if trial["whiten_advantages"] else "no",
+            trial["target_kl"] or "none",
             trial["generated_tokens"],
             f"{trial['accuracy']:.3f}",
             f"{trial['greedy']:.3f}",
@@ -170,9 +175,9 @@ def all_tables() -> dict[str, str]:
         "default-sapo-seed*.json": default_table(default_runs()),
         "default-sapo-seed*.json, mechanism": mechanism_table(default_runs()),
     }
-    four = summaries("epochs4-seed*.json")
-    if four:
-        tables["epochs4-seed*.json"] = four_epochs_table(four)
+    four = summaries("epochs4-unbounded-seed*.json"), summaries("epochs4-seed*.json")
+    if any(four):
+        tables["epochs4-*.json"] = four_epochs_table(*four)
     for file in sorted(RESULTS.glob("*.json")):
         results = json.loads(file.read_text())
         if file.name == "critic.json":

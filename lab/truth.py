@@ -46,7 +46,7 @@ def frozen(sweep, extra, flags, critic_rollouts=0):
 
     Whatever the method, that policy is the same.
     """
-    argv = [*sweep.task_flags, "--seed", str(sweep.first_seed)]
+    argv = [*sweep.task_flags, "--seed", str(sweep.first_seed), "--batch", "256"]
     argv += ["--value_pretraining", "1000000"]  # for so many iterations only the critic learns
     argv += ["--runs", sweep.runs, "--name", "truth", *flags, *extra]
     run = train.build(*train.parse(argv))

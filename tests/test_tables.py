@@ -66,6 +66,7 @@ def trial(**changes):
     fields = {"seed": 10, "habits": 0.65, "critic_hears": "nothing", "lam": 0.99, "epochs": 4}
     fields |= {"batch": 256, "minibatch": 64, "actor_lr": 1e-4, "critic_lr": 2e-3}
     fields |= {"actor_half_life": 500000.0, "whiten_advantages": True, "accuracy": 0.8613}
+    fields |= {"target_kl": None}
     fields |= {"greedy": 0.9551, "generated_tokens": 159288, "clip_fraction": 0.0267}
     return fields | {"explained_variance_second_half": 0.2274} | changes
 
@@ -111,8 +112,9 @@ def test_the_table_of_the_mechanism():
 
 
 def test_the_table_of_four_epochs():
-    _, row = cells(tables.four_epochs_table([summary(seed=2)]))
-    assert row == ["2", "0.300 to 0.800", "0.100 to 0.938", "1.23%", "0.046"]
+    head, first, second = cells(tables.four_epochs_table([summary(seed=2)], [summary(seed=4)]))
+    assert first == ["none", "2", "0.300 to 0.800", "0.100 to 0.938", "1.23%", "0.046"]
+    assert second == ["0.015", "4", *first[2:]]
 
 
 def test_the_table_of_the_critics_has_the_means_over_seeds_at_the_end():
@@ -136,6 +138,7 @@ def test_the_table_of_reuse_has_a_row_per_ratio_and_a_column_per_number_of_epoch
 
 def test_the_table_of_the_trials():
     other = trial(seed=11, critic_hears="surprise", minibatch=32, whiten_advantages=False)
+    other |= {"target_kl": 0.03}
     head, first, second = cells(tables.trials_table({"trials": [trial(), other]}))
     places = dict(zip(head, first, strict=True))
     assert places == {
@@ -147,6 +150,7 @@ def test_the_table_of_the_trials():
         "rates": "0.0001, 0.002",
         "half-life": "500000",
         "whitened": "yes",
+        "KL bound": "none",
         "tokens": "159288",
         "temperature 1": "0.861",
         "greedy": "0.955",
@@ -154,7 +158,7 @@ def test_the_table_of_the_trials():
         "clip fraction": "2.67%",
     }
     changed = {"seed": "11", "critic hears": "surprise", "epochs x steps": "4 x 8"}
-    changed |= {"whitened": "no"}
+    changed |= {"whitened": "no", "KL bound": "0.03"}
     assert dict(zip(head, second, strict=True)) == places | changed
 
 
@@ -166,6 +170,7 @@ def results(tmp_path, monkeypatch):
     files = {
         "default-sapo-seed1": summary(seed=1),
         "default-sapo-seed0": summary(seed=0),
+        "epochs4-unbounded-seed1": summary(seed=1),
         "epochs4-seed0": summary(seed=0),
         "critic": critics(),
         "trials": {"trials": [trial()]},
@@ -189,7 +194,7 @@ def test_all_tables_are_those_of_the_files_there(results):
     assert tables.all_tables() == {
         "default-sapo-seed*.json": tables.default_table(defaults),
         "default-sapo-seed*.json, mechanism": tables.mechanism_table(defaults),
-        "epochs4-seed*.json": tables.four_epochs_table([summary(0)]),
+        "epochs4-*.json": tables.four_epochs_table([summary(1)], [summary(0)]),
         "critic.json": tables.critic_table(critics()),
         "main-DiceSum.json": table(sweep("main")),
         "reuse-DiceSum.json": tables.reuse_table(reuse()),
@@ -198,8 +203,9 @@ def test_all_tables_are_those_of_the_files_there(results):
 
 
 def test_without_runs_of_four_epochs_there_is_no_table_of_them(results):
-    (results / "epochs4-seed0.json").unlink()
-    assert "epochs4-seed*.json" not in tables.all_tables()
+    for file in results.glob("epochs4-*.json"):
+        file.unlink()
+    assert "epochs4-*.json" not in tables.all_tables()
 
 
 def test_main_prints_every_table_under_its_source(results, capsys):
