@@ -109,8 +109,8 @@ class SAPOConfig:
     )
     target_kl: float = setting(
         0.015,
-        "once approx_kl of a minibatch exceeds this (nats per token), the policy stays as it is "
-        "until the next rollout, and only the critic learns on; inf: it never stays",
+        "after a minibatch whose approx_kl exceeds this (nats per token), the policy stays as it "
+        "is until the next rollout, and only the critic learns on; inf: it never stays",
     )
     actor_lr: float = setting(2e-4, "Adam learning rate of the policy")
     critic_lr: float = setting(2e-3, "Adam learning rate of the critic")
@@ -750,10 +750,10 @@ def sapo_update(
     optimizers            (the policy's, the critic's or None)
     generator             of the shuffling; None: torch's global one
 
-    Once a minibatch finds the policy further than config.target_kl from the rollout's, the policy
-    stays as it is and only the critic goes on: no number of epochs can take it where the advantages
-    do not hold any more. Its metrics are then those of its last step, and `policy_steps` is the
-    share of minibatches in which it took one.
+    A minibatch that finds the policy further than config.target_kl from the rollout's still takes
+    its step; after it the policy stays as it is, and only the critic goes on. So the bound limits
+    how many steps a rollout gives, not the distance of the last one. The policy's metrics are then
+    those of its last step, and `policy_steps` is the share of minibatches in which it took one.
 
     -> the metrics of each epoch, means over its minibatches. A loss or gradient that is not finite
     skips its optimizer step, and `skipped_steps` counts the minibatches with one. Three of them in

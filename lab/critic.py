@@ -183,7 +183,7 @@ def ceiling(run, batch, responses, continuations):
 
 def frozen_run(task, seed, runs):
     """The run whose policy all variants meet."""
-    flags = [*TASKS[task], *BATCH, "--seed", str(seed), "--runs", runs]
+    flags = [*BATCH, *TASKS[task], "--seed", str(seed), "--runs", runs]
     if task == "later":
         folder = Path(runs) / f"critic-later-seed{seed}"
         if not (folder / "summary.json").is_file():
@@ -228,7 +228,7 @@ def experiment(tasks, seeds, runs, rollouts, responses, continuations):
             batches = [rollout.collect(run, of_one) for of_one in indices]
             # The last one keeps the environments, which know what is right
             held_out = rollout.collect(run, np.arange(run.settings.batch), "eval")
-            flags = [*TASKS[task], *BATCH, *(LATER if task == "later" else [])]
+            flags = [*BATCH, *TASKS[task], *(LATER if task == "later" else [])]
             where = {"task": task, "seed": seed, "flags": shlex.join(flags)}
             where["accuracy"] = np.mean([info["correct"] for info in held_out.infos]).item()
             for name, variant in VARIANTS.items():

@@ -364,20 +364,23 @@ def reuse_figure(results):
     measures = {
         "held-out accuracy (%), mean": lambda run: 100 * run["accuracy"],
         "tokens clipped (%), mean": lambda run: 100 * np.mean(run["curve"]["clip_fraction"]),
-        "largest approx_kl (nats per token), mean": lambda run: max(run["curve"]["approx_kl"]),
+        "largest approx_kl (nats per token), mean; lines as at left": lambda run: max(
+            run["curve"]["approx_kl"]
+        ),
     }
     figure, panels = _new_figure(14, 4.2, 3)
     seeds = max(len(runs) for kind in of_kind.values() for runs in kind.values())
     title = f"How often can a rollout be used? {results['budget_tokens']:,} tokens"
     figure.suptitle(f"{title} of {_task(results)}, {seeds} seeds", fontweight="bold")
     figure.get_layout_engine().set(w_pad=0.12)  # inches, between a line's name and the next panel
+    ticks = sorted({count for runs in of_kind.values() for count in runs})
     for axes, (unit, measure) in zip(panels, measures.items(), strict=True):
         for kind, style in _line_styles(of_kind, "segment ratio").items():
             epochs = sorted(of_kind[kind])
             means = [np.mean([measure(run) for run in of_kind[kind][count]]) for count in epochs]
             axes.plot(epochs, means, marker="o", markersize=4, label=kind, **style)
         axes.set(xscale="log", xlabel="epochs over each rollout", ylabel=unit)
-        axes.set_xticks(epochs, epochs)
+        axes.set_xticks(ticks, ticks)
     panels[2].set_yscale("log")
     panels[2].yaxis.set_major_formatter("{x:g}")
     for axes in panels:

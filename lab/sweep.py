@@ -33,7 +33,8 @@ METHODS = list(baselines.SETTINGS)
 RATES = ("1e-4", "2e-4", "4e-4", "8e-4")
 
 # The trials of the tuning, as many for every method: four learning rates, or two by two lambdas
-# where the method has a lambda. From small steps to large ones.
+# where the method has a lambda. Of trials that end within a standard error of the best, the first
+# is taken: the smallest rate, and the lambda that trusts the critic less.
 TRIALS = {
     **{method: [f"--actor_lr {rate}" for rate in RATES] for method in METHODS},
     **{
@@ -53,7 +54,7 @@ CUTS = ("topk", "causal", "delimiter", "low-prob", "fixed")
 TOP_K_PERCENT = (5, 10, 20, 30, 50, 100)
 
 # How often can a rollout be used? The ratio and its clip are there for that, so the bound on the KL
-# divergence, a guard of ours, is away in all but one.
+# divergence, a guard of ours, is off in every variant but the last.
 UNBOUNDED = ["--target_kl", "inf"]
 REUSED = {
     "segment ratio": UNBOUNDED,
@@ -183,6 +184,12 @@ def best_trial(sweep: Sweep, method: str) -> list[str]:
     )
 
 
+def lambda_of_sapo(sweep: Sweep) -> str:
+    """The lambda at which the sweep runs SAPO: the tuned one, or train.py's default."""
+    tuned = best_trial(sweep, "sapo")
+    return tuned[tuned.index("--lam") + 1] if "--lam" in tuned else str(sapo.SAPOConfig().lam)
+
+
 def plan(sweep: Sweep, extra: list[str]):
     """Every run of the sweep, all variants on a seed before the next seed. Yields Planned.
 
@@ -199,6 +206,8 @@ def plan(sweep: Sweep, extra: list[str]):
             if sweep.methods and re.split("[ ,]", label)[0] not in sweep.methods:
                 continue
             method = variant[variant.index("--method") + 1] if "--method" in variant else "sapo"
+            if label == "ppo, lambda of sapo":
+                variant = [*variant, "--lam", lambda_of_sapo(sweep)]
             if method == "srpo" and "TextSum" in sweep.env:  # it weighs what was seen on a picture
                 continue
             words = label.replace(" ", "_").replace(",", "")

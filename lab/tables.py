@@ -109,7 +109,7 @@ def critic_table(results) -> str:
 
 
 def four_epochs_table(unbounded, bounded) -> str:
-    """Four epochs at the default's rates, seed by seed, without the KL bound and with it."""
+    """Four epochs, seed by seed: earlier runs without a KL bound, and runs with the default's."""
     heads = ("KL bound", "seed", "temperature 1", "greedy", "clip fraction", "largest approx_kl")
     rows = [
         (
@@ -129,13 +129,14 @@ def four_epochs_table(unbounded, bounded) -> str:
 def trials_table(results) -> str:
     """The trials by which the defaults were chosen."""
     heads = (
-        *("seed", "habits", "critic hears", "lambda", "epochs x steps", "rates", "half-life"),
+        *("seed", "habits", "critic hears", "lambda", "batch", "epochs x steps", "rates"),
+        "half-life",
         *("whitened", "KL bound", "tokens", "temperature 1", "greedy", "explained variance"),
         "clip fraction",
     )
     rows = [
         (
-            *(trial[name] for name in ("seed", "habits", "critic_hears", "lam")),
+            *(trial[name] for name in ("seed", "habits", "critic_hears", "lam", "batch")),
             f"{trial['epochs']} x {trial['batch'] // trial['minibatch']}",
             f"{trial['actor_lr']:g}, {trial['critic_lr']:g}",
             f"{trial['actor_half_life']:.0f}",
@@ -153,7 +154,9 @@ def trials_table(results) -> str:
 
 
 def reuse_table(results) -> str:
-    """How often a rollout can be used: a row per kind of ratio, a column per number of epochs."""
+    """How often a rollout can be used: a row per variant (mostly kinds of ratio), a column per
+    number of epochs. In a cell the IQM of the accuracy, how many runs collapsed, the mean share of
+    tokens clipped, and the largest approx_kl of any run."""
     cells = {}  # kind -> {epochs: cell}
     for label in dict.fromkeys(run["label"] for run in results["runs"]):
         kind, epochs = label.rsplit(", ", 1)

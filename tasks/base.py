@@ -350,21 +350,22 @@ class Task:
         last result of a finished chain. All right, the answer among them, means reward 1; not the
         reverse, as two slips can cancel.
         """
-        steps = self._beside_the_truth(example, text)
+        steps = self._steps_with_right(example, text)
         return [right is not None and written == right for written, right, _ in steps]
 
     def hard_steps(self, example, text):
         """One bool per step of `step_spans`: would the teacher's bad habit change the right step?
 
-        Whether `habits` is set or not, and whatever the response has written there.
+        Whether `habits` is set or not, and whatever the response has written there. False where
+        nothing can be right.
         """
-        steps = self._beside_the_truth(example, text)
+        steps = self._steps_with_right(example, text)
         return [
             right is not None and self._habit(right, result) is not None
             for _, right, result in steps
         ]
 
-    def _beside_the_truth(self, example, text):
+    def _steps_with_right(self, example, text):
         """(what is written, what would be right, the result before) of every step of `step_spans`.
 
         Right given what the response said before; None where nothing can be. The result before is

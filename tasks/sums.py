@@ -49,7 +49,7 @@ class TextSum(Task):
     def _habit(self, right, result):
         """Forgets the carry: 8+5=3, and 18+5=13."""
         terms, equals, total = right.rpartition("=")
-        is_move = equals != ""
+        is_move = equals != "" and result.isdecimal()  # not so in a response that read an "="
         if not is_move:
             return None
         # A sum carries if its last digit comes out below that of what was added to.

@@ -137,6 +137,19 @@ def test_the_first_trial_as_good_as_the_tunings_best_is_used(tuned):
     assert chosen == {method: defaults(method) for method in chosen} and len(chosen) > 3
 
 
+def test_ppo_at_sapos_lambda_takes_the_one_that_sapo_was_tuned_to(tuned):
+    runs = [
+        {"label": "sapo --actor_lr 2e-4 --lam 0.95", "accuracy": 0.9},
+        {"label": "sapo --actor_lr 2e-4 --lam 0.8", "accuracy": 0.5},
+        {"label": "ppo --actor_lr 4e-4 --lam 0.8", "accuracy": 0.9},
+    ]
+    (tuned / "tune-DiceSum.json").write_text(json.dumps({"runs": runs}))
+    chosen = tuned_numbers("--results", str(tuned))
+    assert chosen["sapo"] == (2e-4, 0.95)
+    assert chosen["ppo"] == (4e-4, 0.8)
+    assert chosen["ppo, lambda of sapo"] == (4e-4, 0.95)
+
+
 def test_a_trial_clearly_below_the_best_is_not_used(tuned):
     runs = [
         {"label": "gspo --actor_lr 1e-4", "accuracy": 0.5},
@@ -187,7 +200,7 @@ def test_a_methods_own_batch_stands_behind_the_users():
     flags = ["--methods", "ppo", "vineppo", "--seeds", "1", "--batch", "128"]
     runs = sweep.plan(*parsed_sweep(*flags))
     batches = {run.label: train.parse(run.flags)[0].batch for run in runs}
-    assert batches == {"ppo": 128, "ppo, lambda of sapo": 128, "vineppo": 32}
+    assert batches == {"ppo": 128, "ppo, lambda of sapo": 128, "vineppo": 16}
 
 
 # ----------------------------------------------------------------------------------- the runs

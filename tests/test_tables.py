@@ -146,6 +146,7 @@ def test_the_table_of_the_trials():
         "habits": "0.65",
         "critic hears": "nothing",
         "lambda": "0.99",
+        "batch": "256",
         "epochs x steps": "4 x 4",
         "rates": "0.0001, 0.002",
         "half-life": "500000",

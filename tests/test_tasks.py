@@ -182,6 +182,12 @@ def test_habits_change_the_demonstrations_and_nothing_else(kind):
             "<think>8+1=9;9+1=0;3+3=6</think><answer>6</answer>",  # one move too many
             [False, True, False, False],
         ),
+        (
+            DiceSum(n=2),  # what was read is no number, though it looks like a part of a move
+            (("6", "5"),),
+            "<see>==</see><think>x;</think><answer>1</answer>",
+            [True, False, False, False],
+        ),
     ],
 )
 def test_hard_steps_are_those_where_a_habit_would_win(task, content, text, hard):
@@ -327,7 +333,8 @@ def test_2000_random_strings_never_raise_and_never_earn_what_they_should_not(tex
     assert reward == 0 or info["predicted"] == one.answer
     checks, spans = task.check_steps(one, text), task.step_spans(text)
     assert len(checks) == len(spans) and info["steps_correct"] == checks
-    assert all(type(check) is bool for check in checks)
+    hard = task.hard_steps(one, text)
+    assert len(hard) == len(spans) and all(type(value) is bool for value in (*checks, *hard))
     assert all(0 <= start <= end <= len(text) for start, end in spans) and spans == sorted(spans)
     assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
     if all(checks) and info["end_reason"] == "answer":  # all steps right, the answer among them
