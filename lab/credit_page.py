@@ -292,8 +292,7 @@ def _legend(title, limit):
         f'<text x="277" y="114">+{limit:.2g}  credit</text>',
         '<path class="cut" d="M400 98v24"/><text x="409" y="114">cut: a segment ends here</text>',
         f'<path class="wrong" d="M590 111{wave}"/>'
-        '<text x="630" y="114">step known to be wrong; lambda carries its blame back over what led '
-        "there</text>",
+        '<text x="630" y="114">a wrong step; lambda blames what led to it, too</text>',
     ]
 
 
