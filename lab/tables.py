@@ -126,6 +126,22 @@ def four_epochs_table(unbounded, bounded) -> str:
     return markdown(heads, rows)
 
 
+def nine_dice_table(runs) -> str:
+    """The default's settings on nine dice, seed by seed."""
+    heads = ("seed", "temperature 1", "greedy", "explained variance, second half", "tokens")
+    rows = [
+        (
+            run["seed"],
+            accuracies(run, "temperature 1"),
+            accuracies(run, "greedy"),
+            f"{run['mechanism']['explained_variance_second_half']:.2f}",
+            run["generated_tokens"],
+        )
+        for run in runs
+    ]
+    return markdown(heads, rows)
+
+
 def trials_table(results) -> str:
     """The trials by which the defaults were chosen."""
     heads = (
@@ -181,6 +197,9 @@ def all_tables() -> dict[str, str]:
     four = summaries("epochs4-unbounded-seed*.json"), summaries("epochs4-seed*.json")
     if any(four):
         tables["epochs4-*.json"] = four_epochs_table(*four)
+    nine = summaries("nine-dice-seed*.json")
+    if nine:
+        tables["nine-dice-seed*.json"] = nine_dice_table(nine)
     for file in sorted(RESULTS.glob("*.json")):
         results = json.loads(file.read_text())
         if file.name == "critic.json":

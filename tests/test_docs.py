@@ -480,6 +480,16 @@ def test_every_claim_with_a_figure_is_tested():
     assert len(rows) == len(CLAIMS)
 
 
+def test_nine_dice_are_what_the_page_says():
+    learned, stuck = (
+        result(f"nine-dice-seed{seed}.json")["greedy_steps"]["steps"] for seed in (0, 1)
+    )
+    page = prose("docs/results.md")
+    assert f"and {1 - learned['other sum'][1]:.0%} of the sums without a carry" in page
+    assert learned["carry into 40"][1] == 0 and stuck["other read"][1] == 1
+    assert f"gets {stuck['other sum'][1]:.0%} of the sums right that do not even carry" in page
+
+
 def collapsed(files):
     """(how many of these runs ended no better than 0.3 above their start when greedy, how many)."""
     count, runs = 0, [json.loads(file.read_text()) for file in RESULTS.glob(files)]

@@ -117,6 +117,11 @@ def test_the_table_of_four_epochs():
     assert second == ["0.015", "4", *first[2:]]
 
 
+def test_the_table_of_nine_dice():
+    _, row = cells(tables.nine_dice_table([summary(seed=2) | {"generated_tokens": 1234}]))
+    assert row == ["2", "0.300 to 0.800", "0.100 to 0.938", "0.46", "1234"]
+
+
 def test_the_table_of_the_critics_has_the_means_over_seeds_at_the_end():
     head, *rows = cells(tables.critic_table(critics()))
     assert [cell.split(":")[0] for cell in head] == ["critic", "dice", "nine"]
