@@ -243,7 +243,9 @@ def experiment(tasks, seeds, runs, rollouts, responses, continuations):
 def of_run(folder, count):
     """`sight` of a trained run's own critic on `count` held-out responses, and of its own credit:
     how well its advantages, at its own lambda, tell right steps from wrong ones."""
-    run = train.build(*train.parse(["--resume", str(folder), "--batch", str(count)]))
+    run = train.build(*train.parse(["--resume", str(folder)]))
+    # More environments than its batch has. --batch would do it too, but change the run's settings
+    run = replace(run, envs=[train.make_env(run.settings) for _ in range(count)])
     torch.manual_seed(0)
     batch = rollout.collect(run, np.arange(count), "eval")
     credit = train.assign_credit(run, batch)

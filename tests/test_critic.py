@@ -223,9 +223,11 @@ def test_a_later_policy_is_trained_once_and_measured_as_it_is(runs, monkeypatch,
     assert (folder / "summary.json").stat().st_mtime_ns == made_at
 
     capsys.readouterr()
-    critic.main(["--run", str(folder), "--responses", "8"])
+    batch = json.loads((folder / "config.json").read_text())["settings"]["batch"]
+    critic.main(["--run", str(folder), "--responses", str(batch + 8)])
+    assert json.loads((folder / "config.json").read_text())["settings"]["batch"] == batch
     seen = json.loads(capsys.readouterr().out)
     assert set(seen) == {"iteration", "lam", "responses", "own_credit"} | SIGHT
-    assert (seen["iteration"], seen["responses"]) == (1, 8)
+    assert (seen["iteration"], seen["responses"]) == (1, batch + 8)
     assert seen["lam"] == frozen.config.lam and 0 <= seen["own_credit"]["auroc"] <= 1
     assert equal(dict(vlm.load(folder / "checkpoint").model.state_dict()), dict(trained))
