@@ -18,7 +18,8 @@ With one token per segment this is PPO. With one segment per response it is GSPO
 
 What differs. The authors' released code departs from their paper in several places (the table is
 in tutorial.md, section 6): `SAPOConfig.paper()` and `SAPOConfig.released()` are its two sides.
-In neither: `threshold_ends`, our cut that does not look ahead. As released in any case: token
+In neither: `threshold_ends`, our cut that does not look ahead; a critic that hears; the bound on
+the KL divergence, `target_kl`, which many PPO codes have. As released in any case: token
 log-ratios are clamped to +-20, and V after a response that ran out of tokens is 0, too. Left out:
 models and tokens (vlm.py), environments (env.py), who makes the cut (rollout.py, by the name in
 baselines.py) and the training loop (train.py).

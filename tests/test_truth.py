@@ -274,6 +274,21 @@ def test_lift_reads_the_change_of_value_at_each_token():
     assert measured["large"] == pytest.approx(3 / 19)
 
 
+def test_a_gradient_is_taken_at_the_temperature_of_the_run(small, monkeypatch):
+    sweep, extra = small
+    run = truth.frozen(sweep, [*extra, "--temperature", "0.7"], ["--method", "grpo"])
+    batch = rollout.collect(run, rollout.train_indices(run.settings, 1))
+    temperatures, score = [], vlm.score
+
+    def noted(policy, inputs, tokens, mask, temperature=1.0):
+        temperatures.append(temperature)
+        return score(policy, inputs, tokens, mask, temperature)
+
+    monkeypatch.setattr(vlm, "score", noted)
+    truth.gradient(run, batch, batch.rollout, torch.ones(batch.tokens.shape))
+    assert temperatures and set(temperatures) == {0.7}
+
+
 def test_the_cut_finds_the_hard_steps_or_not():
     """Two dice, a six among them: reading it is hard, and so is the sum that carries."""
     pieces = ["<see>", "6", "5", "</see>", "<think>", "6+5=", "11", "</think>"]
@@ -337,5 +352,6 @@ def test_truth_measures_its_parts_one_after_the_other(small, monkeypatch):
     critics = ["segment critic", "token critic"]
     assert so_far == [critics[:1], critics, [*critics, "grpo"], [*critics, "grpo", "vineppo"]]
     assert -1 <= part["reference"]["cosine_of_its_halves"] <= 1
+    assert part["reference"]["responses"] == 2 * 16  # of the batches that the flags ask for
     for method in part["methods"].values():
         assert -1 <= method["cosine"][0] <= 1 and method["variance"] > 0
