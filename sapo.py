@@ -61,12 +61,12 @@ def setting(default, help):
 @dataclass
 class SAPOConfig:
     """Settings of the algorithm. The defaults are the paper's mathematics, with the numbers that
-    teach a tiny model fast: rates, minibatches, two epochs, and a lambda that listens to the critic
-    (`paper` has the paper's own)."""
+    teach a tiny model fast: rates, minibatches, two epochs, a narrower clip, and a lambda that
+    listens to the critic (`paper` has the paper's own)."""
 
     gamma: float = setting(1.0, "discount per segment, in [0, 1] (Eq. 6)")
     lam: float = setting(
-        0.8,
+        0.7,
         "GAE's lambda per segment, in [0, 1] (Eq. 7): at 1 V is a baseline only, at 0 the next V "
         "stands for all that follows",
     )
@@ -87,8 +87,8 @@ class SAPOConfig:
     average: Literal["response", "token"] = setting(
         "response", "losses: mean per response first, or over all tokens"
     )
-    clip_low: float = setting(0.2, "the ratio is clipped below at 1 - clip_low (Eq. 9)")
-    clip_high: float = setting(0.2, "the ratio is clipped above at 1 + clip_high (Eq. 9)")
+    clip_low: float = setting(0.1, "the ratio is clipped below at 1 - clip_low (Eq. 9)")
+    clip_high: float = setting(0.1, "the ratio is clipped above at 1 + clip_high (Eq. 9)")
     dual_clip: float | None = setting(
         None, "bound the loss of a negative advantage A at -dual_clip * A"
     )
@@ -122,6 +122,8 @@ class SAPOConfig:
         """The paper's settings (Table 7, Geo3K)."""
         return cls(
             lam=0.99,
+            clip_low=0.2,
+            clip_high=0.2,
             epochs=1,
             minibatch=128,
             actor_lr=1e-6,
@@ -753,13 +755,14 @@ def sapo_update(
 
     A minibatch that finds the policy further than config.target_kl from the rollout's still takes
     its step; after it the policy stays as it is, and only the critic goes on. So the bound limits
-    how many steps a rollout gives, not the distance of the last one. The policy's metrics are then
-    those of its last step, and `policy_steps` is the share of minibatches in which it took one.
+    how many steps a rollout gives, not the distance of the last one. `policy_steps` is the share of
+    minibatches in which the policy took a step, and its metrics are means over those.
 
-    -> the metrics of each epoch, means over its minibatches. A loss or gradient that is not finite
-    skips its optimizer step, and `skipped_steps` counts the minibatches with one. Three of them in
-    a row raise FloatingPointError; hand the last epoch's `skipped_in_a_row` to the next call, so
-    that the count goes on.
+    -> the metrics of each epoch, means over its minibatches; an epoch in which the policy stayed
+    has none of the policy's (`update_metrics` puts them together). A loss or gradient that is not
+    finite skips its optimizer step, and `skipped_steps` counts the minibatches with one. Three of
+    them in a row raise FloatingPointError; hand the last epoch's `skipped_in_a_row` to the next
+    call, so that the count goes on.
     """
     _check_update(rollout, advantages, returns, value, config)
     mask = rollout.mask
@@ -784,18 +787,15 @@ def sapo_update(
     def critic_objective(rows):
         return _critic_objective(rows, value, rollout, returns, config)
 
-    history, policy_stats = [], {}
+    history, stays = [], False
     for _ in range(config.epochs):
         minibatches = torch.randperm(len(mask), generator=generator).split(config.minibatch)
         finite = []  # the stats of those whose numbers are all finite
         for rows in minibatches:
-            went_far = policy_stats.get("approx_kl", 0.0) > config.target_kl
-            stays = went_far and _finite(policy_stats)
+            stats = {"policy_steps": 1.0 - stays}
             if not stays:
-                policy_stats = _descend(
-                    "policy", policy_objective, rows, mask, actor_optimizer, config
-                )
-            stats = {"policy_steps": 1.0 - stays, **policy_stats}
+                stats |= _descend("policy", policy_objective, rows, mask, actor_optimizer, config)
+                stays = _finite(stats) and stats["approx_kl"] > config.target_kl
             if value is not None:
                 stats |= _descend("value", critic_objective, rows, reads, critic_optimizer, config)
             if _finite(stats):
@@ -808,6 +808,26 @@ def sapo_update(
         epoch["skipped_in_a_row"] = skipped_in_a_row
         history.append(epoch)
     return history
+
+
+def update_metrics(history: list[dict]) -> dict:
+    """The metrics of a whole update, from those of its epochs (what `sapo_update` returns).
+
+    How far it went shows at its end, so most numbers are those of the last epoch that has them. But
+    `policy_steps` and `clip_fraction` are means over the epochs (the ratio begins at 1, and in the
+    first hardly a token is clipped), and `skipped_steps` is their sum.
+    """
+    metrics = {}
+    for epoch in history:
+        metrics |= epoch
+    taken = [epoch.get("policy_steps", 0.0) for epoch in history]
+    clipped = [epoch.get("clip_fraction", 0.0) for epoch in history]
+    metrics["policy_steps"] = sum(taken) / len(history)
+    metrics["skipped_steps"] = sum(epoch["skipped_steps"] for epoch in history)
+    if "clip_fraction" in metrics:
+        of_steps = sum(share * fraction for share, fraction in zip(taken, clipped, strict=True))
+        metrics["clip_fraction"] = of_steps / sum(taken)
+    return metrics
 
 
 def _one_more_skipped(skipped_in_a_row, stats):
@@ -881,7 +901,9 @@ def _finite(stats):
 
 
 def _means(rows):
-    """The mean of each key over a list of dicts with equal keys; {} for an empty list."""
-    if not rows:
-        return {}
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    """The mean of each key over the dicts that have it; {} for an empty list."""
+    numbers = defaultdict(list)
+    for row in rows:
+        for key, number in row.items():
+            numbers[key].append(number)
+    return {key: sum(of_key) / len(of_key) for key, of_key in numbers.items()}

@@ -92,7 +92,7 @@ class Settings(baselines.Method):
     resume: str = setting(
         "", "folder of a run to continue; flags given beside it change its settings"
     )
-    iterations: int = setting(65, "rollouts to learn from")
+    iterations: int = setting(68, "rollouts to learn from")
     token_budget: int = setting(
         0,
         "stop also when so many tokens were generated, continuations and trees included; 0: never",
@@ -111,11 +111,11 @@ class Settings(baselines.Method):
     )
     error_rate: float = setting(0.02, "probability that a demonstrated step slips besides")
     actor_half_life: float = setting(
-        1.2e5, "generated tokens in which --actor_lr falls by half; inf: it stays"
+        1.5e5, "generated tokens in which --actor_lr falls by half; inf: it stays"
     )
-    eval_every: int = setting(30, "iterations between held-out evaluations at temperature 1")
+    eval_every: int = setting(34, "iterations between held-out evaluations at temperature 1")
     eval_episodes: int = setting(512, "held-out episodes per evaluation")
-    checkpoint_every: int = setting(30, "iterations between checkpoints")
+    checkpoint_every: int = setting(34, "iterations between checkpoints")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
 
@@ -157,8 +157,8 @@ class Run:
 
 
 def iterate(run) -> dict:
-    """One iteration (Algorithm 1): collect, credit, update. -> metrics of the rollout, and of the
-    last epoch of the update."""
+    """One iteration (Algorithm 1): collect, credit, update. -> metrics of the rollout and of the
+    update."""
     settings, config, progress = run.settings, run.config, run.progress
     policy, critic = run.models.policy, run.models.critic
     actor_lr = current_actor_lr(run)
@@ -206,7 +206,7 @@ def iterate(run) -> dict:
     return {
         "accuracy": np.mean([info["correct"] for info in batch.infos]).item(),
         "reward": batch.rollout.rewards.sum(1).mean().item(),
-        **history[-1],
+        **sapo.update_metrics(history),
         "episodes": progress.episodes,
         "generated_tokens": progress.generated_tokens,
         "actor_lr": actor_lr,

@@ -38,7 +38,7 @@ RATES = ("1e-4", "2e-4", "4e-4", "8e-4")
 TRIALS = {
     **{method: [f"--actor_lr {rate}" for rate in RATES] for method in METHODS},
     **{
-        method: [f"--actor_lr {rate} --lam {lam}" for lam in (0.95, 0.8) for rate in RATES[1:3]]
+        method: [f"--actor_lr {rate} --lam {lam}" for lam in (0.95, 0.7) for rate in RATES[1:3]]
         for method in ("sapo", "ppo", "vc-ppo")
     },
 }
@@ -56,11 +56,14 @@ TOP_K_PERCENT = (5, 10, 20, 30, 50, 100)
 # How often can a rollout be used? The ratio and its clip are there for that, so the bound on the KL
 # divergence, a guard of ours, is off in every variant but the last.
 UNBOUNDED = ["--target_kl", "inf"]
+# The mean over a segment or a response scatters less than a token's ratio or a product of them
+# does, so these two have the wider clip that PPO has.
+WIDE = ["--clip_low", "0.2", "--clip_high", "0.2"]
 REUSED = {
     "segment ratio": UNBOUNDED,
-    "token ratio": ["--ratio", "token", *UNBOUNDED],
+    "token ratio": ["--ratio", "token", *WIDE, *UNBOUNDED],
     "response ratio": ["--ratio", "response", *UNBOUNDED],
-    "product of ratios": ["--ratio", "product", *UNBOUNDED],
+    "product of ratios": ["--ratio", "product", *WIDE, *UNBOUNDED],
     "no clip": ["--clip_low", "1", "--clip_high", "inf", *UNBOUNDED],
     "ppo": ["--method", "ppo", *UNBOUNDED],
     "grpo": ["--method", "grpo", *UNBOUNDED],
@@ -93,7 +96,7 @@ EXPERIMENTS = {
     },
     "controls": {
         "sapo": [],
-        "sapo, token ratio": ["--ratio", "token"],
+        "sapo, token ratio": ["--ratio", "token", *WIDE],
         "sapo, V at end": ["--value_at", "end"],
         "sapo, token mean": ["--average", "token"],
     },

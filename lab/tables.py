@@ -147,7 +147,15 @@ def trials_table(results) -> str:
     heads = (
         *("seed", "habits", "critic hears", "lambda", "batch", "epochs x steps", "rates"),
         "half-life",
-        *("whitened", "KL bound", "tokens", "temperature 1", "greedy", "explained variance"),
+        *(
+            "whitened",
+            "clip",
+            "KL bound",
+            "tokens",
+            "temperature 1",
+            "greedy",
+            "explained variance",
+        ),
         "clip fraction",
     )
     rows = [
@@ -157,6 +165,7 @@ def trials_table(results) -> str:
             f"{trial['actor_lr']:g}, {trial['critic_lr']:g}",
             f"{trial['actor_half_life']:.0f}",
             "yes" if trial["whiten_advantages"] else "no",
+            trial["clip_low"],
             trial["target_kl"] or "none",
             trial["generated_tokens"],
             f"{trial['accuracy']:.3f}",

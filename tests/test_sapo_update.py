@@ -331,8 +331,35 @@ def test_a_policy_that_has_gone_far_stays_and_the_critic_goes_on():
     assert not torch.equal(stopped.logp, free.logp)
     assert_close(stopped.values, free.values, rtol=0, atol=0)
     for name in ("policy_loss", "approx_kl", "clip_fraction", "policy_grad_norm"):
-        assert history[3][name] == history[1][name], "the numbers are those of the last step"
+        assert name in history[1]
+        assert name not in history[3], "it took no step, so it has nothing to report"
     assert history[3]["value_loss"] == free_history[3]["value_loss"]
+
+
+def test_the_metrics_of_an_update_are_its_last_but_the_clip_counts_in_every_step():
+    """Worked by hand: the second epoch took half its steps, so its clip weighs half as much."""
+    history = [
+        {"policy_steps": 1.0, "clip_fraction": 0.0, "approx_kl": 0.01, "value_loss": 0.5},
+        {"policy_steps": 0.5, "clip_fraction": 0.06, "approx_kl": 0.04, "value_loss": 0.4},
+        {"policy_steps": 0.0, "value_loss": 0.3},
+    ]
+    for epoch, skipped in zip(history, (0, 2, 1), strict=True):
+        epoch["skipped_steps"] = skipped
+    assert sapo.update_metrics(history) == pytest.approx(
+        {
+            "policy_steps": 0.5,
+            "clip_fraction": 0.02,
+            "approx_kl": 0.04,
+            "value_loss": 0.3,
+            "skipped_steps": 3,
+        }
+    )
+
+
+def test_the_metrics_of_an_update_without_a_finite_minibatch():
+    history = [{"skipped_steps": 1, "skipped_in_a_row": 1}]
+    metrics = {"skipped_steps": 1, "skipped_in_a_row": 1, "policy_steps": 0}
+    assert sapo.update_metrics(history) == metrics
 
 
 def test_the_bound_is_of_one_rollout():
