@@ -37,34 +37,32 @@ from torch import Tensor
 import sapo
 from sapo import setting
 
-# A token's ratio scatters more than the mean over a segment: it has the clip that its papers have.
-TOKEN_RATIO = {"ratio": "token", "clip_low": 0.2, "clip_high": 0.2}
-
 # What a method changes in the settings. The paper runs PPO at lambda 0.95 and SAPO at 0.99, which
-# mixes the unit with the horizon: --method ppo --lam 0.99 undoes that.
+# mixes the unit with the horizon: --method ppo --lam 0.99 undoes that. A ratio that is a mean, over
+# a segment or a response, moves less than a token's, so SAPO and GSPO have a narrower clip.
 SETTINGS = {
-    "sapo": {},
-    "ppo": {"cut": "token", **TOKEN_RATIO, "lam": 0.95},
+    "sapo": {"clip_low": 0.1, "clip_high": 0.1},
+    "ppo": {"cut": "token", "ratio": "token", "lam": 0.95},
     "vc-ppo": {
         "cut": "token",
-        **TOKEN_RATIO,
+        "ratio": "token",
         "lam": 0.99,
         "critic_lam": 1.0,
         "value_pretraining": 5,
     },
-    "grpo": {"cut": "response", "credit": "group", **TOKEN_RATIO},
+    "grpo": {"cut": "response", "credit": "group", "ratio": "token"},
     "gspo": {"cut": "response", "credit": "group", "clip_low": 3e-4, "clip_high": 4e-4},
-    "srpo": {"cut": "response", "credit": "roles", **TOKEN_RATIO},
+    "srpo": {"cut": "response", "credit": "roles", "ratio": "token"},
     "spo-chain": {
         "cut": "low-prob",
         "credit": "continuations",
-        **TOKEN_RATIO,
+        "ratio": "token",
         "lam": 0.0,
         "average": "token",
         "loss_below": 0.9,
     },
-    "vineppo": {"cut": "delimiter", "credit": "continuations", **TOKEN_RATIO, "lam": 0.0},
-    "spo-tree": {"cut": "fixed", "credit": "tree", **TOKEN_RATIO, "average": "token"},
+    "vineppo": {"cut": "delimiter", "credit": "continuations", "ratio": "token", "lam": 0.0},
+    "spo-tree": {"cut": "fixed", "credit": "tree", "ratio": "token", "average": "token"},
 }
 
 

@@ -61,8 +61,8 @@ def setting(default, help):
 @dataclass
 class SAPOConfig:
     """Settings of the algorithm. The defaults are the paper's mathematics, with the numbers that
-    teach a tiny model fast: rates, minibatches, two epochs, a narrower clip, and a lambda that
-    listens to the critic (`paper` has the paper's own)."""
+    teach a tiny model fast: rates, minibatches, two epochs, and a lambda that listens to the critic
+    (`paper` has the paper's own)."""
 
     gamma: float = setting(1.0, "discount per segment, in [0, 1] (Eq. 6)")
     lam: float = setting(
@@ -87,8 +87,12 @@ class SAPOConfig:
     average: Literal["response", "token"] = setting(
         "response", "losses: mean per response first, or over all tokens"
     )
-    clip_low: float = setting(0.1, "the ratio is clipped below at 1 - clip_low (Eq. 9)")
-    clip_high: float = setting(0.1, "the ratio is clipped above at 1 + clip_high (Eq. 9)")
+    clip_low: float = setting(
+        0.2, "the ratio is clipped below at 1 - clip_low (Eq. 9); train.py's sapo: 0.1"
+    )
+    clip_high: float = setting(
+        0.2, "the ratio is clipped above at 1 + clip_high (Eq. 9); train.py's sapo: 0.1"
+    )
     dual_clip: float | None = setting(
         None, "bound the loss of a negative advantage A at -dual_clip * A"
     )
@@ -122,8 +126,6 @@ class SAPOConfig:
         """The paper's settings (Table 7, Geo3K)."""
         return cls(
             lam=0.99,
-            clip_low=0.2,
-            clip_high=0.2,
             epochs=1,
             minibatch=128,
             actor_lr=1e-6,

@@ -113,9 +113,9 @@ class Settings(baselines.Method):
     actor_half_life: float = setting(
         1.5e5, "generated tokens in which --actor_lr falls by half; inf: it stays"
     )
-    eval_every: int = setting(34, "iterations between held-out evaluations at temperature 1")
+    eval_every: int = setting(30, "iterations between held-out evaluations at temperature 1")
     eval_episodes: int = setting(512, "held-out episodes per evaluation")
-    checkpoint_every: int = setting(34, "iterations between checkpoints")
+    checkpoint_every: int = setting(30, "iterations between checkpoints")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
 

@@ -8,6 +8,7 @@ same policy. `truth` measures these three; `lifts` asks whether V jumps where en
 Shapes: B responses, T tokens, as in sapo.py.
 """
 
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -295,8 +296,9 @@ def cut_steps(batch, top_k=0.3):
     """Does the entropy cut find the hard steps, those where the teacher had a bad habit?
 
     -> {"hard" or "easy": {"steps": how many, "cut": the share of them in which a segment ends by
-    the cut (a token of the step is among the top_k), "entropy": the mean over steps of the largest
-    entropy in them, in nats}}.
+    the cut (a token of the step is among the top_k), "cut_by_chance": that share if as many tokens
+    of each response were drawn blindly, as a long step is cut more easily; "entropy": the mean over
+    steps of the largest entropy in them, in nats}}.
     """
     ends = sapo.entropy_ends(batch.entropy, batch.rollout.mask, top_k)
     found = {"hard": [], "easy": []}
@@ -307,16 +309,15 @@ def cut_steps(batch, top_k=0.3):
         spans = task.step_spans(response)
         are_hard = task.hard_steps(example, response)
         of_steps = [hard for (i, j), hard in zip(spans, are_hard, strict=True) if j > i]
+        tokens, cuts = int(batch.rollout.mask[row].sum()), int(ends[row].sum())
         for (first, end, _), is_hard in zip(steps, of_steps, strict=True):
-            kind = "hard" if is_hard else "easy"
+            missed = math.comb(tokens - (end - first), cuts) / math.comb(tokens, cuts)
             entropy = batch.entropy[row, first:end].max().item()
-            found[kind].append((bool(ends[row, first:end].any()), entropy))
+            is_cut = bool(ends[row, first:end].any())
+            found["hard" if is_hard else "easy"].append((is_cut, 1 - missed, entropy))
+    names = ("cut", "cut_by_chance", "entropy")
     return {
-        kind: {
-            "steps": len(steps),
-            "cut": float(np.mean([is_cut for is_cut, _ in steps])),
-            "entropy": float(np.mean([entropy for _, entropy in steps])),
-        }
+        kind: {"steps": len(steps)} | dict(zip(names, np.mean(steps, axis=0).tolist(), strict=True))
         for kind, steps in found.items()
         if steps
     }

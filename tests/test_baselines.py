@@ -31,9 +31,14 @@ def values_of(setting):
 # ----------------------------------------------------------------------------------- settings
 
 
-def test_the_defaults_are_sapo():
-    assert baselines.SETTINGS["sapo"] == {}
+def test_the_defaults_are_sapo_with_a_narrower_clip():
+    """Its ratio is a mean, as GSPO's is; all else of it stands in SAPOConfig."""
     assert baselines.Method().method == "sapo"
+    assert set(baselines.SETTINGS["sapo"]) == {"clip_low", "clip_high"}
+    token, segment, response = (
+        train.parse(["--method", method])[1].clip_high for method in ("ppo", "sapo", "gspo")
+    )
+    assert token > segment > response
 
 
 def test_every_method_of_the_command_line_has_settings():

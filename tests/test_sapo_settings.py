@@ -17,7 +17,7 @@ def test_defaults_are_the_papers_mathematics():
     paper, default = vars(SAPOConfig.paper()), vars(SAPOConfig())
     different = {name for name in paper if paper[name] != default[name]}
     rates = {"actor_lr", "critic_lr", "kl_coef"}
-    assert different == rates | {"lam", "clip_low", "clip_high", "epochs", "minibatch", "target_kl"}
+    assert different == rates | {"lam", "epochs", "minibatch", "target_kl"}
 
 
 def test_paper_is_table_7_and_the_equations():
@@ -94,12 +94,12 @@ def test_a_functions_defaults_are_those_of_the_settings(function, names):
     assert defaults == {name: settings[name] for name in names}
 
 
-def test_without_flags_a_run_differs_in_lambda_and_clip_alone():
+def test_without_flags_a_run_differs_in_lambda_alone():
     """Of all that the functions have as defaults, too."""
     paper, default = vars(SAPOConfig.paper()), vars(SAPOConfig())
     for function in vars(sapo).values():
         if inspect.isfunction(function):
-            for name in shared_defaults(function, paper).keys() - {"lam", "clip_low", "clip_high"}:
+            for name in shared_defaults(function, paper).keys() - {"lam"}:
                 assert paper[name] == default[name], (function, name)
 
 

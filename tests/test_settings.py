@@ -69,7 +69,7 @@ def test_every_flag_parses_and_changes_nothing_else(name, words, expected):
     values = as_dict(*train.parse([f"--{name}", *words]))
     assert values[name] == expected and type(values[name]) is type(expected)
     changed = {key for key, value in values.items() if value != default[key]}
-    presets = baselines.SETTINGS.get(values["method"], {})
+    presets = baselines.SETTINGS["sapo"] | baselines.SETTINGS.get(values["method"], {})
     assert changed <= {name, "name", *presets}  # the run's folder is named after some settings
 
 
@@ -77,7 +77,8 @@ def test_no_flags_are_the_documented_defaults():
     settings, config = train.parse([])
     assert (settings.method, settings.cut) == ("sapo", "topk")
     assert (settings.env, settings.model) == ("SAPO/DiceSum-v0", "tiny")
-    assert config == sapo.SAPOConfig() and settings.name == "DiceSum-sapo-topk-seed0"
+    assert config == sapo.SAPOConfig(**baselines.SETTINGS["sapo"])
+    assert settings.name == "DiceSum-sapo-topk-seed0"
 
 
 @pytest.mark.parametrize(

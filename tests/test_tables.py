@@ -66,7 +66,7 @@ def trial(**changes):
     fields = {"seed": 10, "habits": 0.65, "critic_hears": "nothing", "lam": 0.99, "epochs": 4}
     fields |= {"batch": 256, "minibatch": 64, "actor_lr": 1e-4, "critic_lr": 2e-3}
     fields |= {"actor_half_life": 500000.0, "whiten_advantages": True, "accuracy": 0.8613}
-    fields |= {"target_kl": None}
+    fields |= {"clip_low": 0.25, "target_kl": None}
     fields |= {"greedy": 0.9551, "generated_tokens": 159288, "clip_fraction": 0.0267}
     return fields | {"explained_variance_second_half": 0.2274} | changes
 
@@ -149,6 +149,7 @@ def test_the_table_of_the_trials():
     assert places == {
         "seed": "10",
         "habits": "0.65",
+        "clip": "0.25",
         "critic hears": "nothing",
         "lambda": "0.99",
         "batch": "256",

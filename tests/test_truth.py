@@ -298,10 +298,13 @@ def test_the_cut_finds_the_hard_steps_or_not():
     entropy = torch.tensor([[0.0, 0.9, 0.1, 0.0, 0.0, 0.0, 0.2, 0.0, 0.0, 0.0, 0.0]])
     rollout = SimpleNamespace(mask=torch.ones(1, 11, dtype=torch.bool))
     batch = SimpleNamespace(envs=[environment], texts=[pieces], entropy=entropy, rollout=rollout)
-    # 1 token ends a segment (the 6), and the last, which is in no step
+    # 1 token ends a segment (the 6), and the last, which is in no step. Drawn blindly, 2 of 11 meet
+    # a step of one token with probability 2/11, and one of two (the sum) with 1 - 9/11 * 8/10
     measured = truth.cut_steps(batch, top_k=0.05)
-    assert measured["hard"] == {"steps": 2, "cut": 0.5, "entropy": pytest.approx(0.55)}
-    assert measured["easy"] == {"steps": 2, "cut": 0.0, "entropy": pytest.approx(0.05)}
+    hard = {"steps": 2, "cut": 0.5, "cut_by_chance": (2 / 11 + 1 - 72 / 110) / 2, "entropy": 0.55}
+    easy = {"steps": 2, "cut": 0.0, "cut_by_chance": 2 / 11, "entropy": 0.05}
+    assert measured["hard"] == pytest.approx(hard)
+    assert measured["easy"] == pytest.approx(easy)
     assert truth.cut_steps(batch, top_k=0.15)["hard"]["cut"] == 1.0  # two of eleven
 
 
