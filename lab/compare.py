@@ -1,7 +1,7 @@
 """Compare methods on one budget: one warm start per seed, the same number of generated tokens.
 
     python -m lab.compare                      # SAPO and its neighbours on DiceSum (Table 1, small)
-    python -m lab.compare --experiment cuts    # or tune, topk, horizon, controls (lab/sweep.py)
+    python -m lab.compare --experiment cuts    # or tune, reuse, seeing, ... (lab/sweep.py)
     python -m lab.compare --experiment truth   # on one frozen policy: is the credit right, are the
                                                # values, the gradients? (lab/truth.py)
     python -m lab.compare --experiment lift    # does V jump where entropy is high, before and

@@ -20,7 +20,7 @@ import numpy as np
 
 from lab.common import BLUE, FAINT, GREEN, PURPLE, VERMILLION, read_lines, run_title
 from lab.credit_page import credit_map
-from lab.stats import interval
+from lab.stats import interval, iqm
 
 # Grey lines of one picture differ in their shade and, from the fourth on, in their dashes.
 GREYS = ("#404040", "#A0A0A0", "#707070")
@@ -31,6 +31,7 @@ ROWS = {
     "main": ("method", "sapo"),
     "horizon": ("method", "sapo"),
     "controls": ("variant of SAPO", "sapo"),
+    "seeing": ("way to credit", "sapo"),
     "cuts": ("way to cut", "topk"),
     "topk": ("value of top-k", "30%"),
 }
@@ -362,9 +363,9 @@ def reuse_figure(results):
         kind, epochs = label.rsplit(", ", 1)
         of_kind.setdefault(kind, {})[int(epochs.split()[0])] = runs
     measures = {
-        "held-out accuracy (%), mean": lambda run: 100 * run["accuracy"],
-        "tokens clipped (%), mean": lambda run: 100 * np.mean(run["curve"]["clip_fraction"]),
-        "largest approx_kl (nats per token), mean; lines as at left": lambda run: max(
+        "held-out accuracy (%): IQM over seeds": lambda run: 100 * run["accuracy"],
+        "tokens clipped (%): IQM": lambda run: 100 * np.mean(run["curve"]["clip_fraction"]),
+        "largest approx_kl (nats per token): IQM; lines as at left": lambda run: max(
             run["curve"]["approx_kl"]
         ),
     }
@@ -377,8 +378,8 @@ def reuse_figure(results):
     for axes, (unit, measure) in zip(panels, measures.items(), strict=True):
         for kind, style in _line_styles(of_kind, "segment ratio").items():
             epochs = sorted(of_kind[kind])
-            means = [np.mean([measure(run) for run in of_kind[kind][count]]) for count in epochs]
-            axes.plot(epochs, means, marker="o", markersize=4, label=kind, **style)
+            middle = [iqm([measure(run) for run in of_kind[kind][count]]) for count in epochs]
+            axes.plot(epochs, middle, marker="o", markersize=4, label=kind, **style)
         axes.set(xscale="log", xlabel="epochs over each rollout", ylabel=unit)
         axes.set_xticks(ticks, ticks)
     panels[2].set_yscale("log")

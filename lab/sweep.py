@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -88,6 +87,14 @@ EXPERIMENTS = {
     },
     "cuts": {cut: ["--cut", cut] for cut in CUTS},
     "topk": {f"{percent}%": ["--top_k", str(percent / 100)] for percent in TOP_K_PERCENT},
+    # Does it pay that credit lands on the wrong step? Critics that see less and less; then values
+    # by sampling, which see what a critic cannot; then no values at all.
+    "seeing": {
+        "sapo": [],
+        "sapo, hears nothing": ["--critic_hears", "nothing"],
+        "sapo, hears nothing, lambda 0.99": ["--critic_hears", "nothing", "--lam", "0.99"],
+        **{method: ["--method", method] for method in ("ppo", "vineppo", "spo-tree", "grpo")},
+    },
     "horizon": {
         "sapo": [],
         "ppo": ["--method", "ppo"],
@@ -205,10 +212,9 @@ def plan(sweep: Sweep, extra: list[str]):
     variants = EXPERIMENTS[sweep.experiment]
     for seed in range(sweep.first_seed, sweep.first_seed + sweep.seeds):
         for label, variant in variants.items():
-            # "ppo, lambda of sapo" and "ppo --lam 0.9" are variants of ppo
-            if sweep.methods and re.split("[ ,]", label)[0] not in sweep.methods:
-                continue
             method = variant[variant.index("--method") + 1] if "--method" in variant else "sapo"
+            if sweep.methods and method not in sweep.methods:
+                continue
             if label == "ppo, lambda of sapo":
                 variant = [*variant, "--lam", lambda_of_sapo(sweep)]
             if method == "srpo" and "TextSum" in sweep.env:  # it weighs what was seen on a picture

@@ -567,6 +567,7 @@ def test_a_folder_of_results_is_drawn_but_for_what_has_no_figure(tmp_path):
         "main-DiceSum.svg",
         "main-DiceSum-training.svg",
         "reuse-DiceSum.svg",
+        "seeing-DiceSum.svg",
         "topk-DiceSum.svg",
     ]
     assert sorted(path.name for path in tmp_path.glob("*.svg")) == sorted(names)

@@ -76,6 +76,8 @@ def test_a_subset_of_the_methods_takes_the_users_flags():
         ("horizon", "ppo", ["ppo", "ppo, lambda 0.99"]),
         ("controls", "sapo", ["sapo", "sapo, token ratio", "sapo, V at end", "sapo, token mean"]),
         ("reuse", "grpo", [f"grpo, {epochs} epochs" for epochs in (1, 2, 4, 8)]),
+        ("seeing", "vineppo", ["vineppo"]),
+        ("cuts", "sapo", list(sweep.CUTS)),
         ("tune", "gspo", [f"gspo --actor_lr {rate}" for rate in sweep.RATES]),
     ],
 )
