@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 # --------------------------------------------------------------------------- what is compared
 METHODS = list(baselines.SETTINGS)
-RATES = ("1e-4", "2e-4", "4e-4", "8e-4")
+RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
 
 # The trials of the tuning, as many for every method: four learning rates, or two by two lambdas
 # where the method has a lambda. Of trials that end within a standard error of the best, the first
