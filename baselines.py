@@ -73,11 +73,13 @@ class Method:
     method: Literal[*SETTINGS] = setting(
         "sapo", "presets of the settings (baselines.py); flags beside it win"
     )
-    cut: Literal["topk", "causal", "delimiter", "low-prob", "fixed", "token", "response"] = setting(
+    cut: Literal[
+        "topk", "causal", "delimiter", "low-prob", "fixed", "token", "turn", "response"
+    ] = setting(
         "topk",
         "segments end at high entropy (topk of the response, or above last batch's threshold: "
         "causal), at a newline, ';' or closed tag, at improbable tokens, every --segment_tokens, "
-        "everywhere, or at the end",
+        "everywhere, or at the end of a turn or response",
     )
     credit: Literal["critic", "group", "roles", "continuations", "tree"] = setting(
         "critic",
@@ -111,8 +113,14 @@ def responses_per_prompt(method: Method) -> int:
     return 1
 
 
-def check(settings, has_picture: bool) -> None:
-    """ValueError if the batch does not divide into groups or trees, or SRPO finds no picture."""
+def check(settings, has_picture: bool, replies: bool = False) -> None:
+    """ValueError if the batch does not divide into groups or trees, SRPO finds no picture, or a
+    method cannot play a world that replies."""
+    if replies and settings.credit in ("roles", "continuations", "tree"):
+        raise ValueError(
+            f"--method {settings.method}: {settings.env} replies, and --credit {settings.credit} "
+            "is for answers of one turn; choose --method sapo, ppo, vc-ppo, grpo or gspo"
+        )
     per_prompt = responses_per_prompt(settings)
     if settings.batch % per_prompt:
         raise ValueError(
@@ -178,7 +186,7 @@ def cut(
         return fixed_ends(mask, segment_tokens)
     if name == "token":
         return sapo.token_ends(mask)
-    if name == "response":
+    if name in ("turn", "response"):
         return sapo.response_ends(mask)
     raise ValueError(f"cut: {name!r}, expected one of those of Method.cut")
 

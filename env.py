@@ -12,19 +12,21 @@ the agent's business: the same text earns the same, and ends the same, under eve
 
 What is asked stands in `tasks`: DiceSum, ArrowPath and TextSum there, and SAPO/Dataset-v0 has the
 rows of a data set (tasks/dataset.py). TextSum has no "image" in its observations: it is the
-text-only branch.
+text-only branch. SAPO/Treasure-v0 is a game: the world replies to a command, and the next turn
+begins (`GameEnv`; any object with `reset` and `step` is a game, tasks/games.py).
 
 `AsyncVectorEnv` needs `shared_memory=False`, or Gymnasium corrupts the texts. Left out on purpose:
 torch, and partial credit, which would give away what SAPO has to find out.
 """
 
 import re
+import warnings
 
 import gymnasium as gym
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from tasks import CELL, END, TASKS, Task
+from tasks import CELL, END, GAMES, TASKS, Task, games
 from tasks.dataset import MAX_PROMPT, DatasetTask
 
 # ------------------------------------------------------------------------------------- spaces
@@ -273,6 +275,208 @@ class DatasetEnv(SegmentEnv):
         return {**super()._observation(), "images": images}
 
 
+# ------------------------------------------------------------- a game, turn by turn and in steps
+
+
+class GameEnv(gym.Env):
+    """A game (tasks/games.py), each of whose turns is written segment by segment.
+
+    A turn ends where it closes a command, `<act>go north</act>`; what stands behind that in the
+    same segment is dropped. The game obeys, and `info["reply"]` is what it says; pictures come with
+    the observation. A reward belongs to the segment that closed the command. `END` ends the
+    episode.
+
+    game             a game, or the name of one of ours ("Treasure") with its settings as keywords
+    max_turns        at which an episode is truncated, if the game has not ended it before
+    max_segments     the same, in segments: generous, as one token per action is legal too
+    max_chars        the same, in characters that the policy wrote; a longer reply is cut off there
+
+    A game that raises ends its episode with a warning that names it; no batch is lost by it.
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 2}
+
+    def __init__(
+        self,
+        game="Treasure",
+        max_turns=100,
+        max_segments=8192,
+        max_chars=16384,
+        render_mode=None,
+        **settings,
+    ):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(
+                f"render_mode={render_mode!r} is unknown; "
+                f"expected one of {self.metadata['render_modes']}"
+            )
+        if isinstance(game, str) and game not in GAMES:
+            raise ValueError(f"game={game!r} is unknown; expected one of {tuple(GAMES)} or a game")
+        if min(max_turns, max_segments, max_chars) < 1:
+            raise ValueError(
+                f"max_turns={max_turns}, max_segments={max_segments}, max_chars={max_chars}: "
+                "expected all to be at least 1"
+            )
+        self.task = games.GameTask(GAMES[game](**settings) if isinstance(game, str) else game)
+        self.max_turns, self.max_segments, self.max_chars = max_turns, max_segments, max_chars
+        self.render_mode = render_mode
+        self.end_reason = "not reset"
+        self.observation_space = gym.spaces.Dict(
+            {
+                "images": Pictures(),
+                "prompt": AnyText(max_chars),
+                "response": AnyText(max_chars),
+                "reply": AnyText(max_chars),
+                "segment_index": gym.spaces.Discrete(max_segments + 1),
+            }
+        )
+        self.action_space = AnyText(max_chars)
+
+    def reset(self, *, seed=None, options=None):
+        """Begin a game. Returns `(observation, info)`.
+
+        options: a dict with some of
+            "index"     which game of the split, an integer >= 0; else one is drawn from `np_random`
+            "split"     "train" (the default) or "eval"
+            "response"  what a policy has written already, of all turns; its commands are obeyed
+
+        Any other option, and a wrong value, is a ValueError.
+        """
+        super().reset(seed=seed)
+        drawn = int(self.np_random.integers(2**31))
+        chosen = {"index": drawn, "split": "train", "response": ""}
+        if options is not None:
+            if not isinstance(options, dict) or not set(options) <= set(chosen):
+                raise ValueError(
+                    f"options={options!r} is not valid; "
+                    f"expected a dict with some of {tuple(chosen)} as keys"
+                )
+            chosen.update(options)
+        self.example = self.task.example_at(chosen["index"], chosen["split"])
+        self.example_id = self.example.key
+        self.response, self.turn, self.reply = "", "", ""
+        self.turns = []  # (what was written, the reply to it) of each finished one
+        self.picture = self.example.image
+        self.segments, self.end_reason, self.won = [], "", False
+        self.reward_terms = {"game": 0.0}
+        prefix = chosen["response"]
+        for turn in games.turns_of(prefix) if isinstance(prefix, str) else [None]:
+            if turn is None or self.end_reason or self._write(turn)[1:] != (False, False):
+                raise ValueError(
+                    f"response={prefix!r:.200} is not valid; expected what was written in a game "
+                    "that is not over"
+                )
+        self.segments, self.reward_terms = [], {"game": 0.0}
+        return self._report()
+
+    def step(self, action):
+        """Append a segment, any string. Returns Gymnasium's five values. TypeError for what is no
+        string, ResetNeeded after the end."""
+        if not isinstance(action, str):
+            raise TypeError(
+                f"an action is a str, the next segment of the response; got {type(action).__name__}"
+            )
+        if self.end_reason:
+            raise gym.error.ResetNeeded(
+                f"step() after the episode's end ({self.end_reason}); call reset() first"
+            )
+        reward, terminated, truncated = self._write(action)
+        observation, info = self._report()
+        return observation, reward, terminated, truncated, info
+
+    def _write(self, text):
+        """Append to the turn, and play it where it closes. -> (reward, terminated, truncated)."""
+        room = self.max_chars - len(self.response)
+        written, why = games.until_end(self.turn + text[:room])
+        self.segments.append(written[len(self.turn) :])
+        self.response += self.segments[-1]
+        self.turn, self.reply = written, ""
+        reward, terminated, truncated = 0.0, why == "end", False
+        if why == "act":
+            reward, terminated, truncated = self._play(games.command_in(written))
+        elif why == "end":
+            self.end_reason = "end"
+        elif len(self.response) >= self.max_chars:
+            truncated, self.end_reason = True, "max_chars"
+        if not (terminated or truncated) and len(self.segments) == self.max_segments:
+            truncated, self.end_reason = True, "max_segments"
+        self.reward_terms["game"] += reward
+        self.won = self.end_reason == "game" and self.reward_terms["game"] > 0
+        return reward, terminated, truncated
+
+    def _play(self, command):
+        """Give a command to the game. -> (reward, terminated, truncated)."""
+        try:
+            observation, reward, terminated, truncated, _ = self.task.game.step(command)
+            words, self.picture = games.words_and_picture(observation)
+        except Exception as error:  # whatever a foreign game does, the batch goes on
+            warnings.warn(
+                f"{self.task}: step({command!r}) raised {error!r}; the episode ends", stacklevel=2
+            )
+            self.end_reason = "error"
+            return 0.0, False, True
+        self.reply = words[: self.max_chars]
+        self.turns.append((self.turn, self.reply))
+        self.turn = ""
+        terminated, truncated = bool(terminated), bool(truncated) and not terminated
+        if terminated or truncated:
+            self.end_reason = "game" if terminated else "max_turns"
+        elif len(self.turns) >= self.max_turns:
+            truncated, self.end_reason = True, "max_turns"
+        return float(reward), terminated, truncated
+
+    def _report(self):
+        """(observation, info) of the moment; in the render mode "human" it is shown, too."""
+        if self.render_mode == "human":
+            print(self.render_text())
+        images = () if self.picture is None else (np.asarray(self.picture),)
+        observation = {
+            "images": images,
+            "prompt": self.example.question[: self.max_chars],
+            "response": self.response,
+            "reply": self.reply,
+            "segment_index": len(self.segments),
+        }
+        info = {
+            "example_id": self.example_id,
+            "answer": "",
+            "predicted": games.command_in(self.turns[-1][0]) if self.turns else None,
+            "correct": self.won,
+            "segment_index": len(self.segments),
+            "segment_text": self.segments[-1] if self.segments else "",
+            "reward_terms": dict(self.reward_terms),
+            "end_reason": self.end_reason,
+            "steps_correct": [],
+            "reply": self.reply,
+        }
+        return observation, info
+
+    def render_text(self):
+        """The transcript for a terminal: what the policy wrote, and what the game said."""
+        lines = [self.example.question]
+        for turn, reply in self.turns:
+            lines += [turn, f"    {reply}"]
+        if self.turn:
+            lines.append(self.turn)
+        return "\n".join(lines)
+
+    def render(self):
+        """A string ("ansi"), an (H, W, 3) uint8 array ("rgb_array"), or None: in the mode "human"
+        every step prints itself."""
+        if self.render_mode == "ansi":
+            picture = [] if self.picture is None else _half_blocks(np.asarray(self.picture))
+            return "\n".join([*picture, self.render_text()])
+        if self.render_mode == "rgb_array":
+            picture = self.picture or Image.new("RGB", (CELL, CELL), _PAPER)
+            scale = max(1, _PICTURE // max(picture.size))
+            return np.asarray(
+                picture.resize(
+                    (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+                )
+            )
+        return None
+
+
 # ---------------------------------------------------------------------------------- rendering
 
 # Light and strong Okabe-Ito colours, which all eyes tell apart: light ones as the ground of the
@@ -414,4 +618,6 @@ def _register(name, entry_point, **settings):
 
 for _task in TASKS:
     _register(f"SAPO/{_task}-v0", "env:SegmentEnv", task=_task)
+for _game in GAMES:
+    _register(f"SAPO/{_game}-v0", "env:GameEnv", game=_game)
 _register("SAPO/Dataset-v0", "env:DatasetEnv")

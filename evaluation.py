@@ -30,11 +30,11 @@ def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
     right, count = 0, run.settings.eval_episodes
     for first in range(0, count, len(run.envs)):
         indices = range(first, min(count, first + len(run.envs)))
-        envs, inputs = rollout.ask(run, indices, "eval")
-        _, _, texts = rollout.write(run, inputs, temperature, top_p)
-        for episode, pieces in zip(envs, texts, strict=True):
-            *_, info = episode.step("".join(pieces))
-            right += info["correct"]
+        played = rollout.play(run, np.array(indices), "eval", temperature, top_p)
+        rollout.begin_again(played, "eval")
+        ends = sapo.response_ends(played.written)
+        _, _, infos = rollout.replay(played.envs, played.texts, ends, played.written)
+        right += sum(info["correct"] for info in infos)
     low, high = wilson(right, count)
     return dict(zip(EVALUATION, (right / count, low, high), strict=True))
 
@@ -76,8 +76,10 @@ def sample(run, batch, row, advantages, values) -> dict:
     """One response with its credit. steps: [first token, last token, was it right?] each."""
     task, example = batch.envs[row].unwrapped.task, batch.envs[row].unwrapped.example
     info = batch.infos[row]
-    length = int(batch.rollout.mask[row].sum())
+    written = batch.rollout.mask[row].nonzero().flatten().tolist()  # the others were heard
+    length = written[-1] + 1
     pieces = batch.texts[row][:length]
+    steps = step_tokens(task, example, [pieces[t] for t in written])
 
     def rounded(numbers):
         return [round(float(number), 4) for number in numbers[row, :length]]
@@ -97,7 +99,7 @@ def sample(run, batch, row, advantages, values) -> dict:
         "values": None if values is None else rounded(values),
         "advantages": rounded(advantages),
         "ends": batch.rollout.ends[row, :length].tolist(),
-        "steps": step_tokens(task, example, pieces),
+        "steps": [[written[first], written[last], right] for first, last, right in steps],
     }
 
 
@@ -107,10 +109,8 @@ def step_tokens(task, example, pieces) -> list[list]:
     does."""
     response = "".join(pieces)
     token_of = [t for t, piece in enumerate(pieces) for _ in piece]  # character -> token
-    spans = task.step_spans(response)
-    verdicts = task.check_steps(example, response)
     steps = []
-    for (start, end), right in zip(spans, verdicts, strict=True):
+    for (start, end), right in task.checked(example, response):
         if end > start:
             steps.append([token_of[start], token_of[end - 1], right])
     return steps

@@ -3,7 +3,8 @@
 This is the first half of an iteration (Algorithm 1 of the paper); train.py has the other half. A
 response is written whole and cut afterwards, since SAPO's top-k cut needs all of its entropies.
 The environment is deterministic, so replaying the segments through `env.step` afterwards earns
-what stepping while writing would have earned.
+what stepping while writing would have earned. (A game is stepped while it is written, too, turn by
+turn: its replies are a part of the transcript. Then it begins again, and its turns are replayed.)
 
 A response's tokens and its text travel side by side: a text is never tokenised again.
 
@@ -21,8 +22,6 @@ import baselines
 import env
 import sapo
 import vlm
-
-STOP = "</answer>"  # writing on after the answer earns nothing: the episode is over
 
 
 @dataclass
@@ -76,6 +75,7 @@ def collect(run, indices, split="train") -> Batch:
         progress.threshold,
         settings.segment_tokens,
     )
+    begin_again(responses, split)
     rewards, used, infos = replay(responses.envs, responses.texts, ends, responses.written)
     ends = ends & used
     values = None
@@ -145,8 +145,7 @@ def write(run, inputs, temperature, top_p=1.0, limit=None):
 
     -> (tokens (B, T), written (B, T) bool, what each token reads).
     """
-    _, end_reason = run.grading_env.unwrapped.task.until_end(f"<answer>{STOP}")
-    stop = STOP if end_reason else None  # in some styles a closed answer does not end the episode
+    stop = run.grading_env.unwrapped.task.stop
     tokens, written = vlm.generate(
         run.models.policy, inputs, limit or run.settings.max_new_tokens, temperature, top_p, stop
     )
@@ -156,10 +155,9 @@ def write(run, inputs, temperature, top_p=1.0, limit=None):
 
 def respond(run, indices, split) -> Responses:
     """The policy's responses to a batch of prompts: one to each, or a tree from each."""
-    envs, inputs = ask(run, indices, split)
     if run.settings.credit != "tree":
-        tokens, written, texts = write(run, inputs, run.settings.temperature)
-        return Responses(indices, envs, inputs, tokens, written, texts, tree=None)
+        return play(run, indices, split, run.settings.temperature)
+    envs, inputs = ask(run, indices, split)
 
     def write_on(rows, prefix, lengths, limit):
         return continue_responses(run, inputs, rows, prefix, lengths, limit)
@@ -173,6 +171,41 @@ def respond(run, indices, split) -> Responses:
     texts = vlm.token_texts(run.models.policy, tokens, written, env.END)
     envs, inputs = ask(run, indices, split)
     return Responses(indices, envs, inputs, tokens, written, texts, tree)
+
+
+def play(run, indices, split, temperature, top_p=1.0) -> Responses:
+    """One response to each prompt, with the replies of worlds that reply: turn by turn, until no
+    episode goes on. An answer to a question is an episode of one turn."""
+    envs, inputs = ask(run, indices, split)
+    tokens, written, texts = write(run, inputs, temperature, top_p)
+    if not run.grading_env.unwrapped.task.replies:
+        return Responses(indices, envs, inputs, tokens, written, texts, tree=None)
+
+    policy = run.models.policy
+    transcripts = vlm.Transcripts(policy, inputs)
+    all_texts = [[] for _ in envs]
+    live = list(range(len(envs)))
+    while live:
+        heard = {}  # row -> the observation after its turn, of the episodes that go on
+        for row, of_row, was_written, pieces in zip(live, tokens, written, texts, strict=True):
+            transcripts.write(row, of_row[was_written])
+            all_texts[row] += pieces
+            observation, _, terminated, truncated, _ = envs[row].step("".join(pieces))
+            # a turn that is not closed was cut off at --max_new_tokens: the episode stops there
+            if not (terminated or truncated or envs[row].unwrapped.turn):
+                heard[row] = observation
+        live = list(heard)
+        replies = [observation["reply"] for observation in heard.values()]
+        pictures = [pictures_of(observation) for observation in heard.values()]
+        encoded = vlm.encode_replies(policy, replies, pictures)
+        for row, (of_row, of_pictures) in zip(live, encoded, strict=True):
+            transcripts.hear(row, of_row, of_pictures)
+            all_texts[row] += [policy.tokenizer.decode([token]) for token in of_row]
+        if live:
+            prompts = transcripts.prompts(live)
+            tokens, written, texts = write(run, prompts, temperature, top_p)
+    inputs, tokens, written = transcripts.tensors()
+    return Responses(indices, envs, inputs, tokens, written, all_texts, tree=None)
 
 
 def continue_responses(run, inputs, rows, prefix, lengths, limit):
@@ -266,6 +299,13 @@ def first_threshold(run, indices, split) -> float:
     return sapo.entropy_quantile(entropy, responses.written, run.config.top_k)
 
 
+def begin_again(responses, split):
+    """Reset each environment to its example, where writing has played it to the end."""
+    if responses.envs[0].unwrapped.task.replies:
+        for episode, index in zip(responses.envs, responses.indices, strict=True):
+            episode.reset(options={"index": int(index), "split": split})
+
+
 def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
     """Pass each segment of each response to its environment, one `step` per segment.
 
@@ -277,8 +317,8 @@ def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
     rewards = np.zeros(mask.shape, np.float32)
     used = mask.cpu().clone()
     infos = []
-    for row, (episode, pieces, ends_segment) in enumerate(
-        zip(envs, texts, ends.tolist(), strict=True)
+    for row, (episode, pieces, ends_segment, was_written) in enumerate(
+        zip(envs, texts, ends.tolist(), mask.tolist(), strict=True)
     ):
         if not any(ends_segment[: len(pieces)]):
             raise ValueError(f"ends: response {row} has no segment, expected at least one")
@@ -289,7 +329,9 @@ def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
             if over:
                 used[row, first:] = False
                 break
-            segment = "".join(pieces[first : last + 1])
+            segment = "".join(
+                piece for t, piece in enumerate(pieces[first : last + 1], first) if was_written[t]
+            )
             _, reward, terminated, truncated, info = episode.step(segment)
             rewards[row, last] = reward
             over = terminated or truncated

@@ -42,7 +42,12 @@ SHOWN = 48  # examples whose presentation and demonstration name the cache; half
 
 
 def build_tiny(
-    directory, image_size: int = 32, hidden_size: int = 64, layers: int = 4, seed: int = 0
+    directory,
+    image_size: int = 32,
+    hidden_size: int = 64,
+    layers: int = 4,
+    seed: int = 0,
+    tags: tuple[str, ...] = TAGS,
 ) -> Path:
     """Write a tiny random checkpoint of SmolVLM's family into `directory`. -> the directory.
 
@@ -50,13 +55,14 @@ def build_tiny(
         token. Raises ValueError otherwise.
     hidden_size, layers: width and depth of the text model.
     seed: of the weights. The caller's random stream does not move.
+    tags: what there is one token for, besides characters.
     """
     if image_size < BLOCK or image_size % BLOCK:
         raise ValueError(
             f"image_size: {image_size}, expected a positive multiple of {BLOCK} "
             f"(patch {PATCH}, pixel shuffle {SHUFFLE})"
         )
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(tags)
     ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
@@ -93,14 +99,14 @@ def build_tiny(
     return Path(directory)
 
 
-def _tokenizer():
+def _tokenizer(tags):
     """One token per printable ASCII character, newline and tag; pad is EOS, as often elsewhere."""
     characters = sorted(set(string.printable) - set("\t\r\x0b\x0c"))
     vocabulary = {character: i for i, character in enumerate(["<unk>", *characters])}
     inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
-    inner.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    inner.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     end = "<end_of_utterance>"
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -139,7 +145,7 @@ def warm_start(task, settings, directory):
     task: a tasks.Task. Raises its ValueError where it has no demonstrations.
     settings: train.Settings; seed, device, error_rate and those that begin with warm_start_ count.
     """
-    build_tiny(directory, _picture_side(task), seed=settings.seed)
+    build_tiny(directory, _picture_side(task), seed=settings.seed, tags=task.tags)
     model = vlm.load(directory, settings.device)
     parameters = list(model.model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=settings.warm_start_lr, eps=1e-5)
@@ -151,10 +157,7 @@ def warm_start(task, settings, directory):
     for _ in bar:
         indices = rng.integers(2**31, size=settings.warm_start_batch)
         examples = [task.example_at(int(index)) for index in indices]
-        texts = [task.demonstrate(example, rng, settings.error_rate) for example in examples]
-        questions = [example.question for example in examples]
-        inputs = vlm.encode(model, questions, [example.image for example in examples])
-        tokens, mask = vlm.encode_responses(model, texts)
+        inputs, tokens, mask = demonstrations(model, task, examples, rng, settings.error_rate)
         logp, _ = vlm.score(model, inputs, tokens, mask)
         loss = -logp.sum() / mask.sum()
         optimizer.zero_grad()
@@ -164,6 +167,26 @@ def warm_start(task, settings, directory):
         schedule.step()
         bar.set_postfix_str(f"{loss.item():.3f} nats per token", refresh=False)
     model.model.save_pretrained(directory)
+
+
+def demonstrations(model, task, examples, rng, error_rate):
+    """Demonstrations of some examples, to learn from: (inputs, tokens, mask) as in training."""
+    questions = [example.question for example in examples]
+    inputs = vlm.encode(model, questions, [example.image for example in examples])
+    if not task.replies:
+        texts = [task.demonstrate(example, rng, error_rate) for example in examples]
+        return inputs, *vlm.encode_responses(model, texts)
+    transcripts = vlm.Transcripts(model, inputs)
+    for row, example in enumerate(examples):
+        turns = task.transcript(example, rng, error_rate)
+        written = model.tokenizer([text for text, _, _ in turns], add_special_tokens=False)
+        pictures = [[] if picture is None else [picture] for _, _, picture in turns]
+        heard = vlm.encode_replies(model, [words for _, words, _ in turns[:-1]], pictures[:-1])
+        for i, ids in enumerate(written["input_ids"]):
+            transcripts.write(row, torch.tensor(ids, device=model.model.device))
+            if i < len(heard):
+                transcripts.hear(row, *heard[i])
+    return transcripts.tensors()
 
 
 def _picture_side(task):
@@ -220,7 +243,7 @@ def _cache_key(task, settings):
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "sources": [Path(file).read_text() for file in (__file__, vlm.__file__)],
-        "tags": TAGS,
+        "tags": task.tags,
         "picture_side": _picture_side(task),
         "task": repr(task),
     }
@@ -238,7 +261,11 @@ def fingerprint(task, error_rate: float, count: int = SHOWN) -> str:
     sha = hashlib.sha256()
     for index in range(count):
         example = task.example_at(index)
-        words = [example.question, task.demonstrate(example, rng, error_rate)]
+        if task.replies:
+            turns = task.transcript(example, rng, error_rate)
+            words = [example.question, *[[text, reply] for text, reply, _ in turns]]
+        else:
+            words = [example.question, task.demonstrate(example, rng, error_rate)]
         sha.update(json.dumps(words).encode())
         if example.image:
             sha.update(f"{example.image.mode} {example.image.size}".encode())

@@ -381,7 +381,7 @@ def make_env(settings) -> gym.Env:
             with contextlib.suppress(ValueError):  # not a number: it stays a word
                 keywords[name] = json.loads(word)
         spec = gym.registry.get(settings.env.split(":")[-1])  # None: its module is yet to import
-        if spec is not None and spec.kwargs.get("task") in TASKS:
+        if spec is not None and (spec.kwargs.get("task") in TASKS or "game" in spec.kwargs):
             keywords = {"habits": settings.habits} | keywords
         return gym.make(settings.env, disable_env_checker=True, **keywords)
     except (ValueError, TypeError, ImportError, gym.error.Error) as error:
@@ -408,7 +408,9 @@ def build(settings, config, command="") -> Run:
     if held_out is not None:  # a data set ends: no row is asked twice
         settings = replace(settings, eval_episodes=min(settings.eval_episodes, held_out))
     observed = grading_env.observation_space.spaces
-    baselines.check(settings, has_picture="image" in observed or "images" in observed)
+    baselines.check(
+        settings, has_picture="image" in observed or "images" in observed, replies=task.replies
+    )
 
     folder = Path(settings.resume or f"{settings.runs}/{settings.name}")
     torch.manual_seed(settings.seed)

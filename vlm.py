@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
+from PIL import Image
 from tokenizers import decoders
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -70,6 +71,17 @@ class VLM:
     @property
     def hidden_size(self) -> int:
         return self.model.config.get_text_config().hidden_size
+
+    @functools.cached_property
+    def stacks_pictures(self) -> frozenset:
+        """The names of picture tensors whose first dimension counts prompts, however many pictures
+        a prompt has; that of the others counts pictures, tiles or patches."""
+        blank = Image.new("RGB", (32, 32))
+        tensors = _process(self, [_chat(self, "", 2, "")], [[blank, blank]])
+        of_text = tensors["input_ids"].shape
+        return frozenset(
+            name for name, tensor in tensors.items() if len(tensor) == 1 and tensor.shape != of_text
+        )
 
     def enter(self) -> torch.nn.Module:
         """Make the model this view's: its adapter on, recomputing where there are gradients."""
@@ -288,11 +300,14 @@ def _turn(role, text, count=0):
     return {"role": role, "content": [*pictures, {"type": "text", "text": text}]}
 
 
-def _process(vlm, texts, pictures):
-    """The processor's tensors for some prompts with equally many pictures each."""
+def _process(vlm, texts, pictures, goes_on=False):
+    """The processor's tensors for some prompts with equally many pictures each.
+
+    goes_on: the texts stand behind others, so nothing that begins a prompt is put before them.
+    """
     kwargs = {}
     bos = vlm.tokenizer.bos_token
-    if bos and texts[0].startswith(bos):  # the chat template wrote it, so the tokenizer must not
+    if goes_on or (bos and texts[0].startswith(bos)):  # or the chat template wrote it already
         kwargs["add_special_tokens"] = False
     inputs = vlm.processor(
         text=texts,
@@ -354,8 +369,10 @@ def take(inputs: dict, rows: Tensor) -> Inputs:
 def joined(inputs: dict, tokens: Tensor, mask: Tensor) -> dict:
     """Prompt and response as one input, (B, P + T). What the mask leaves out is not attended to."""
     attention = inputs["attention_mask"]
+    if "heard" in inputs:  # tokens between the turns of a game, which the policy reads too
+        mask = mask | inputs["heard"][:, : mask.shape[1]]
     whole = {
-        **inputs,
+        **{name: tensor for name, tensor in inputs.items() if name != "heard"},
         "input_ids": torch.cat([inputs["input_ids"], tokens], 1),  # (B, P + T)
         "attention_mask": torch.cat([attention, mask.to(attention.dtype)], 1),  # (B, P + T)
     }
@@ -393,6 +410,115 @@ def noised(inputs: dict) -> Inputs:
     real = pixels != 0  # what a processor fills up stays zero, and no real pixel is exactly that
     noise = pixels[real].mean() + pixels[real].std() * torch.randn_like(pixels)
     return Inputs({**inputs, "pixel_values": torch.where(real, noise, 0.0)}, _counts(inputs))
+
+
+# -------------------------------------------------------------------------------- transcripts
+
+MARK = "@@what the policy wrote@@"  # stands for a turn of the policy, and is cut out again
+
+
+def encode_replies(vlm: VLM, replies: list[str], images: list) -> list[tuple[Tensor, dict]]:
+    """What a policy reads between two of its turns: the end of its own turn, the reply as a user
+    turn, the start of its next. -> for each its token ids (N,), and its picture tensors by name.
+
+    images: for each reply a list of pictures, which may be empty.
+    """
+    encoded = []
+    for reply, own in zip(replies, images, strict=True):
+        if getattr(vlm.processor, "chat_template", None):
+            turns = [_turn("user", ""), _turn("assistant", MARK), _turn("user", reply, len(own))]
+            chat = vlm.processor.apply_chat_template(turns, add_generation_prompt=True)
+            text = chat.partition(MARK)[2]
+        else:
+            text = f"\n{reply}\n"
+        if own:
+            tensors = _process(vlm, [text], [own], goes_on=True)
+        else:
+            ids = vlm.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            tensors = {"input_ids": ids.to(vlm.model.device)}
+        of_text = tensors["input_ids"].shape
+        pictures = {name: part for name, part in tensors.items() if part.shape != of_text}
+        encoded.append((tensors["input_ids"][0], pictures))
+    return encoded
+
+
+class Transcripts:
+    """B episodes that go on, turn by turn: the prompts, and what was written and heard since.
+
+    Tokens are kept as they came, never tokenised again. A transcript ends with a token of the
+    policy, or is about to be continued.
+    """
+
+    def __init__(self, vlm: VLM, inputs: Inputs):
+        self.vlm, self.inputs = vlm, inputs
+        count = len(inputs["input_ids"])
+        empty = inputs["input_ids"].new_zeros(0)
+        self.tokens = [empty] * count  # of each row, (T of the row,)
+        self.written = [empty.bool()] * count  # which of them the policy wrote
+        self.pictures = [[] for _ in range(count)]  # picture tensors of each reply, by name
+
+    def write(self, row: int, tokens: Tensor):
+        """The policy wrote these tokens."""
+        self._append(row, tokens, True)
+
+    def hear(self, row: int, tokens: Tensor, pictures: dict):
+        """The world replied: an item of `encode_replies`. ValueError for a picture where the model
+        reads a prompt's first picture otherwise than several (LLaVA-OneVision)."""
+        for name, part in pictures.items():
+            if part.dim() == 1:  # how many pictures the prompt has, on which its tiles depend
+                raise ValueError(
+                    f"replies with pictures: this model's input {name} is not supported; expected "
+                    "a model that reads each picture by itself, or replies in words alone"
+                )
+        self._append(row, tokens, False)
+        if pictures:
+            self.pictures[row].append(pictures)
+
+    def _append(self, row, tokens, is_written):
+        self.tokens[row] = torch.cat([self.tokens[row], tokens])
+        flags = torch.full_like(tokens, is_written, dtype=torch.bool)
+        self.written[row] = torch.cat([self.written[row], flags])
+
+    def tensors(self, rows=None):
+        """(inputs, tokens (B, T), written (B, T)) of some rows, of all if None.
+
+        In the inputs, `heard` (B, T) marks the replies' tokens, and the pictures of the replies
+        stand behind the prompt's.
+        """
+        rows = range(len(self.tokens)) if rows is None else rows
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        tokens = pad([self.tokens[row] for row in rows], padding_value=self.vlm.eos_ids[0])
+        written = pad([self.written[row] for row in rows])
+        lengths = torch.tensor([len(self.tokens[row]) for row in rows], device=tokens.device)
+        inputs = self._with_pictures(rows)
+        inputs["heard"] = _up_to(lengths, tokens.shape[1]) & ~written
+        return inputs, tokens, written
+
+    def prompts(self, rows) -> Inputs:
+        """All of it so far as the prompts of the next turn, padded on the left."""
+        inputs, tokens, _ = self.tensors(rows)
+        lengths = torch.tensor([len(self.tokens[row]) for row in rows], device=tokens.device)
+        return extended(inputs, tokens, lengths)
+
+    def _with_pictures(self, rows):
+        """The prompts of these rows, with the pictures of their replies behind their own."""
+        taken = take(self.inputs, torch.tensor(list(rows)))
+        names = {name for row in rows for reply in self.pictures[row] for name in reply}
+        if not names:
+            return taken
+        counts = dict(_counts(taken))
+        prompts = [take(self.inputs, [row]) for row in rows]
+        for name in names:
+            parts = []  # of each row, its picture tensors in the order of its pictures
+            for row, prompt in zip(rows, prompts, strict=True):
+                own = [part[name] for part in (prompt, *self.pictures[row]) if name in part]
+                if own and name in self.vlm.stacks_pictures:  # (1, pictures, ...) each
+                    own = [_stacked([part.transpose(0, 1) for part in own], False, 0)]
+                    own = [own[0].transpose(0, 1)]
+                parts.append(own)
+            taken[name] = _stacked([part for own in parts for part in own], False, 0)
+            counts[name] = [sum(map(len, own)) for own in parts]
+        return Inputs(taken, counts)
 
 
 # ----------------------------------------------------------------------------------- generate

@@ -18,6 +18,8 @@ follow a bad habit (a six taken for a five, a carry forgotten, an arrow up taken
     dice.py      DiceSum, the same sums read off a picture
     arrows.py    ArrowPath, where one slip ruins the rest
     pictures.py  how dice and arrows are drawn, and pictures of any kind made RGB
+    games.py     worlds that answer: what a game is, and how one becomes something to learn from
+    treasure.py  Treasure, a game: find the key, open the door, take what lies behind it
     dataset.py   your own pictures, questions and answers
     grading.py   how their answers are compared
 
@@ -29,12 +31,15 @@ from tasks.arrows import ArrowPath
 from tasks.base import CELL, END, SPLITS, TAGS, Example, Task, read_answer, until_end
 from tasks.dice import DiceSum
 from tasks.sums import TextSum
+from tasks.treasure import Treasure
 
 TASKS = {"DiceSum": DiceSum, "ArrowPath": ArrowPath, "TextSum": TextSum}
+GAMES = {"Treasure": Treasure}
 
 __all__ = [
     "CELL",
     "END",
+    "GAMES",
     "SPLITS",
     "TAGS",
     "TASKS",
@@ -43,6 +48,7 @@ __all__ = [
     "Example",
     "Task",
     "TextSum",
+    "Treasure",
     "read_answer",
     "until_end",
 ]

@@ -174,6 +174,12 @@ class Task:
     """how often a demonstration follows a bad habit where there is one (`_habit`): 0 to 1"""
     system = ""
     """what a model is to be told before anything else; "": nothing"""
+    stop = "</answer>"
+    """what ends a response: writing on behind it earns nothing; None: only END does"""
+    replies = False
+    """whether the world replies, so that an episode may have more than one turn"""
+    tags = TAGS
+    """what the tiny model has one token for, besides characters"""
 
     def __post_init__(self):
         for name, (lowest, highest) in self.ranges.items():
@@ -342,6 +348,10 @@ class Task:
             start = len(reasoning) + len("<answer>")
             answers.append((start, len(response) - len("</answer>")))
         return reads, moves, answers
+
+    def checked(self, example, text):
+        """[((start, end) in characters, is it right?), ...] of every complete step in a text."""
+        return list(zip(self.step_spans(text), self.check_steps(example, text), strict=True))
 
     def check_steps(self, example, text):
         """One bool per step of `step_spans`: is it right *given what the response said before*?

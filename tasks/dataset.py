@@ -358,6 +358,11 @@ class DatasetTask(Task):
             return think + r"\s*<answer>[^<]+</answer>"
         return think + r".*\\boxed\{.*"
 
+    @property
+    def stop(self):
+        """As for every task; but in the style "boxed" an answer ends nothing, only `END` does."""
+        return super().stop if self.style == "tags" else None
+
     def until_end(self, text):
         """As for every task; but in the style "boxed" an answer ends nothing, only `END` does."""
         if self.style == "tags":

@@ -125,6 +125,7 @@ CUTS = {
     "low-prob": [4, 5],
     "fixed": [1, 3, 5],
     "token": [0, 1, 2, 3, 4, 5],
+    "turn": [5],  # without replies, the response
     "response": [5],
 }
 TEXTS = [["<see>", "3", "</see>", "a", ";", "b"]]

@@ -117,7 +117,7 @@ def test_the_whole_command_on_a_data_set(family_folder, flags, parquet, tmp_path
     assert summary["eval_episodes"] == held_out < 20
 
 
-@pytest.mark.parametrize("style, stop", [("boxed", None), ("tags", rollout.STOP)])
+@pytest.mark.parametrize("style, stop", [("boxed", None), ("tags", tasks.Task.stop)])
 def test_a_style_asks_in_a_system_turn_and_knows_its_end(
     monkeypatch, family_folder, flags, parquet, style, stop
 ):

@@ -275,6 +275,8 @@ def test_a_warm_start_that_fails_leaves_no_cache(tmp_path, monkeypatch):
 class Undemonstrated:
     """Like a data set: pictures and questions, but no true steps."""
 
+    replies, tags = False, tasks.TAGS
+
     def example_at(self, index):
         return SimpleNamespace(image=Image.new("RGB", (32, 32)), question=f"What is {index}?")
 

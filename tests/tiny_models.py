@@ -26,7 +26,7 @@ def build_sharp_bpe(folder):
         return build_sharp(folder, image_size=16)
 
 
-def _byte_level():
+def _byte_level(tags):
     """A real byte-level BPE, trained here, with the names that the tiny model's processor needs."""
     special = ["<unk>", "<fake_token_around_image>", "<image>", "<global-img>"]
     special += ["<end_of_utterance>"]

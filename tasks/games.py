@@ -1,0 +1,151 @@
+"""Games: worlds that answer. What a game is, and how one becomes something to learn from.
+
+A game is any object with two methods:
+
+    reset(seed) -> observation
+    step(command) -> (observation, reward, terminated, truncated, info)
+
+An observation is a string, or a pair of a string and a PIL picture. The same seed and the same
+commands give the same game. With these a policy can be trained by reward alone. A game that can
+also play itself has
+
+    words                           those that the tiny model is to have one token for
+    demonstrate(rng, error_rate) -> the text of a good next turn, "<think>...</think><act>...</act>"
+    check(text) -> [((start, end), is it right?), ...], the steps in a turn's text at this moment
+
+An episode is *turns*. In its turn the policy writes what it likes, in one or more segments, and
+closes a command: `<act>go north</act>`. The game's next observation is the *reply*.
+"""
+
+import copy
+import re
+
+from PIL import Image
+
+from tasks.base import END, Example, check_index
+
+FIRST_EVAL_SEED = 2**31  # games of a seed below are for training, the others for evaluation
+STOP = "</act>"
+COMMAND = re.compile(r"<act>([^<]*)</act>\Z")
+
+
+def seed_of(index, split):
+    """The seed of the index-th game of a split."""
+    check_index(index, split)
+    return int(index) + (FIRST_EVAL_SEED if split == "eval" else 0)
+
+
+def words_and_picture(observation):
+    """An observation as a pair: its string, and its picture or None."""
+    if isinstance(observation, str):
+        return observation, None
+    words, picture = observation
+    if not isinstance(words, str) or not isinstance(picture, Image.Image):
+        raise TypeError("an observation is a string, or a string and a PIL picture")
+    return words, picture
+
+
+def until_end(text):
+    """The part of a turn's text that counts, and why it ends there: `(turn, reason)`.
+
+    "act" where a command was closed, "end" where `END` came first, "" where nothing has ended yet.
+    """
+    closed, end = text.find(STOP), text.find(END)
+    if closed >= 0 and (end < 0 or end > closed):
+        return text[: closed + len(STOP)], "act"
+    if end >= 0:
+        return text[: end + len(END)], "end"
+    return text, ""
+
+
+def command_in(turn):
+    """The command that closes a turn, or "" where none was opened."""
+    command = COMMAND.search(turn)
+    return command[1].strip() if command else ""
+
+
+def turns_of(response):
+    """What a policy wrote in a whole episode, turn by turn; the last may be unfinished."""
+    turns = []
+    while response:
+        turn, _ = until_end(response)
+        turns.append(turn)
+        response = response[len(turn) :]
+    return turns
+
+
+class GameTask:
+    """A game as what is asked: the counterpart of `tasks.Task`."""
+
+    stop = STOP
+    replies = True
+    system = ""
+
+    def __init__(self, game):
+        self.game = game
+
+    @property
+    def tags(self):
+        """What the tiny model has one token for: the tags of a turn, and the game's own `words`."""
+        return ("<think>", "</think>", "<act>", "</act>", *getattr(self.game, "words", ()))
+
+    def __repr__(self):
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self.game).__name__}({settings})"
+
+    @property
+    def settings(self):
+        """The game's settings: its attributes that are plain values."""
+        return {
+            name: value
+            for name, value in vars(self.game).items()
+            if isinstance(value, (int, float, str)) and name != "turns"
+        }
+
+    def size(self, split):
+        """The number of games in a split: there is no end to them."""
+        return None
+
+    def example_at(self, index, split="train"):
+        """The index-th game of a split, at its beginning."""
+        seed = seed_of(index, split)
+        words, picture = words_and_picture(self.game.reset(seed))
+        return Example(picture, words, f"{split}/{index}", (seed,))
+
+    def transcript(self, example, rng, error_rate=0.0):
+        """A demonstrated episode: [(the turn's text, the reply's words, its picture or None), ...].
+
+        ValueError for a game that does not demonstrate.
+        """
+        if not hasattr(self.game, "demonstrate"):
+            raise ValueError(
+                f"{self}: this game has no demonstrations; expected --warm_start_steps 0, "
+                "and a model that can play already"
+            )
+        self.game.reset(example.content[0])
+        turns, over = [], False
+        while not over:
+            text = self.game.demonstrate(rng, error_rate)
+            observation, _, terminated, truncated, _ = self.game.step(command_in(text))
+            turns.append((text, *words_and_picture(observation)))
+            over = terminated or truncated
+        return turns
+
+    def checked(self, example, response):
+        """[((start, end), is it right?), ...] of the steps in what a policy wrote; [] for a game
+        that does not know."""
+        if not hasattr(self.game, "check"):
+            return []
+        game = copy.deepcopy(self.game)  # an episode may be under way in this one
+        game.reset(example.content[0])
+        steps, start, over = [], 0, False
+        for turn in turns_of(response):
+            if over:
+                break
+            for (first, end), right in game.check(turn):
+                steps.append(((start + first, start + end), right))
+            start += len(turn)
+            if turn.endswith(STOP):
+                _, _, terminated, truncated, _ = game.step(command_in(turn))
+                over = terminated or truncated
+        return steps

@@ -1,0 +1,241 @@
+"""env.GameEnv: a game's turns, written segment by segment; and what a batch survives."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from games import Breaks, Endless, Spell
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given
+from hypothesis import strategies as st
+
+import env
+from env import GameEnv
+from tasks.games import FIRST_EVAL_SEED, GameTask, command_in, turns_of, until_end
+
+
+def begun(game=None, index=1, **settings):
+    """A game of "cab", at its beginning."""
+    episode = GameEnv(game or Spell(), **settings)
+    episode.reset(options={"index": index})
+    return episode
+
+
+def turn(command):
+    return f"<think>hm</think><act>{command}</act>"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("picture", [True, False])
+def test_gymnasiums_checker_finds_nothing_wrong(picture):
+    made = gym.make("SAPO/Treasure-v0", size=4, picture=picture, disable_env_checker=True)
+    check_env(made.unwrapped)
+
+
+def test_a_turn_ends_where_its_command_closes():
+    episode = begun()
+    observation, reward, terminated, truncated, info = episode.step("<think>c?</think>")
+    assert (reward, terminated, truncated, info["reply"]) == (0.0, False, False, "")
+    observation, reward, terminated, truncated, info = episode.step("<act>c</act>")
+    assert (reward, terminated, truncated, info["reply"]) == (1.0, False, False, "Yes.")
+    assert (
+        observation["reply"] == "Yes."
+        and observation["response"] == "<think>c?</think><act>c</act>"
+    )
+    assert episode.step(turn("x"))[1] == 0.0
+    assert episode.step(turn("a"))[1:3] == (1.0, False)
+    _, reward, terminated, truncated, info = episode.step(turn("b"))
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    assert info["correct"] and info["end_reason"] == "game"
+    assert info["reward_terms"] == {"game": 3.0} and info["predicted"] == "b"
+    with pytest.raises(gym.error.ResetNeeded, match="game"):
+        episode.step("x")
+
+
+def test_pictures_come_with_the_observations():
+    episode = GameEnv(Spell(pictured=True))
+    first, _ = episode.reset(options={"index": 1})
+    (before,) = first["images"]
+    (after,) = episode.step(turn("c"))[0]["images"]
+    assert before.shape == after.shape == (32, 32, 3) and not np.array_equal(before, after)
+    assert begun().step(turn("c"))[0]["images"] == ()
+
+
+@given(st.data())
+def test_how_a_turn_is_cut_changes_nothing(data):
+    text = turn("c") + turn("x") + turn("a") + turn("b")
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(text) - 1))))
+    ends = [i + len("</act>") for i in range(len(text)) if text.startswith("</act>", i)]
+    episode, rewards, replies, over = begun(), {}, [], False
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        # a segment never goes beyond its turn: the always-ends of a cut see to that
+        for last in [e for e in ends if start < e < end] + [end]:
+            _, reward, over, _, info = episode.step(text[start:last])
+            rewards[last] = reward
+            replies += [info["reply"]] if info["reply"] else []
+            start = last
+    assert over and replies == ["Yes.", "No.", "Yes.", "Yes."]
+    assert [rewards[end] for end in ends] == [1.0, 0.0, 1.0, 1.0]
+    assert sum(rewards.values()) == 3.0
+
+
+def test_what_stands_behind_a_command_is_dropped():
+    episode = begun()
+    observation, reward, *_ = episode.step(turn("c") + turn("a"))
+    assert reward == 1.0 and observation["response"] == turn("c")
+    assert episode.step(turn("a"))[1] == 1.0
+
+
+@pytest.mark.parametrize("text", ["</act>", "<act></act>", "<act>c<</act>", "<act>c</act >x</act>"])
+def test_what_is_no_command_is_a_turn_all_the_same(text):
+    _, reward, terminated, truncated, info = begun().step(text)
+    assert (reward, terminated, truncated, info["reply"]) == (0.0, False, False, "No.")
+
+
+def test_end_ends_the_episode():
+    _, reward, terminated, truncated, info = begun().step("<think>I give up" + env.END)
+    assert (reward, terminated, truncated) == (0.0, True, False)
+    assert info["end_reason"] == "end" and not info["correct"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [({"max_turns": 3}, "max_turns"), ({"max_segments": 2}, "max_segments")],
+)
+def test_a_game_that_never_ends_is_truncated(limits, reason):
+    episode, truncated, steps = begun(Endless(), **limits), False, 0
+    while not truncated:
+        *_, terminated, truncated, info = episode.step(turn("x"))
+        steps += 1
+        assert not terminated
+    assert info["end_reason"] == reason and steps == next(iter(limits.values()))
+
+
+def test_a_turn_that_is_never_closed_is_truncated():
+    episode = begun(max_chars=10)
+    assert episode.step("<think>")[3] is False
+    observation, _, _, truncated, info = episode.step("and so on")
+    assert truncated and info["end_reason"] == "max_chars"
+    assert observation["response"] == "<think>and"
+
+
+def test_a_long_reply_is_cut_off():
+    assert begun(Endless(), max_chars=50).step(turn("x"))[4]["reply"] == ("on and " * 8)[:50]
+
+
+def test_a_game_that_raises_ends_its_episode_and_is_named():
+    episode = begun(Breaks())
+    episode.step(turn("c"))
+    episode.step(turn("a"))
+    with pytest.warns(UserWarning, match=r"Breaks.*step\('b'\) raised RuntimeError.*wheels"):
+        _, reward, terminated, truncated, info = episode.step(turn("b"))
+    assert (reward, terminated, truncated, info["end_reason"]) == (0.0, False, True, "error")
+
+
+# ------------------------------------------------------------------------------ where it begins
+def test_training_and_evaluation_have_other_seeds():
+    seeds = []
+
+    class Noted(Spell):
+        def reset(self, seed):
+            seeds.append(seed)
+            return super().reset(seed)
+
+    episode = GameEnv(Noted())
+    for split in ("train", "eval"):
+        _, info = episode.reset(options={"index": 7, "split": split})
+        assert info["example_id"] == f"{split}/7"
+    assert seeds == [7, FIRST_EVAL_SEED + 7]
+
+
+def test_a_game_begins_in_the_middle():
+    episode = begun()
+    prefix = turn("c") + turn("x") + "<think>now"
+    observation, _ = episode.reset(options={"index": 1, "response": prefix})
+    assert observation["response"] == prefix and observation["segment_index"] == 0
+    _, reward, *_ = episode.step(" a</think><act>a</act>")
+    assert reward == 1.0 and episode.step(turn("b"))[2]
+    assert episode.reward_terms == {"game": 2.0}, "what the prefix earned is not earned again"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"response": turn("c") + turn("a") + turn("b")},
+        {"response": "<think>" + env.END},
+        {"response": 3},
+        {"index": -1},
+        {"split": "test"},
+        {"level": 1},
+        "index",
+    ],
+)
+def test_wrong_options_are_refused(options):
+    with pytest.raises(ValueError, match="expected"):
+        begun().reset(options={"index": 1, **options} if isinstance(options, dict) else options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"game": "Chess"}, "game='Chess' is unknown"),
+        ({"max_turns": 0}, "max_turns=0"),
+        ({"render_mode": "smell"}, "render_mode='smell'"),
+        ({"size": 99}, "size=99"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, named):
+    with pytest.raises(ValueError, match=named):
+        GameEnv(**settings)
+
+
+def test_what_is_no_observation_is_named():
+    class Silent(Spell):
+        def reset(self, seed):
+            return "words", "no picture"
+
+    with pytest.raises(TypeError, match="an observation is a string, or a string and a PIL"):
+        GameEnv(Silent()).reset(options={"index": 0})
+
+
+def test_an_action_is_a_string():
+    with pytest.raises(TypeError, match="got int"):
+        begun().step(3)
+
+
+# ---------------------------------------------------------------------------------- the texts
+@given(st.lists(st.sampled_from(["<act>", "</act>", "a", env.END, "<think>", " "]), max_size=12))
+def test_turns_join_to_what_was_written(pieces):
+    response = "".join(pieces)
+    turns = turns_of(response)
+    assert "".join(turns) == response and all(turns)
+    for text in turns[:-1]:
+        assert until_end(text) == (text, "act" if text.endswith("</act>") else "end")
+
+
+def test_the_command_is_the_last_thing_in_a_turn():
+    assert command_in("<act>wait</act x><act> go north </act>") == "go north"
+    assert command_in("go north</act>") == command_in("<act>go") == ""
+
+
+def test_a_game_can_be_seen():
+    episode = begun(render_mode="ansi")
+    episode.step(turn("c"))
+    episode.step("<think>")
+    assert episode.render() == f"Spell cab.\n{turn('c')}\n    Yes.\n<think>"
+    assert GameEnv(Spell(pictured=True), render_mode="rgb_array").task.game.pictured
+    made = GameEnv("Treasure", size=4, render_mode="rgb_array")
+    made.reset(options={"index": 0})
+    assert made.render().shape == (320, 320, 3)
+
+
+def test_steps_are_those_of_each_turn_in_its_own_moment():
+    task = GameTask(env.GAMES["Treasure"](size=4))
+    example = task.example_at(5)
+    rng, response = np.random.default_rng(0), ""
+    for text, _, _ in task.transcript(example, rng):
+        response += text
+    steps = task.checked(example, response)
+    assert len(steps) == 3 * len(turns_of(response)) and all(right for _, right in steps)
+    assert response[slice(*steps[-1][0])].startswith("go ")
+    assert task.checked(example, response + response) == steps, "the game is over by then"
+    assert GameTask(Spell()).checked(example, response) == []

@@ -1,0 +1,245 @@
+"""vlm.Transcripts and rollout.play: what was written and heard stays aligned, turn by turn."""
+
+import numpy as np
+import pytest
+import torch
+from games import Spell
+from helpers import picture
+from small_runs import rows_of
+from torch.testing import assert_close as close
+
+import env
+import rollout
+import sapo
+import tasks
+import train
+import vlm
+
+# Families whose replies may have pictures, and one of each way to hold them
+FAMILIES = ["idefics3", "idefics3_split", "llava", "llava_next"]
+# Of each row its turns after the first: (what the policy writes, the reply before it, pictures)
+REPLIES = [
+    [("on it goes", [1]), ("well", [])],
+    [],
+    [("no", [2]), ("yes, and so on", [3]), ("now", [4])],
+]
+
+
+def transcripts_of(model, replies=REPLIES, changed=(), prompts=(0, None, 9)):
+    """Episodes of 1 to 4 turns, each turn 3 random tokens. `changed`: pictures to exchange."""
+    pictures = [None if seed is None else picture(seed) for seed in prompts]
+    inputs = vlm.encode(model, ["Go.", "What is there to see?", "Hm"], pictures)
+    transcripts = vlm.Transcripts(model, inputs)
+    allowed = (~model.banned).nonzero().flatten()
+    draws = torch.Generator().manual_seed(0)
+    for row, of_row in enumerate(replies):
+        for words, seeds in [(None, []), *of_row]:
+            if words is not None:
+                own = [picture(seed + 100 * (seed in changed), (40, 56)) for seed in seeds]
+                transcripts.hear(row, *vlm.encode_replies(model, [words], [own])[0])
+            drawn = allowed[torch.randint(len(allowed), (3,), generator=draws)]
+            transcripts.write(row, drawn)
+    return transcripts
+
+
+@torch.no_grad()
+def alone(model, transcripts, row):
+    """Oracle: one transcript by itself, unpadded, the model called directly. -> logp (T, V)."""
+    inputs, tokens, _ = transcripts.tensors([row])
+    count = inputs["input_ids"].shape[1]
+    kept = inputs["attention_mask"][0].bool()
+    whole = torch.cat([inputs["input_ids"][0][kept], tokens[0]])[None]
+    pixels = {
+        name: tensor
+        for name, tensor in inputs.items()
+        if name not in ("heard", "input_ids", "attention_mask", "token_type_ids")
+    }
+    output = model.model(input_ids=whole, attention_mask=torch.ones_like(whole), **pixels)
+    logits = output.logits[0, int(kept.sum()) - 1 : -1].clone()
+    assert len(logits) == tokens.shape[1] and count >= kept.sum()
+    logits[:, model.banned] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_transcript_scores_as_it_does_alone(open_family, family):
+    """Prompts and episodes of different lengths, with and without pictures, in one batch."""
+    model = open_family(family)
+    transcripts = transcripts_of(model)
+    inputs, tokens, written = transcripts.tensors()
+    assert written.sum(1).tolist() == [9, 3, 12]
+    logp, _ = vlm.score(model, inputs, tokens, written)
+    for row in range(3):
+        length = len(transcripts.tokens[row])
+        expected = alone(model, transcripts, row).gather(1, tokens[row, :length, None])[:, 0]
+        mask = written[row, :length]
+        close(logp[row, :length][mask], expected[mask], rtol=0, atol=1e-4)
+    rows = torch.tensor([2, 0])  # and so do its rows when they are taken by themselves
+    some, _ = vlm.score(model, vlm.take(inputs, rows), tokens[rows], written[rows])
+    close(some, logp[rows], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reply_and_its_picture_matter_to_what_comes_after_alone(open_family, family):
+    model = open_family(family)
+    before, after = (transcripts_of(model, changed=changed) for changed in ((), (3,)))
+    logps = []
+    for transcripts in (before, after):
+        inputs, tokens, written = transcripts.tensors()
+        logps.append(vlm.score(model, inputs, tokens, written)[0])
+    moved = ((logps[0] - logps[1]).abs() > 1e-4)[written].tolist()
+    assert not any(moved[:9]) and not any(moved[9:12]), "the other rows"
+    assert not any(moved[12:18]), "what stands before the reply with the picture"
+    assert any(moved[18:])
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava", "paligemma"])
+def test_what_is_sampled_in_a_later_turn_is_what_is_scored(open_family, family):
+    model = open_family(family)
+    if family == "paligemma":  # its processor wants a picture, and puts it first
+        replies = [[(words, []) for words, _ in of_row] for of_row in REPLIES]
+        transcripts = transcripts_of(model, replies, prompts=(0, 5, 9))
+    else:
+        transcripts = transcripts_of(model)
+    for row in range(3):
+        transcripts.hear(row, *vlm.encode_replies(model, ["and?"], [[]])[0])
+    torch.manual_seed(0)
+    tokens, mask, logp = vlm.generate(model, transcripts.prompts([0, 2]), 7, 0.8, return_logp=True)
+    for k, row in enumerate((0, 2)):
+        transcripts.write(row, tokens[k][mask[k]])
+    inputs, tokens, written = transcripts.tensors([0, 2])
+    scored, _ = vlm.score(model, inputs, tokens, written, 0.8)
+    for k in range(2):
+        drawn = int(mask[k].sum())
+        close(scored[k][written[k]][-drawn:], logp[k][mask[k]], rtol=0, atol=1e-4)
+
+
+def test_a_reply_reads_as_the_chat_template_has_it(open_family):
+    model = open_family("idefics3")
+    ids, pictures = vlm.encode_replies(model, ["Well?"], [[picture(0)]])[0]
+    turns = [vlm._turn("user", "A"), vlm._turn("assistant", "B"), vlm._turn("user", "Well?", 1)]
+    whole = model.processor.apply_chat_template(turns, add_generation_prompt=True)
+    read = model.tokenizer.decode(ids)
+    assert "Well?" in read and whole.endswith(read[read.index("Well?") :])
+    assert "pixel_values" in pictures and model.stacks_pictures >= {"pixel_values"}
+
+
+def test_a_model_that_reads_several_pictures_otherwise_is_refused(open_family):
+    with pytest.raises(ValueError, match="batch_num_images is not supported; expected a model"):
+        transcripts_of(open_family("llava_onevision"))
+
+
+# --------------------------------------------------------------------------------------- play
+GAME = ["--env", "SAPO/Treasure-v0", "--env_args", "size=3", "shortest=2", "longest=4"]
+QUICK = ["--batch", "4", "--minibatch", "4", "--max_new_tokens", "40", "--warm_start_steps", "0"]
+
+
+@pytest.fixture
+def spelling(tmp_path, monkeypatch):
+    """A run whose environments play `Spell`, and whose policy writes what `script` says.
+
+    script: {row: its turns}; what is written stands in a list of prompts' token ids.
+    """
+    run = train.build(*train.parse([*GAME, *QUICK, "--runs", str(tmp_path)]))
+    run.envs = [env.GameEnv(Spell(pictured=True)) for _ in run.envs]
+    run.grading_env = env.GameEnv(Spell(pictured=True))
+    run.script = {}
+    asked = []
+
+    def write(run, inputs, temperature, top_p=1.0, limit=None):
+        live = [row for row, turns in run.script.items() if turns]
+        asked.append(len(inputs["input_ids"]))
+        texts = [run.script[row].pop(0) for row in live]
+        policy = run.models.policy
+        rows = [torch.tensor(ids) for ids in policy.tokenizer(texts)["input_ids"]]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, True, policy.eos_ids[0])
+        mask = vlm._up_to(torch.tensor([len(row) for row in rows]), tokens.shape[1])
+        return tokens, mask, vlm.token_texts(policy, tokens, mask, env.END)
+
+    monkeypatch.setattr(rollout, "write", write)
+    run.asked = asked
+    return run
+
+
+def act(letter):
+    return f"<act>{letter}</act>"
+
+
+def test_episodes_go_on_until_each_is_over(spelling):
+    """The words are cab, a, bacab and ab: of three turns, one, five and two, less who gives up."""
+    script = {0: ["c", "x", "a", "b"], 1: ["a"], 2: ["b", "a"], 3: ["a"]}
+    spelling.script = {row: [act(letter) for letter in turns] for row, turns in script.items()}
+    spelling.script[2].append("<think>well")  # cut off at --max_new_tokens
+    spelling.script[3].append("no" + "<end_of_utterance>")
+    batch = rollout.collect(spelling, np.array([1, 2, 3, 0]))
+    assert spelling.asked == [4, 3, 2, 1], "an episode that is over is not asked again"
+    assert [info["correct"] for info in batch.infos] == [True, True, False, False]
+    assert batch.infos[3]["end_reason"] == "end"
+
+    written = batch.rollout.mask
+    texts = [
+        "".join(piece for t, piece in enumerate(pieces) if written[row, t])
+        for row, pieces in enumerate(batch.texts)
+    ]
+    assert texts[0] == act("c") + act("x") + act("a") + act("b")
+    assert texts[2] == act("b") + act("a") + "<think>well"
+    assert texts[3] == act("a") + "no" + env.END
+    heard = batch.inputs["heard"]
+    assert not (heard & written).any()
+    assert [len(pieces) for pieces in batch.texts] == (heard | written).sum(1).tolist()
+    reply = "".join(piece for t, piece in enumerate(batch.texts[2]) if heard[2, t])
+    assert reply.count("Yes.") == 2 and reply.count("<global-img>") == 2
+
+    # A reward stands on the last token of the segment that closed the command.
+    ends = batch.rollout.ends
+    paid = [batch.rollout.rewards[row][ends[row]] for row in range(4)]
+    assert [rewards.sum().item() for rewards in paid] == [3.0, 1.0, 2.0, 1.0]
+    positions = batch.rollout.rewards[0].nonzero().flatten().tolist()
+    assert [batch.texts[0][t] for t in positions] == ["</act>"] * 3
+
+
+def test_a_segment_does_not_cross_a_reply_and_credit_crosses_it(spelling):
+    spelling.script = {row: [act("c"), act("a"), act("b")] for row in range(4)}
+    batch = rollout.collect(spelling, np.array([1, 1, 1, 1]))
+    mask, ends = batch.rollout.mask, batch.rollout.ends
+    last_before_a_reply = mask[:, :-1] & ~mask[:, 1:]
+    assert (ends[:, :-1] & last_before_a_reply).sum() == last_before_a_reply.sum() > 0
+    config = sapo.SAPOConfig(lam=1.0, gamma=0.5)
+    rollout_of_turns = sapo.Rollout(
+        mask, sapo.response_ends(mask), batch.rollout.logp, batch.rollout.rewards
+    )
+    earned = sapo.outcomes(rollout_of_turns, config)[0][mask[0]]
+    assert earned.unique().tolist() == [1.0, 1.5, 1.75], "each turn earns 1, later ones count half"
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "ppo"], ["--method", "grpo", "--group", "2"]])
+def test_a_game_is_trained_end_to_end(tmp_path, flags):
+    argv = [*GAME, *QUICK, "--runs", str(tmp_path), "--name", "game", *flags]
+    argv += ["--warm_start_steps", "3", "--warm_start_batch", "4", "--error_rate", "0.3"]
+    train.main([*argv, "--iterations", "2", "--eval_episodes", "4", "--max_new_tokens", "12"])
+    rows = rows_of(tmp_path / "game" / "metrics.jsonl")
+    assert rows[-1]["iteration"] == 2 and np.isfinite(rows[-1]["policy_loss"])
+    (row, *_) = rows_of(tmp_path / "game" / "samples.jsonl")
+    assert len(row["tokens"]) == len(row["advantages"]) == len(row["ends"])
+
+
+def test_a_turn_can_be_the_segment(tmp_path):
+    settings, _ = train.parse(["--cut", "turn"])
+    mask = torch.tensor([[True, True, False, True, True]])
+    ends = train.baselines.cut(settings.cut, mask, None, None, None)
+    assert ends.tolist() == [[False, True, False, False, True]]
+
+
+@pytest.mark.parametrize("method", ["spo-chain", "vineppo", "spo-tree", "srpo"])
+def test_methods_for_one_turn_are_refused_in_one_line(tmp_path, method):
+    argv = [*GAME, "--batch", "64", "--method", method, "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"--method {method}: SAPO/Treasure-v0 replies"):
+        train.main(argv)
+
+
+def test_a_game_without_demonstrations_says_so():
+    task = tasks.games.GameTask(Spell())
+    with pytest.raises(
+        ValueError, match=r"Spell.*no demonstrations; expected --warm_start_steps 0"
+    ):
+        task.transcript(task.example_at(0), np.random.default_rng(0))
