@@ -178,7 +178,11 @@ def best_trial(sweep: Sweep, method: str) -> list[str]:
     file = replace(sweep, experiment="tune").file
     if sweep.experiment == "tune" or not file.is_file():
         return []
-    runs = json.loads(file.read_text())["runs"]
+    return chosen_trial(json.loads(file.read_text())["runs"], method)
+
+
+def chosen_trial(runs: list[dict], method: str) -> list[str]:
+    """`best_trial` of a tuning's runs."""
     accuracies = {}  # trial -> the accuracies of its seeds
     for trial in TRIALS[method]:
         of_trial = [run["accuracy"] for run in runs if run["label"] == f"{method} {trial}"]

@@ -11,7 +11,7 @@ import numpy as np
 
 import sapo
 from lab.stats import interval
-from lab.sweep import ROOT, collapsed, table
+from lab.sweep import ROOT, TRIALS, chosen_trial, collapsed, table
 
 RESULTS = ROOT / "results"
 
@@ -197,6 +197,28 @@ def reuse_table(results) -> str:
     return markdown(("IQM, collapsed, clipped, largest approx_kl", *columns), rows)
 
 
+def tuning_table(results, trials) -> str:
+    """A tuning: a row per method, and in a cell for each of its trials (`sweep.TRIALS`) the mean
+    accuracy over seeds, at temperature 1 and greedy. In bold the one that the comparison takes."""
+    rows = []
+    for method, flags_of_trials in trials.items():
+        cells = []
+        for flags in flags_of_trials:
+            runs = [run for run in results["runs"] if run["label"] == f"{method} {flags}"]
+            if not runs:
+                continue
+            means = [np.mean([run[kind] for run in runs]) for kind in ("accuracy", "greedy")]
+            words = flags.replace("--actor_lr ", "").replace(" --lam ", ", lambda ")
+            cell = f"{words}: {means[0]:.3f}, {means[1]:.3f}"
+            is_chosen = flags.split() == chosen_trial(results["runs"], method)
+            cells.append(f"**{cell}**" if is_chosen else cell)
+        if cells:
+            rows.append((method, *cells))
+    longest = max((len(row) for row in rows), default=1)
+    rows = [(*row, *[""] * (longest - len(row))) for row in rows]
+    return markdown(("method", *["rate: temperature 1, greedy"] * (longest - 1)), rows)
+
+
 def all_tables() -> dict[str, str]:
     """{where a table's numbers come from: the table}, of every table that results/ can give."""
     tables = {
@@ -217,7 +239,9 @@ def all_tables() -> dict[str, str]:
             tables[file.name] = trials_table(results)
         elif results.get("experiment") == "reuse":
             tables[file.name] = reuse_table(results)
-        elif "runs" in results and results.get("experiment") != "tune":
+        elif results.get("experiment") == "tune" and results["runs"]:
+            tables[file.name] = tuning_table(results, TRIALS)
+        elif "runs" in results:
             tables[file.name] = table(results)
     return tables
 

@@ -509,6 +509,33 @@ def test_what_the_narrower_clip_did_is_what_the_trials_hold():
     assert f"It ended at {fourth['accuracy']:.3f}, {fourth['greedy']:.3f} greedy" in page
 
 
+def tuned(kind, method, flags):
+    """The mean over seeds of a trial of the tuning."""
+    runs = result("tune-DiceSum.json")["runs"]
+    return np.mean([run[kind] for run in runs if run["label"] == f"{method} --actor_lr {flags}"])
+
+
+def test_what_the_tuning_shows_is_what_its_trials_hold():
+    page = prose("docs/results.md")
+    of_sapo, of_ppo = (
+        sorted(f"{tuned('accuracy', method, f'{rate} --lam 0.7'):.2f}" for rate in ("1e-4", "2e-4"))
+        for method in ("sapo", "ppo")
+    )
+    said = "At lambda 0.7 SAPO ends at {} to {} and PPO at {} to {}"
+    assert said.format(*of_sapo, *of_ppo) in page
+    without_lambda = [method for method, trials in sweep.TRIALS.items() if "--lam" not in trials[0]]
+    assert len(without_lambda) == 6
+    for kind, said in (
+        ("greedy", "{} to {} when greedy"),
+        ("accuracy", "{} to {} at temperature 1"),
+    ):
+        ends = sorted(f"{tuned(kind, method, '5e-5'):.2f}" for method in without_lambda)
+        assert said.format(ends[0], ends[-1]) in page, kind
+    at_8 = [run for run in result("tune-DiceSum.json")["runs"] if run["label"].endswith("8e-4")]
+    best = max(run["accuracy"] for run in at_8)
+    assert len(at_8) == 12 and f"ended above {best:.2f} there" in page
+
+
 def test_every_claim_with_a_figure_is_tested():
     table = text("docs/results.md").split("| the paper | here |")[1].split("\n\n")[0]
     rows = [row for row in table.splitlines() if re.search(r"\d\.\d", row.split(" | ")[-1])]

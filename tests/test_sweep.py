@@ -49,8 +49,9 @@ def test_labels_say_what_a_run_is():
             assert kind.split(" ")[0] == config.ratio
 
 
-def test_ppo_is_compared_at_its_own_lambda_and_at_sapos():
-    runs = {run.label: run for run in sweep.plan(*parsed_sweep("--seeds", "1"))}
+def test_ppo_is_compared_at_its_own_lambda_and_at_sapos(tmp_path):
+    untuned = parsed_sweep("--seeds", "1", "--results", str(tmp_path))
+    runs = {run.label: run for run in sweep.plan(*untuned)}
     own, sapos = (train.parse(runs[label].flags)[1] for label in ("ppo", "ppo, lambda of sapo"))
     assert own == train.parse(["--method", "ppo"])[1]
     assert sapos == dataclasses.replace(own, lam=sapo.SAPOConfig().lam)

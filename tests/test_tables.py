@@ -141,6 +141,21 @@ def test_the_table_of_reuse_has_a_row_per_ratio_and_a_column_per_number_of_epoch
     ]
 
 
+def test_the_table_of_a_tuning():
+    """A trial clearly below the best is not in bold, and no row is of a method without runs."""
+    trials = {"gspo": ["--actor_lr 1e-4", "--actor_lr 2e-4"], "ppo": ["--actor_lr 2e-4 --lam 0.7"]}
+    accuracies = {"gspo --actor_lr 1e-4": 0.25, "gspo --actor_lr 2e-4": 0.5}
+    accuracies["vineppo --actor_lr 1e-4"] = 0.0
+    trials |= {"vineppo": ["--actor_lr 1e-4"], "grpo": ["--actor_lr 1e-4"]}
+    runs = [
+        {"label": label, "accuracy": share + step, "greedy": share / 2}
+        for label, share in accuracies.items()
+        for step in (-0.01, 0.01)
+    ]
+    _, row, _ = cells(tables.tuning_table({"runs": runs}, trials))
+    assert row == ["gspo", "1e-4: 0.250, 0.125", "**2e-4: 0.500, 0.250**"]
+
+
 def test_the_table_of_the_trials():
     other = trial(seed=11, critic_hears="surprise", minibatch=32, whiten_advantages=False)
     other |= {"target_kl": 0.03}
@@ -205,6 +220,7 @@ def test_all_tables_are_those_of_the_files_there(results):
         "critic.json": tables.critic_table(critics()),
         "main-DiceSum.json": table(sweep("main")),
         "reuse-DiceSum.json": tables.reuse_table(reuse()),
+        "tune-DiceSum.json": tables.tuning_table(sweep("tune"), tables.TRIALS),
         "trials.json": tables.trials_table({"trials": [trial()]}),
     }
 
