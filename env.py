@@ -291,7 +291,9 @@ class GameEnv(gym.Env):
     max_segments     the same, in segments: generous, as one token per action is legal too
     max_chars        the same, in characters that the policy wrote; a longer reply is cut off there
 
-    A game that raises ends its episode with a warning that names it; no batch is lost by it.
+    A game whose `step` raises, or returns what it should not, ends its episode with a warning that
+    names it; no batch is lost by it. info["correct"]: the game ended, and its rewards sum to more
+    than 0.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 2}
@@ -317,6 +319,8 @@ class GameEnv(gym.Env):
                 f"max_turns={max_turns}, max_segments={max_segments}, max_chars={max_chars}: "
                 "expected all to be at least 1"
             )
+        if not isinstance(game, str) and settings:
+            raise ValueError(f"{tuple(settings)}: expected no more keywords beside a game")
         self.task = games.GameTask(GAMES[game](**settings) if isinstance(game, str) else game)
         self.max_turns, self.max_segments, self.max_chars = max_turns, max_segments, max_chars
         self.render_mode = render_mode
@@ -355,12 +359,14 @@ class GameEnv(gym.Env):
         self.example = self.task.example_at(chosen["index"], chosen["split"])
         self.example_id = self.example.key
         self.response, self.turn, self.reply = "", "", ""
+        self.turn_is_open = True  # it has not closed a command yet
         self.turns = []  # (what was written, the reply to it) of each finished one
         self.picture = self.example.image
         self.segments, self.end_reason, self.won = [], "", False
         self.reward_terms = {"game": 0.0}
         prefix = chosen["response"]
         for turn in games.turns_of(prefix) if isinstance(prefix, str) else [None]:
+            self.segments = []  # a prefix counts for none
             if turn is None or self.end_reason or self._write(turn)[1:] != (False, False):
                 raise ValueError(
                     f"response={prefix!r:.200} is not valid; expected what was written in a game "
@@ -391,12 +397,13 @@ class GameEnv(gym.Env):
         self.segments.append(written[len(self.turn) :])
         self.response += self.segments[-1]
         self.turn, self.reply = written, ""
+        self.turn_is_open = not why
         reward, terminated, truncated = 0.0, why == "end", False
         if why == "act":
             reward, terminated, truncated = self._play(games.command_in(written))
         elif why == "end":
             self.end_reason = "end"
-        elif len(self.response) >= self.max_chars:
+        if not (terminated or truncated) and len(self.response) >= self.max_chars:
             truncated, self.end_reason = True, "max_chars"
         if not (terminated or truncated) and len(self.segments) == self.max_segments:
             truncated, self.end_reason = True, "max_segments"
@@ -409,6 +416,7 @@ class GameEnv(gym.Env):
         try:
             observation, reward, terminated, truncated, _ = self.task.game.step(command)
             words, self.picture = games.words_and_picture(observation)
+            reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
         except Exception as error:  # whatever a foreign game does, the batch goes on
             warnings.warn(
                 f"{self.task}: step({command!r}) raised {error!r}; the episode ends", stacklevel=2
@@ -418,12 +426,12 @@ class GameEnv(gym.Env):
         self.reply = words[: self.max_chars]
         self.turns.append((self.turn, self.reply))
         self.turn = ""
-        terminated, truncated = bool(terminated), bool(truncated) and not terminated
+        truncated = truncated and not terminated
         if terminated or truncated:
             self.end_reason = "game" if terminated else "max_turns"
         elif len(self.turns) >= self.max_turns:
             truncated, self.end_reason = True, "max_turns"
-        return float(reward), terminated, truncated
+        return reward, terminated, truncated
 
     def _report(self):
         """(observation, info) of the moment; in the render mode "human" it is shown, too."""
@@ -452,13 +460,14 @@ class GameEnv(gym.Env):
         return observation, info
 
     def render_text(self):
-        """The transcript for a terminal: what the policy wrote, and what the game said."""
+        """The transcript for a terminal: what the policy wrote, and what the game said. Control
+        characters are spelled out."""
         lines = [self.example.question]
         for turn, reply in self.turns:
             lines += [turn, f"    {reply}"]
         if self.turn:
             lines.append(self.turn)
-        return "\n".join(lines)
+        return "".join(char if char == "\n" else _shown(char) for char in "\n".join(lines))
 
     def render(self):
         """A string ("ansi"), an (H, W, 3) uint8 array ("rgb_array"), or None: in the mode "human"
@@ -535,7 +544,8 @@ def _as_text(episode):
 def _half_blocks(pixels):
     """Lines of upper half blocks: each character shows two pixels, one above the other."""
     lines = []
-    for upper_row, lower_row in zip(pixels[::2], pixels[1::2], strict=True):
+    even = pixels[: len(pixels) // 2 * 2]
+    for upper_row, lower_row in zip(even[::2], even[1::2], strict=True):
         blocks = []
         for upper, lower in zip(upper_row, lower_row, strict=True):
             blocks.append("\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*upper, *lower))

@@ -79,7 +79,6 @@ def sample(run, batch, row, advantages, values) -> dict:
     written = batch.rollout.mask[row].nonzero().flatten().tolist()  # the others were heard
     length = written[-1] + 1
     pieces = batch.texts[row][:length]
-    steps = step_tokens(task, example, [pieces[t] for t in written])
 
     def rounded(numbers):
         return [round(float(number), 4) for number in numbers[row, :length]]
@@ -99,18 +98,27 @@ def sample(run, batch, row, advantages, values) -> dict:
         "values": None if values is None else rounded(values),
         "advantages": rounded(advantages),
         "ends": batch.rollout.ends[row, :length].tolist(),
-        "steps": [[written[first], written[last], right] for first, last, right in steps],
+        "steps": step_tokens(task, example, pieces, written),
     }
 
 
-def step_tokens(task, example, pieces) -> list[list]:
+def step_tokens(task, example, pieces, written=None) -> list[list]:
     """[first token, last token, was it right?] of every reasoning step in a response, whose tokens
     read `pieces`. A step is given in characters; a token counts to it if one of its characters
-    does."""
-    response = "".join(pieces)
-    token_of = [t for t, piece in enumerate(pieces) for _ in piece]  # character -> token
+    does.
+
+    written: the positions that the policy wrote, all if None. The others are replies, which part
+    its turns.
+    """
+    written = range(len(pieces)) if written is None else written
+    turns, token_of = [], []  # the text of each turn; character of all turns -> token
+    for before, t in zip([None, *written], written, strict=False):
+        if before is None or t > before + 1:
+            turns.append("")
+        turns[-1] += pieces[t]
+        token_of += [t] * len(pieces[t])
     steps = []
-    for (start, end), right in task.checked(example, response):
+    for (start, end), right in task.checked(example, turns):
         if end > start:
             steps.append([token_of[start], token_of[end - 1], right])
     return steps

@@ -32,8 +32,9 @@ class Responses:
     envs: list  # B environments, reset to those examples
     inputs: vlm.Inputs  # the prompts as the model takes them
     tokens: Tensor  # (B, T) long
-    written: Tensor  # (B, T) bool: tokens that the policy generated; the others are padding
-    texts: list[list[str]]  # what each token reads; a response's pieces join to its text
+    written: Tensor  # (B, T) bool: tokens that the policy generated; the others are padding, or
+    #                  were heard from a world that replies (inputs["heard"])
+    texts: list[list[str]]  # what each token reads; the written ones join to its text
     tree: baselines.Tree | None  # how responses share their beginnings (SPO-tree)
 
 
@@ -192,7 +193,7 @@ def play(run, indices, split, temperature, top_p=1.0) -> Responses:
             all_texts[row] += pieces
             observation, _, terminated, truncated, _ = envs[row].step("".join(pieces))
             # a turn that is not closed was cut off at --max_new_tokens: the episode stops there
-            if not (terminated or truncated or envs[row].unwrapped.turn):
+            if not (terminated or truncated or envs[row].unwrapped.turn_is_open):
                 heard[row] = observation
         live = list(heard)
         replies = [observation["reply"] for observation in heard.values()]

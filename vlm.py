@@ -367,7 +367,8 @@ def take(inputs: dict, rows: Tensor) -> Inputs:
 
 
 def joined(inputs: dict, tokens: Tensor, mask: Tensor) -> dict:
-    """Prompt and response as one input, (B, P + T). What the mask leaves out is not attended to."""
+    """Prompt and response as one input, (B, P + T). What the mask leaves out is not attended to,
+    unless it was heard (`Transcripts`)."""
     attention = inputs["attention_mask"]
     if "heard" in inputs:  # tokens between the turns of a game, which the policy reads too
         mask = mask | inputs["heard"][:, : mask.shape[1]]
@@ -421,7 +422,8 @@ def encode_replies(vlm: VLM, replies: list[str], images: list) -> list[tuple[Ten
     """What a policy reads between two of its turns: the end of its own turn, the reply as a user
     turn, the start of its next. -> for each its token ids (N,), and its picture tensors by name.
 
-    images: for each reply a list of pictures, which may be empty.
+    images: for each reply a list of pictures, which may be empty. ValueError for a picture where
+    the model is told of its prompt's pictures in a way that a reply's cannot be added to.
     """
     encoded = []
     for reply, own in zip(replies, images, strict=True):
@@ -433,6 +435,7 @@ def encode_replies(vlm: VLM, replies: list[str], images: list) -> list[tuple[Ten
             text = f"\n{reply}\n"
         if own:
             tensors = _process(vlm, [text], [own], goes_on=True)
+            _check_picture_of_reply(tensors)
         else:
             ids = vlm.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             tensors = {"input_ids": ids.to(vlm.model.device)}
@@ -440,6 +443,18 @@ def encode_replies(vlm: VLM, replies: list[str], images: list) -> list[tuple[Ten
         pictures = {name: part for name, part in tensors.items() if part.shape != of_text}
         encoded.append((tensors["input_ids"][0], pictures))
     return encoded
+
+
+def _check_picture_of_reply(tensors):
+    """ValueError for the families whose further inputs speak of a prompt's pictures: the kind of
+    each of its tokens (Qwen-VL, PaliGemma), or how many pictures there are (LLaVA-OneVision)."""
+    for name, tensor in tensors.items():
+        is_kind = name in ("mm_token_type_ids", "token_type_ids")
+        if is_kind or tensor.dim() == 1:
+            raise ValueError(
+                f"replies with pictures: this model's input {name} is not supported; expected "
+                "a model that reads each picture by itself, or replies in words alone"
+            )
 
 
 class Transcripts:
@@ -462,14 +477,7 @@ class Transcripts:
         self._append(row, tokens, True)
 
     def hear(self, row: int, tokens: Tensor, pictures: dict):
-        """The world replied: an item of `encode_replies`. ValueError for a picture where the model
-        reads a prompt's first picture otherwise than several (LLaVA-OneVision)."""
-        for name, part in pictures.items():
-            if part.dim() == 1:  # how many pictures the prompt has, on which its tiles depend
-                raise ValueError(
-                    f"replies with pictures: this model's input {name} is not supported; expected "
-                    "a model that reads each picture by itself, or replies in words alone"
-                )
+        """The world replied: an item of `encode_replies`."""
         self._append(row, tokens, False)
         if pictures:
             self.pictures[row].append(pictures)

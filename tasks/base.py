@@ -349,8 +349,12 @@ class Task:
             answers.append((start, len(response) - len("</answer>")))
         return reads, moves, answers
 
-    def checked(self, example, text):
-        """[((start, end) in characters, is it right?), ...] of every complete step in a text."""
+    def checked(self, example, turns):
+        """[((start, end) in characters, is it right?), ...] of every complete step in a response.
+
+        turns: what was written between replies; here there are none, so it is one text.
+        """
+        text = "".join(turns)
         return list(zip(self.step_spans(text), self.check_steps(example, text), strict=True))
 
     def check_steps(self, example, text):

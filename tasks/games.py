@@ -30,19 +30,22 @@ COMMAND = re.compile(r"<act>([^<]*)</act>\Z")
 
 
 def seed_of(index, split):
-    """The seed of the index-th game of a split."""
+    """The seed of the index-th game of a split. ValueError for an index beyond a split's seeds."""
     check_index(index, split)
+    if index >= FIRST_EVAL_SEED:
+        raise ValueError(f"index={index!r}: expected an integer below {FIRST_EVAL_SEED}")
     return int(index) + (FIRST_EVAL_SEED if split == "eval" else 0)
 
 
 def words_and_picture(observation):
-    """An observation as a pair: its string, and its picture or None."""
+    """An observation as a pair: its string, and its picture as RGB, or None. TypeError for anything
+    else."""
     if isinstance(observation, str):
         return observation, None
     words, picture = observation
     if not isinstance(words, str) or not isinstance(picture, Image.Image):
         raise TypeError("an observation is a string, or a string and a PIL picture")
-    return words, picture
+    return words, picture.convert("RGB")
 
 
 def until_end(text):
@@ -59,7 +62,7 @@ def until_end(text):
 
 
 def command_in(turn):
-    """The command that closes a turn, or "" where none was opened."""
+    """The command that closes a turn, or "" where it is empty, holds a "<", or was not opened."""
     command = COMMAND.search(turn)
     return command[1].strip() if command else ""
 
@@ -82,7 +85,15 @@ class GameTask:
     system = ""
 
     def __init__(self, game):
+        if not all(callable(getattr(game, method, None)) for method in ("reset", "step")):
+            raise ValueError(f"game={game!r}: expected an object with the methods reset and step")
         self.game = game
+        # Its attributes that are plain values, before it has been played
+        self.settings = {
+            name: value
+            for name, value in vars(game).items()
+            if isinstance(value, int | float | str)
+        }
 
     @property
     def tags(self):
@@ -93,21 +104,12 @@ class GameTask:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         return f"{type(self.game).__name__}({settings})"
 
-    @property
-    def settings(self):
-        """The game's settings: its attributes that are plain values."""
-        return {
-            name: value
-            for name, value in vars(self.game).items()
-            if isinstance(value, (int, float, str)) and name != "turns"
-        }
-
     def size(self, split):
         """The number of games in a split: there is no end to them."""
         return None
 
     def example_at(self, index, split="train"):
-        """The index-th game of a split, at its beginning."""
+        """The index-th game of a split, at its beginning; `self.game` is reset to it."""
         seed = seed_of(index, split)
         words, picture = words_and_picture(self.game.reset(seed))
         return Example(picture, words, f"{split}/{index}", (seed,))
@@ -131,21 +133,22 @@ class GameTask:
             over = terminated or truncated
         return turns
 
-    def checked(self, example, response):
-        """[((start, end), is it right?), ...] of the steps in what a policy wrote; [] for a game
-        that does not know."""
+    def checked(self, example, turns):
+        """[((start, end), is it right?), ...] of the steps in what a policy wrote, turn by turn;
+        characters count through all turns. [] for a game that does not know."""
         if not hasattr(self.game, "check"):
             return []
         game = copy.deepcopy(self.game)  # an episode may be under way in this one
         game.reset(example.content[0])
-        steps, start, over = [], 0, False
-        for turn in turns_of(response):
-            if over:
-                break
-            for (first, end), right in game.check(turn):
+        steps, start = [], 0
+        for turn in turns:
+            counted, why = until_end(turn)
+            for (first, end), right in game.check(counted):
                 steps.append(((start + first, start + end), right))
             start += len(turn)
-            if turn.endswith(STOP):
-                _, _, terminated, truncated, _ = game.step(command_in(turn))
-                over = terminated or truncated
+            if why != "act":
+                break
+            _, _, terminated, truncated, _ = game.step(command_in(counted))
+            if terminated or truncated:
+                break
         return steps

@@ -12,7 +12,8 @@ earns anything.
 
 The *explorer* is a player who knows what he has seen, and no more: he heads for the nearest cell
 that he wants (`Treasure.goals`). He says which commands are right, writes the demonstrations, and
-the chance that he succeeds, slips included, is computed exactly (`Treasure.value`). A turn of his:
+the chance that he succeeds, slips included but no habit, is computed exactly (`Treasure.value`). A
+turn of his:
 
     <think>B2 key C3</think><act>go east</act>      I stand on B2, and want the key on C3
 """
@@ -192,7 +193,7 @@ class Treasure:
         elif state.place != world.door:
             wanted[world.door] = "door"
         for cell, kind in wanted.items():
-            if cell in state.seen and cell in distances:
+            if cell in distances:
                 return {cell: kind}
         new = [cell for cell in distances if not self._around(cell) <= state.seen]
         nearest = min(distances[cell] for cell in new)
@@ -205,7 +206,7 @@ class Treasure:
         right = []
         for command in COMMANDS:
             target = self.towards(state.place, command)
-            if target in here and target != state.place:
+            if target in here:
                 onward = self._distances(world, replace(state, place=target))
                 if any(onward.get(goal) == here[goal] - 1 for goal in goals):
                     right.append(command)
@@ -228,7 +229,8 @@ class Treasure:
         here on, and 0 if not within `turns`; at gamma 1 his chance to succeed.
 
         He gives one of the right commands, each as likely; with probability error_rate one of the
-        wrong ones. By recursion over what can happen, each state once.
+        wrong ones, if there are any. His bad habit is left out. By recursion over what can happen,
+        each state once.
         """
         known = {}
 
@@ -237,14 +239,12 @@ class Treasure:
                 return 0.0
             if (state, turns) not in known:
                 right = self.right_commands(world, state)
+                wrong = [command for command in COMMANDS if command not in right]
+                shares = dict.fromkeys(right, (1 - error_rate if wrong else 1.0) / len(right))
+                if error_rate:
+                    shares |= dict.fromkeys(wrong, error_rate / max(1, len(wrong)))
                 total = 0.0
-                for command in COMMANDS:
-                    wrong = len(COMMANDS) - len(right)
-                    share = (
-                        (1 - error_rate) / len(right) if command in right else error_rate / wrong
-                    )
-                    if share == 0:
-                        continue
+                for command, share in shares.items():
                     onward, heard = self.after(world, state, command)
                     total += share * (1.0 if heard == TREASURE else gamma * of(onward, turns - 1))
                 known[state, turns] = total
@@ -267,9 +267,11 @@ class Treasure:
             command = "go south"
 
         def written(part, true, choices):
-            """The part, or with probability error_rate one of the choices that is not true."""
+            """The part, or with probability error_rate one of the choices that is not true, if
+            there is one."""
             wrong = [choice for choice in choices if choice not in true]
-            return wrong[int(rng.integers(len(wrong)))] if rng.random() < error_rate else part
+            slips = rng.random() < error_rate and wrong
+            return wrong[int(rng.integers(len(wrong)))] if slips else part
 
         names = [name_of(cell) for cell in self.cells]
         here, there = name_of(state.place), name_of(goal)
@@ -330,7 +332,8 @@ class Treasure:
     # ---- what is shown
 
     def map(self):
-        """What has been seen, as text: @ is the player, ? is dark."""
+        """What has been seen, as text: @ is the player, & the player with the key; # a wall, D the
+        door, k the key, t the treasure, . nothing; ? is dark."""
         rows = []
         for row in range(self.size):
             rows.append("".join(self._letter((column, row)) for column in range(self.size)))

@@ -6,13 +6,13 @@ from helpers import picture
 class Spell:
     """Spell a word, one letter a turn; each right letter earns 1. The seed chooses the word."""
 
-    words = ("ab", "cab", "a", "bacab")
+    spelled = ("ab", "cab", "a", "bacab")
 
     def __init__(self, pictured=False):
         self.pictured = pictured
 
     def reset(self, seed):
-        self.left = self.words[seed % len(self.words)]
+        self.left = self.spelled[seed % len(self.spelled)]
         return self._shown(f"Spell {self.left}.")
 
     def step(self, command):

@@ -122,6 +122,21 @@ def test_a_long_reply_is_cut_off():
     assert begun(Endless(), max_chars=50).step(turn("x"))[4]["reply"] == ("on and " * 8)[:50]
 
 
+def test_a_reward_that_is_none_ends_the_episode_too():
+    class Stingy(Spell):
+        def step(self, command):
+            return "Well.", None, False, False, {}
+
+    with pytest.warns(UserWarning, match="Stingy.*TypeError"):
+        assert begun(Stingy()).step(turn("c"))[1:4] == (0.0, False, True)
+
+
+def test_a_turn_that_closes_at_the_last_character_is_the_last():
+    episode = begun(max_chars=len(turn("c")))
+    _, reward, terminated, truncated, info = episode.step(turn("c"))
+    assert (reward, terminated, truncated, info["end_reason"]) == (1.0, False, True, "max_chars")
+
+
 def test_a_game_that_raises_ends_its_episode_and_is_named():
     episode = begun(Breaks())
     episode.step(turn("c"))
@@ -150,6 +165,7 @@ def test_training_and_evaluation_have_other_seeds():
 def test_a_game_begins_in_the_middle():
     episode = begun()
     prefix = turn("c") + turn("x") + "<think>now"
+    episode.max_segments = 2  # those of a prefix do not count
     observation, _ = episode.reset(options={"index": 1, "response": prefix})
     assert observation["response"] == prefix and observation["segment_index"] == 0
     _, reward, *_ = episode.step(" a</think><act>a</act>")
@@ -164,6 +180,7 @@ def test_a_game_begins_in_the_middle():
         {"response": "<think>" + env.END},
         {"response": 3},
         {"index": -1},
+        {"index": FIRST_EVAL_SEED},
         {"split": "test"},
         {"level": 1},
         "index",
@@ -181,6 +198,8 @@ def test_wrong_options_are_refused(options):
         ({"max_turns": 0}, "max_turns=0"),
         ({"render_mode": "smell"}, "render_mode='smell'"),
         ({"size": 99}, "size=99"),
+        ({"game": 42}, "game=42: expected an object with the methods reset and step"),
+        ({"game": Spell(), "max_turn": 3}, "max_turn.*expected no more keywords beside a game"),
     ],
 )
 def test_a_wrong_setting_is_named(settings, named):
@@ -220,9 +239,8 @@ def test_the_command_is_the_last_thing_in_a_turn():
 def test_a_game_can_be_seen():
     episode = begun(render_mode="ansi")
     episode.step(turn("c"))
-    episode.step("<think>")
-    assert episode.render() == f"Spell cab.\n{turn('c')}\n    Yes.\n<think>"
-    assert GameEnv(Spell(pictured=True), render_mode="rgb_array").task.game.pictured
+    episode.step("<think>\x1b[2J")
+    assert episode.render() == f"Spell cab.\n{turn('c')}\n    Yes.\n<think>\\x1b[2J"
     made = GameEnv("Treasure", size=4, render_mode="rgb_array")
     made.reset(options={"index": 0})
     assert made.render().shape == (320, 320, 3)
@@ -234,8 +252,14 @@ def test_steps_are_those_of_each_turn_in_its_own_moment():
     rng, response = np.random.default_rng(0), ""
     for text, _, _ in task.transcript(example, rng):
         response += text
-    steps = task.checked(example, response)
-    assert len(steps) == 3 * len(turns_of(response)) and all(right for _, right in steps)
+    turns = turns_of(response)
+    steps = task.checked(example, turns)
+    assert len(steps) == 3 * len(turns) and all(right for _, right in steps)
     assert response[slice(*steps[-1][0])].startswith("go ")
-    assert task.checked(example, response + response) == steps, "the game is over by then"
-    assert GameTask(Spell()).checked(example, response) == []
+    assert task.checked(example, turns + turns) == steps, "the game is over by then"
+    assert task.checked(example, [*turns[:2], env.END, *turns[2:]]) == steps[:6], "or given up"
+    # what a token holds behind a closed command was not played, but has its place
+    longer = task.checked(example, [f"{text}\n" for text in turns])
+    assert [right for _, right in longer] == [right for _, right in steps]
+    assert longer[3][0][0] == steps[3][0][0] + 1
+    assert GameTask(Spell()).checked(example, turns) == []

@@ -1,5 +1,7 @@
 """vlm.Transcripts and rollout.play: what was written and heard stays aligned, turn by turn."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,11 @@ from small_runs import rows_of
 from torch.testing import assert_close as close
 
 import env
+import evaluation
 import rollout
 import sapo
 import tasks
+import tiny
 import train
 import vlm
 
@@ -23,6 +27,7 @@ REPLIES = [
     [],
     [("no", [2]), ("yes, and so on", [3]), ("now", [4])],
 ]
+LATER = [REPLIES[0], REPLIES[1], [*REPLIES[2][:2], ("now or never", [4])]]  # other words at the end
 
 
 def transcripts_of(model, replies=REPLIES, changed=(), prompts=(0, None, 9)):
@@ -82,15 +87,21 @@ def test_a_transcript_scores_as_it_does_alone(open_family, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reply_and_its_picture_matter_to_what_comes_after_alone(open_family, family):
     model = open_family(family)
-    before, after = (transcripts_of(model, changed=changed) for changed in ((), (3,)))
-    logps = []
-    for transcripts in (before, after):
+    variants = {
+        "as it is": transcripts_of(model),
+        "third picture": transcripts_of(model, changed=(3,)),
+        "last picture": transcripts_of(model, changed=(4,)),
+        "last words": transcripts_of(model, LATER),
+    }
+    logps = {}
+    for name, transcripts in variants.items():
         inputs, tokens, written = transcripts.tensors()
-        logps.append(vlm.score(model, inputs, tokens, written)[0])
-    moved = ((logps[0] - logps[1]).abs() > 1e-4)[written].tolist()
-    assert not any(moved[:9]) and not any(moved[9:12]), "the other rows"
-    assert not any(moved[12:18]), "what stands before the reply with the picture"
-    assert any(moved[18:])
+        logps[name] = vlm.score(model, inputs, tokens, written)[0][written]
+    before = {"third picture": 18, "last picture": 21, "last words": 21}  # of 9 + 3 + 12 tokens
+    for name, count in before.items():
+        moved = ((logps[name] - logps["as it is"]).abs() > 1e-4).tolist()
+        assert not any(moved[:count]), f"{name}: the other rows, and what stands before"
+        assert any(moved[count:]), name
 
 
 @pytest.mark.parametrize("family", ["idefics3", "llava", "paligemma"])
@@ -124,9 +135,17 @@ def test_a_reply_reads_as_the_chat_template_has_it(open_family):
     assert "pixel_values" in pictures and model.stacks_pictures >= {"pixel_values"}
 
 
-def test_a_model_that_reads_several_pictures_otherwise_is_refused(open_family):
-    with pytest.raises(ValueError, match="batch_num_images is not supported; expected a model"):
-        transcripts_of(open_family("llava_onevision"))
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llava_onevision", "batch_num_images"),
+        ("paligemma", "token_type_ids"),
+        ("qwen2_5_vl", "mm_token_type_ids"),
+    ],
+)
+def test_a_model_that_is_told_of_its_prompts_pictures_is_refused(open_family, family, name):
+    with pytest.raises(ValueError, match=f"{name} is not supported; expected a model"):
+        vlm.encode_replies(open_family(family), ["See"], [[picture(1, (56, 56))]])
 
 
 # --------------------------------------------------------------------------------------- play
@@ -210,6 +229,55 @@ def test_a_segment_does_not_cross_a_reply_and_credit_crosses_it(spelling):
     )
     earned = sapo.outcomes(rollout_of_turns, config)[0][mask[0]]
     assert earned.unique().tolist() == [1.0, 1.5, 1.75], "each turn earns 1, later ones count half"
+
+
+def explored(index, split="train"):
+    """The explorer's turns in a small Treasure, right in every part."""
+    task = tasks.games.GameTask(tasks.Treasure(size=3, shortest=2, longest=4))
+    return task.transcript(task.example_at(index, split), np.random.default_rng(index))
+
+
+def test_the_steps_of_a_game_stand_on_the_tokens_that_were_written(spelling):
+    """Position by position, though replies stand in between."""
+    settings = {"size": 3, "shortest": 2, "longest": 4}
+    spelling.envs = [env.GameEnv("Treasure", **settings) for _ in range(2)]
+    spelling.grading_env = env.GameEnv("Treasure", **settings)
+    turns = {row: [text for text, _, _ in explored(row)] for row in range(2)}
+    spelling.script = {row: list(texts) for row, texts in turns.items()}
+    batch = rollout.collect(spelling, np.array([0, 1]))
+    assert [info["correct"] for info in batch.infos] == [True, True]
+    advantages = torch.zeros(batch.tokens.shape)
+    for row, sample in enumerate(evaluation.samples(spelling, batch, advantages)):
+        read = ["".join(sample["tokens"][first : last + 1]) for first, last, _ in sample["steps"]]
+        parts = [re.search(r"<think>(\w\d) (.*)</think><act>(.*)</act>", t) for t in turns[row]]
+        assert read == [part[i] for part in parts for i in (1, 2, 3)]
+        assert all(right for *_, right in sample["steps"])
+
+
+def test_a_game_is_evaluated_by_who_wins(spelling):
+    """Of the four games (ab, cab, a, bacab) two are won, one is given up, one is cut off."""
+    spelling.settings.eval_episodes = 4
+    script = {0: ["a", "b"], 1: ["c"], 2: ["a"], 3: ["b"]}
+    spelling.script = {row: [act(letter) for letter in turns] for row, turns in script.items()}
+    spelling.script[1].append("<end_of_utterance>")
+    spelling.script[3].append("<think>")
+    assert evaluation.evaluate(spelling)["eval_accuracy"] == 0.5
+
+
+def test_demonstrations_are_transcripts_as_in_training(tmp_path):
+    task = tasks.games.GameTask(tasks.Treasure(size=3, shortest=2, longest=4))
+    model = vlm.load(tiny.build_tiny(tmp_path / "tiny", 48, tags=task.tags))
+    examples = [task.example_at(index) for index in range(3)]
+    inputs, tokens, mask = tiny.demonstrations(model, task, examples, np.random.default_rng(0), 0.0)
+    rng = np.random.default_rng(0)
+    for row, example in enumerate(examples):
+        turns = task.transcript(example, rng)
+        assert model.tokenizer.decode(tokens[row][mask[row]]) == "".join(t for t, _, _ in turns)
+        heard = model.tokenizer.decode(tokens[row][inputs["heard"][row]])
+        replies = [reply for _, reply, _ in turns[:-1]]
+        assert re.findall("Go on.|The key!", heard) == replies
+        (count,) = vlm.take(inputs, [row])["pixel_values"].abs().sum((2, 3, 4)).count_nonzero(1)
+        assert count == len(turns), "the prompt's picture, and one for each reply"
 
 
 @pytest.mark.parametrize("flags", [[], ["--method", "ppo"], ["--method", "grpo", "--group", "2"]])

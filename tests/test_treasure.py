@@ -1,6 +1,7 @@
 """tasks/treasure.py: worlds that can be solved, an explorer who knows no more than he has seen."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,17 +118,18 @@ def test_he_heads_for_what_he_has_seen_only():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_is_dark_changes_nothing_for_him(seed):
-    """Another thing or wall in a cell that he has not seen, and he wants the same."""
+    """Other walls in cells that he has not seen, or the things elsewhere: he wants the same."""
     game = begun(seed)
     world, state = game.world, game.state
     dark = set(game.cells) - state.seen
-    other = World(world.walls ^ (dark & {(0, 0), (3, 3), (1, 2)}), *vars_of(world))
-    assert game.goals(world, state) == game.goals(other, state)
-    assert game.right_commands(world, state) == game.right_commands(other, state)
-
-
-def vars_of(world):
-    return world.start, world.key, world.door, world.treasure
+    unseen = sorted(dark - {world.key, world.door, world.treasure})
+    others = [replace(world, walls=world.walls ^ set(unseen[::2]))]
+    for thing in ("key", "door", "treasure"):
+        if getattr(world, thing) in dark:
+            others.append(replace(world, **{thing: unseen[0]}))
+    for other in others:
+        assert game.goals(world, state) == game.goals(other, state)
+        assert game.right_commands(world, state) == game.right_commands(other, state)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -215,14 +217,26 @@ def test_slips_come_as_often_as_asked_for():
 
 def test_the_habit_is_to_go_south_for_north():
     game = in_world(habits=0.7)
-    for command in ("go south", "go south", "go east", "go north"):
-        game.step(command)  # back on B2, as the door is shut to nobody with a key
     game.state = State((0, 1), False, frozenset({(0, 0), (1, 0), (0, 1), (1, 1)}))
     game.world = World(frozenset(), (0, 1), (0, 0), (1, 2), (2, 2))
     rng = np.random.default_rng(0)
     commands = [game.demonstrate(rng)[-len("go north</act>") : -6] for _ in range(400)]
     assert abs(np.mean([command == "go south" for command in commands]) - 0.7) < 0.08
     assert set(commands) == {"go south", "go north"}
+    game.world = replace(game.world, walls=frozenset({(0, 2)}))  # no way south
+    assert all("go north</act>" in game.demonstrate(rng) for _ in range(50))
+
+
+def test_where_every_command_is_right_none_can_slip():
+    game = Treasure(size=5, longest=12)
+    game.reset(272)
+    assert game.right_commands(game.world, game.state) == list(COMMANDS)
+    steps = game.check(game.demonstrate(np.random.default_rng(0), error_rate=1.0))
+    assert [right for _, right in steps] == [False, False, True]
+    always, never = (game.value(game.world, game.state, 1, rate) for rate in (0.0, 1.0))
+    assert always == never == 0.0
+    known = game.value(game.world, game.state, 12)
+    assert 0 < game.value(game.world, game.state, 12, 0.3) < known <= 1
 
 
 # -------------------------------------------------------------------------- what it looks like
