@@ -177,16 +177,19 @@ def respond(run, indices, split) -> Responses:
 def play(run, indices, split, temperature, top_p=1.0) -> Responses:
     """One response to each prompt, with the replies of worlds that reply: turn by turn, until no
     episode goes on. An answer to a question is an episode of one turn."""
-    envs, inputs = ask(run, indices, split)
+    envs, asked = ask(run, indices, split)
+    inputs, replies = asked, run.grading_env.unwrapped.task.replies
+    if replies and vlm.keeps(asked):
+        inputs = vlm.kept(run.models.policy, asked)
     tokens, written, texts = write(run, inputs, temperature, top_p)
-    if not run.grading_env.unwrapped.task.replies:
-        return Responses(indices, envs, inputs, tokens, written, texts, tree=None)
+    if not replies:
+        return Responses(indices, envs, asked, tokens, written, texts, tree=None)
 
     policy = run.models.policy
-    transcripts = vlm.Transcripts(policy, inputs)
+    transcripts = vlm.Transcripts(policy, asked)
     all_texts = [[] for _ in envs]
     live = list(range(len(envs)))
-    while live:
+    while True:
         heard = {}  # row -> the observation after its turn, of the episodes that go on
         for row, of_row, was_written, pieces in zip(live, tokens, written, texts, strict=True):
             transcripts.write(row, of_row[was_written])
@@ -195,16 +198,21 @@ def play(run, indices, split, temperature, top_p=1.0) -> Responses:
             # a turn that is not closed was cut off at --max_new_tokens: the episode stops there
             if not (terminated or truncated or envs[row].unwrapped.turn_is_open):
                 heard[row] = observation
-        live = list(heard)
-        replies = [observation["reply"] for observation in heard.values()]
+        if not heard:
+            break
+        words = [observation["reply"] for observation in heard.values()]
         pictures = [pictures_of(observation) for observation in heard.values()]
-        encoded = vlm.encode_replies(policy, replies, pictures)
-        for row, (of_row, of_pictures) in zip(live, encoded, strict=True):
+        encoded = vlm.encode_replies(policy, words, pictures)
+        for row, (of_row, of_pictures) in zip(heard, encoded, strict=True):
             transcripts.hear(row, of_row, of_pictures)
             all_texts[row] += [policy.tokenizer.decode([token]) for token in of_row]
-        if live:
-            prompts = transcripts.prompts(live)
-            tokens, written, texts = write(run, prompts, temperature, top_p)
+        if "past_key_values" in inputs:
+            going_on = [live.index(row) for row in heard]
+            inputs = vlm.continued(policy, inputs, going_on, tokens, written, encoded)
+        else:
+            inputs = transcripts.prompts(list(heard))
+        live = list(heard)
+        tokens, written, texts = write(run, inputs, temperature, top_p)
     inputs, tokens, written = transcripts.tensors()
     return Responses(indices, envs, inputs, tokens, written, all_texts, tree=None)
 

@@ -511,22 +511,73 @@ class Transcripts:
     def _with_pictures(self, rows):
         """The prompts of these rows, with the pictures of their replies behind their own."""
         taken = take(self.inputs, torch.tensor(list(rows)))
-        names = {name for row in rows for reply in self.pictures[row] for name in reply}
-        if not names:
+        if not any(self.pictures[row] for row in rows):
             return taken
-        counts = dict(_counts(taken))
-        prompts = [take(self.inputs, [row]) for row in rows]
-        for name in names:
-            parts = []  # of each row, its picture tensors in the order of its pictures
-            for row, prompt in zip(rows, prompts, strict=True):
-                own = [part[name] for part in (prompt, *self.pictures[row]) if name in part]
-                if own and name in self.vlm.stacks_pictures:  # (1, pictures, ...) each
-                    own = [_stacked([part.transpose(0, 1) for part in own], False, 0)]
-                    own = [own[0].transpose(0, 1)]
-                parts.append(own)
-            taken[name] = _stacked([part for own in parts for part in own], False, 0)
-            counts[name] = [sum(map(len, own)) for own in parts]
-        return Inputs(taken, counts)
+        own = [[take(self.inputs, [row]), *self.pictures[row]] for row in rows]
+        pictures = _joined_pictures(self.vlm, own)
+        return Inputs({**taken, **pictures}, {**_counts(taken), **_counts(pictures)})
+
+
+def _joined_pictures(vlm, of_rows):
+    """The picture tensors of some rows. of_rows: for each, the dicts that its pictures stand in, in
+    their order; what is not of pictures is left out."""
+    names = {
+        name
+        for parts in of_rows
+        for part in parts
+        for name in part
+        if name not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    }
+    tensors, counts = {}, {}
+    for name in names:
+        joined_parts = []
+        for parts in of_rows:
+            own = [part[name] for part in parts if name in part]
+            if own and name in vlm.stacks_pictures:  # (1, pictures, ...) each
+                own = [_stacked([part.transpose(0, 1) for part in own], False, 0).transpose(0, 1)]
+            joined_parts.append(own)
+        tensors[name] = _stacked([part for own in joined_parts for part in own], False, 0)
+        counts[name] = [sum(map(len, own)) for own in joined_parts]
+    return Inputs(tensors, counts)
+
+
+def keeps(inputs: dict) -> bool:
+    """Can keys and values of these prompts be kept for a next turn (`kept`)? Not where a model is
+    told the kind of each token (Qwen-VL, PaliGemma): there the next turn reads all of it again."""
+    return not {"token_type_ids", "mm_token_type_ids"} & set(inputs)
+
+
+def kept(vlm: VLM, inputs: Inputs) -> Inputs:
+    """Prompts whose keys and values `generate` keeps, so that `continued` can go on from them."""
+    cache = transformers.DynamicCache(config=vlm.model.config.get_text_config())
+    return Inputs({**inputs, "past_key_values": cache}, _counts(inputs))
+
+
+def continued(vlm: VLM, inputs: Inputs, rows, tokens: Tensor, written: Tensor, replies) -> Inputs:
+    """The prompts of the next turn on top of kept keys and values: only what is new is read.
+
+    inputs: those of the turn before, from `kept` or from here; rows: which of them go on;
+    tokens, written: what `generate` made of them; replies: an item of `encode_replies` for each of
+    the rows. Rows are not aligned again: between what one has read and its reply there may be a
+    gap, which the attention mask leaves out, and by which positions are counted.
+    """
+    rows = torch.as_tensor(rows, device=tokens.device)
+    cache = inputs["past_key_values"]
+    cache.batch_select_indices(rows)
+    ids = [of_row[None] for of_row, _ in replies]
+    heard = _stacked(ids, left=True, filling=vlm.eos_ids[0])
+    is_heard = _stacked([torch.ones_like(of_row) for of_row in ids], left=True, filling=0)
+    attention = inputs["attention_mask"]
+    return Inputs(
+        {
+            "input_ids": torch.cat([inputs["input_ids"][rows], tokens[rows], heard], 1),
+            "attention_mask": torch.cat(
+                [attention[rows], written[rows].to(attention), is_heard.to(attention)], 1
+            ),
+            "past_key_values": cache,
+            **_joined_pictures(vlm, [[pictures] for _, pictures in replies]),
+        }
+    )
 
 
 # ----------------------------------------------------------------------------------- generate

@@ -104,6 +104,41 @@ def test_a_reply_and_its_picture_matter_to_what_comes_after_alone(open_family, f
         assert any(moved[count:]), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_are_kept_between_turns(open_family, family):
+    """Three turns of which ever fewer rows take part, sampled with what was kept, scored anew."""
+    model = open_family(family)
+    asked = vlm.encode(
+        model, ["Go.", "What is there to see?", "Hm"], [picture(0), None, picture(9)]
+    )
+    transcripts, inputs = vlm.Transcripts(model, asked), vlm.kept(model, asked)
+    sampled = [[], [], []]  # log-probabilities as they were drawn, of each row
+    turns = [([0, 1, 2], None), ([0, 2], [2, 3]), ([2], [4])]  # rows, pictures of their replies
+    live, tokens, mask = [], None, None
+    torch.manual_seed(0)
+    for rows, seeds in turns:
+        if seeds is not None:
+            replies = vlm.encode_replies(
+                model,
+                ["so " * seed for seed in seeds],
+                [[picture(seed, (40, 56))] * (seed != 3) for seed in seeds],
+            )
+            for row, reply in zip(rows, replies, strict=True):
+                transcripts.hear(row, *reply)
+            going_on = [live.index(row) for row in rows]
+            inputs = vlm.continued(model, inputs, going_on, tokens, mask, replies)
+        tokens, mask, logp = vlm.generate(model, inputs, 5 + len(rows), 0.8, return_logp=True)
+        mask[-1, 3:] = False  # as if this row had closed its turn before the others
+        for k, row in enumerate(rows):
+            transcripts.write(row, tokens[k][mask[k]])
+            sampled[row] += logp[k][mask[k]].tolist()
+        live = rows
+    whole, tokens, written = transcripts.tensors()
+    scored, _ = vlm.score(model, whole, tokens, written, 0.8)
+    for row in range(3):
+        close(scored[row][written[row]], torch.tensor(sampled[row]), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["idefics3", "llava", "paligemma"])
 def test_what_is_sampled_in_a_later_turn_is_what_is_scored(open_family, family):
     model = open_family(family)
