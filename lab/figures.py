@@ -321,10 +321,10 @@ def comparison_figure(results):
     runs = _runs_by_label(results)
     figure, (ends, paths) = _new_figure(11, 1.6 + 0.36 * max(6, len(runs)), 2)
     accuracies = {label: [run["accuracy"] for run in runs[label]] for label in runs}
-    seeds = max(len(values) for values in accuracies.values())
+    counts = sorted({len(values) for values in accuracies.values()})
     title = (
         f"Held-out accuracy after {results['budget_tokens']:,} tokens: "
-        f"{_counted(len(runs), row)} on {_task(results)}, {seeds} seeds"
+        f"{_counted(len(runs), row)} on {_task(results)}, {' or '.join(map(str, counts))} seeds"
     )
     figure.suptitle(title, fontweight="bold")
 

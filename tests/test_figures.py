@@ -281,6 +281,11 @@ def test_names_of_lines_that_end_together_do_not_cover_each_other():
     assert_readable(figures.comparison_figure(sweep({label: [0.5] for label in labels})))
 
 
+def test_a_comparison_of_uneven_seeds_says_so():
+    figure = figures.comparison_figure(sweep({"sapo": [0.7, 0.8, 0.9], "ppo": [0.6]}))
+    assert figure.get_suptitle().endswith("on DiceSum, 1 or 3 seeds")
+
+
 @pytest.mark.parametrize(
     "experiment, task, budget, seeds, title",
     [
