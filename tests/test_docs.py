@@ -18,6 +18,7 @@ import pytest
 
 import train
 from lab import compare, critic, figures, sweep, tables
+from lab.stats import interval, probability_of_improvement
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -403,10 +404,26 @@ def clip_claim():
     return said
 
 
+def of_the_comparison():
+    """{method: the accuracies of its runs} in the comparison of nine methods."""
+    accuracies = {}
+    for run in result("main-DiceSum.json")["runs"]:
+        accuracies.setdefault(run["label"], []).append(run["accuracy"])
+    return accuracies
+
+
+def comparison_claim():
+    """The interquartile means of SAPO, PPO, VC-PPO and GRPO."""
+    accuracies = of_the_comparison()
+    methods = ("sapo", "ppo", "vc-ppo", "grpo")
+    return [f"{interval(accuracies[method])[0]:.3f}" for method in methods]
+
+
 # {how a row begins: the function that computes its figures}
 CLAIMS = {
     "A critic at segment boundaries": critic_claim,
     "The clipped segment ratio": clip_claim,
+    "SAPO ends above": comparison_claim,
 }
 
 
@@ -507,6 +524,28 @@ def test_what_the_narrower_clip_did_is_what_the_trials_hold():
     (fourth,) = trials(0.7, 2, 68)
     assert fourth["seed"] == 4
     assert f"It ended at {fourth['accuracy']:.3f}, {fourth['greedy']:.3f} greedy" in page
+
+
+def test_what_the_comparison_shows_is_what_its_runs_hold():
+    page, accuracies = prose("docs/results.md"), of_the_comparison()
+    middle = {label: interval(of_seeds) for label, of_seeds in accuracies.items()}
+    said = "at temperature 1: {:.3f}, PPO {:.3f}, VC-PPO {:.3f}, GRPO {:.3f}."
+    ends = [middle[method][0] for method in ("sapo", "ppo", "vc-ppo", "grpo")]
+    assert said.format(*ends) in page
+    assert max(middle, key=lambda label: middle[label][0]) == "sapo"
+    chances = {
+        label: probability_of_improvement(accuracies["sapo"], of_seeds)
+        for label, of_seeds in accuracies.items()
+        if label != "sapo"
+    }
+    said = "a probability of {:.2f} ({:.2f} to {:.2f}), "
+    said += "above one of GRPO with {:.2f} ({:.2f} to {:.2f})"
+    assert said.format(*chances["ppo"], *chances["grpo"]) in page
+    not_told_apart = {label for label, (_, low, _) in chances.items() if low <= 0.5}
+    assert not_told_apart == {"ppo", "vc-ppo", "ppo, lambda of sapo"}
+    widths = {label: high - low for label, (_, low, high) in middle.items()}
+    assert min(widths, key=widths.get) == "sapo", "its runs scatter least"
+    assert accuracies["ppo, lambda of sapo"] == accuracies["ppo"]
 
 
 def tuned(kind, method, flags):
