@@ -126,17 +126,28 @@ def four_epochs_table(unbounded, bounded) -> str:
     return markdown(heads, rows)
 
 
-def nine_dice_table(runs) -> str:
-    """The default's settings on nine dice, seed by seed."""
-    heads = ("seed", "temperature 1", "greedy", "explained variance, second half", "tokens")
+# What was tried on nine dice: {what the runs are: their files}.
+NINE_DICE = {
+    "warm start of 600 steps, the default of that day": "nine-dice-600-seed*.json",
+    "warm start of 1200 steps": "nine-dice-seed*.json",
+    "the same, lambda 0.95": "nine-dice-lambda-0.95-seed*.json",
+    "the same, and the critic hears nothing": "nine-dice-deaf-seed*.json",
+}
+
+
+def nine_dice_table(tried) -> str:
+    """Nine dice, seed by seed. tried: {what the runs are: their summaries}."""
+    heads = ("", "seed", "temperature 1", "greedy", "explained variance, second half", "tokens")
     rows = [
         (
+            what,
             run["seed"],
             accuracies(run, "temperature 1"),
             accuracies(run, "greedy"),
             f"{run['mechanism']['explained_variance_second_half']:.2f}",
             run["generated_tokens"],
         )
+        for what, runs in tried.items()
         for run in runs
     ]
     return markdown(heads, rows)
@@ -228,9 +239,9 @@ def all_tables() -> dict[str, str]:
     four = summaries("epochs4-unbounded-seed*.json"), summaries("epochs4-seed*.json")
     if any(four):
         tables["epochs4-*.json"] = four_epochs_table(*four)
-    nine = summaries("nine-dice-seed*.json")
-    if nine:
-        tables["nine-dice-seed*.json"] = nine_dice_table(nine)
+    nine = {what: summaries(files) for what, files in NINE_DICE.items()}
+    if any(nine.values()):
+        tables["nine-dice-*.json"] = nine_dice_table(nine)
     for file in sorted(RESULTS.glob("*.json")):
         results = json.loads(file.read_text())
         if file.name == "critic.json":
