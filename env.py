@@ -62,10 +62,60 @@ class Pictures(gym.Space):
         return is_array and picture.shape[2:] == (3,)
 
 
+# --------------------------------------------------------------- what all environments share
+
+
+class Episode(gym.Env):
+    """What an environment whose action is a segment has in common with the others: the settings
+    that all have, the options of `reset`, and what `step` takes."""
+
+    metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 2}
+
+    def _settle(self, render_mode, **limits):
+        """Take the render mode and the limits at which an episode is truncated, each at least 1."""
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(
+                f"render_mode={render_mode!r} is unknown; "
+                f"expected one of {self.metadata['render_modes']}"
+            )
+        if min(limits.values()) < 1:
+            named = ", ".join(f"{name}={limit}" for name, limit in limits.items())
+            raise ValueError(f"{named}: expected each to be at least 1")
+        for name, limit in limits.items():
+            setattr(self, name, limit)
+        self.render_mode = render_mode
+        self.end_reason = "not reset"
+
+    def _chosen(self, options):
+        """The options of `reset` with what stands for those not given: index, split, response."""
+        # Drawn in any case: the generator's way must not depend on the options.
+        drawn = int(self.np_random.integers(2**31))
+        chosen = {"index": drawn, "split": "train", "response": ""}
+        if options is not None:
+            if not isinstance(options, dict) or not set(options) <= set(chosen):
+                raise ValueError(
+                    f"options={options!r} is not valid; "
+                    f"expected a dict with some of {tuple(chosen)} as keys"
+                )
+            chosen.update(options)
+        return chosen
+
+    def _check_action(self, action):
+        """TypeError for what is no string, ResetNeeded after the end."""
+        if not isinstance(action, str):
+            raise TypeError(
+                f"an action is a str, the next segment of the response; got {type(action).__name__}"
+            )
+        if self.end_reason:
+            raise gym.error.ResetNeeded(
+                f"step() after the episode's end ({self.end_reason}); call reset() first"
+            )
+
+
 # ----------------------------------------------------------------- one response, step by step
 
 
-class SegmentEnv(gym.Env):
+class SegmentEnv(Episode):
     """One response, written segment by segment.
 
     task             a `Task`, or the name of one ("DiceSum") with its settings as further keywords
@@ -78,8 +128,6 @@ class SegmentEnv(gym.Env):
     `task`, `example`, `response` and `segments` may be read at any time after a reset.
     """
 
-    metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 2}
-
     def __init__(
         self,
         task="DiceSum",
@@ -89,24 +137,11 @@ class SegmentEnv(gym.Env):
         render_mode=None,
         **settings,
     ):
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(
-                f"render_mode={render_mode!r} is unknown; "
-                f"expected one of {self.metadata['render_modes']}"
-            )
+        self._settle(render_mode, max_segments=max_segments, max_chars=max_chars)
         if not isinstance(task, Task) and task not in TASKS:
             raise ValueError(f"task={task!r} is unknown; expected one of {tuple(TASKS)} or a Task")
-        if min(max_segments, max_chars) < 1:
-            raise ValueError(
-                f"max_segments={max_segments}, max_chars={max_chars}: "
-                "expected both to be at least 1"
-            )
         self.task = TASKS[task](**settings) if isinstance(task, str) else task
-        self.max_segments = max_segments
-        self.max_chars = max_chars
         self.format_reward = float(format_reward)
-        self.render_mode = render_mode
-        self.end_reason = "not reset"
 
         spaces = {}
         if self.task.side:
@@ -130,16 +165,7 @@ class SegmentEnv(gym.Env):
         Any other option, and a wrong value, is a ValueError.
         """
         super().reset(seed=seed)
-        # Drawn in any case: the generator's way must not depend on the options.
-        drawn = int(self.np_random.integers(2**31))
-        chosen = {"index": drawn, "split": "train", "response": ""}
-        if options is not None:
-            if not isinstance(options, dict) or not set(options) <= set(chosen):
-                raise ValueError(
-                    f"options={options!r} is not valid; "
-                    f"expected a dict with some of {tuple(chosen)} as keys"
-                )
-            chosen.update(options)
+        chosen = self._chosen(options)
         self._check_prefix(chosen["response"])
 
         self._open_example(chosen["index"], chosen["split"])
@@ -167,14 +193,7 @@ class SegmentEnv(gym.Env):
     def step(self, action):
         """Append a segment, any string. Returns Gymnasium's five values; the reward is 0 until the
         end. TypeError for what is no string, ResetNeeded after the end."""
-        if not isinstance(action, str):
-            raise TypeError(
-                f"an action is a str, the next segment of the response; got {type(action).__name__}"
-            )
-        if self.end_reason:
-            raise gym.error.ResetNeeded(
-                f"step() after the episode's end ({self.end_reason}); call reset() first"
-            )
+        self._check_action(action)
         start = len(self.response)
         text = (self.response + action)[: self.max_chars]
         self.response, self.end_reason = self.task.until_end(text)
@@ -278,7 +297,7 @@ class DatasetEnv(SegmentEnv):
 # ------------------------------------------------------------- a game, turn by turn and in steps
 
 
-class GameEnv(gym.Env):
+class GameEnv(Episode):
     """A game (tasks/games.py), each of whose turns is written segment by segment.
 
     A turn ends where it closes a command, `<act>go north</act>`; what stands behind that in the
@@ -296,8 +315,6 @@ class GameEnv(gym.Env):
     than 0.
     """
 
-    metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 2}
-
     def __init__(
         self,
         game="Treasure",
@@ -307,24 +324,13 @@ class GameEnv(gym.Env):
         render_mode=None,
         **settings,
     ):
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(
-                f"render_mode={render_mode!r} is unknown; "
-                f"expected one of {self.metadata['render_modes']}"
-            )
+        limits = {"max_turns": max_turns, "max_segments": max_segments, "max_chars": max_chars}
+        self._settle(render_mode, **limits)
         if isinstance(game, str) and game not in GAMES:
             raise ValueError(f"game={game!r} is unknown; expected one of {tuple(GAMES)} or a game")
-        if min(max_turns, max_segments, max_chars) < 1:
-            raise ValueError(
-                f"max_turns={max_turns}, max_segments={max_segments}, max_chars={max_chars}: "
-                "expected all to be at least 1"
-            )
         if not isinstance(game, str) and settings:
             raise ValueError(f"{tuple(settings)}: expected no more keywords beside a game")
         self.task = games.GameTask(GAMES[game](**settings) if isinstance(game, str) else game)
-        self.max_turns, self.max_segments, self.max_chars = max_turns, max_segments, max_chars
-        self.render_mode = render_mode
-        self.end_reason = "not reset"
         self.observation_space = gym.spaces.Dict(
             {
                 "images": Pictures(),
@@ -347,15 +353,7 @@ class GameEnv(gym.Env):
         Any other option, and a wrong value, is a ValueError.
         """
         super().reset(seed=seed)
-        drawn = int(self.np_random.integers(2**31))
-        chosen = {"index": drawn, "split": "train", "response": ""}
-        if options is not None:
-            if not isinstance(options, dict) or not set(options) <= set(chosen):
-                raise ValueError(
-                    f"options={options!r} is not valid; "
-                    f"expected a dict with some of {tuple(chosen)} as keys"
-                )
-            chosen.update(options)
+        chosen = self._chosen(options)
         self.example = self.task.example_at(chosen["index"], chosen["split"])
         self.example_id = self.example.key
         self.response, self.turn, self.reply = "", "", ""
@@ -378,14 +376,7 @@ class GameEnv(gym.Env):
     def step(self, action):
         """Append a segment, any string. Returns Gymnasium's five values. TypeError for what is no
         string, ResetNeeded after the end."""
-        if not isinstance(action, str):
-            raise TypeError(
-                f"an action is a str, the next segment of the response; got {type(action).__name__}"
-            )
-        if self.end_reason:
-            raise gym.error.ResetNeeded(
-                f"step() after the episode's end ({self.end_reason}); call reset() first"
-            )
+        self._check_action(action)
         reward, terminated, truncated = self._write(action)
         observation, info = self._report()
         return observation, reward, terminated, truncated, info

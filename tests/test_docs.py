@@ -501,6 +501,22 @@ def test_what_stays_wrong_is_what_the_default_runs_hold():
     assert said in page
 
 
+def test_what_the_earlier_default_did_is_what_results_hold():
+    page = prose("docs/results.md")
+    shares = sorted(
+        run["mid_run"]["own_credit"]["share_on_first_wrong_step"][0]
+        for run in result("default-of-2026-11-26.json")["measured"]
+    )
+    assert f"at 0.8 it had {shares[0]:.2f} to {shares[-1]:.2f}" in page
+    clipped = result("clip-by-epoch-seed1.json")
+    first, second, both = (
+        f"{clipped[f'clip_fraction_{when}']:.2%}"
+        for when in ("first_epoch", "second_epoch", "both")
+    )
+    said = f"{first} of the tokens in the first of two epochs and {second} in the second, {both} in"
+    assert said in page
+
+
 def test_what_the_narrower_clip_did_is_what_the_trials_hold():
     page = prose("docs/results.md")
     narrow = [trial for trial in result("trials.json")["trials"] if trial["clip_low"] == 0.1]
