@@ -253,7 +253,10 @@ def test_steps_are_those_of_each_turn_in_its_own_moment():
     for text, _, _ in task.transcript(example, rng):
         response += text
     turns = turns_of(response)
+    task.game.reset(0)  # another game is under way, and goes on undisturbed
+    under_way = task.game.state, task.game.world
     steps = task.checked(example, turns)
+    assert (task.game.state, task.game.world) == under_way
     assert len(steps) == 3 * len(turns) and all(right for _, right in steps)
     assert response[slice(*steps[-1][0])].startswith("go ")
     assert task.checked(example, turns + turns) == steps, "the game is over by then"

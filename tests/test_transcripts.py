@@ -236,6 +236,8 @@ def test_episodes_go_on_until_each_is_over(spelling):
         for row, pieces in enumerate(batch.texts)
     ]
     assert texts[0] == act("c") + act("x") + act("a") + act("b")
+    for episode, said in zip(spelling.envs, texts, strict=True):
+        assert episode.response == said, "a game is told nothing of its own replies"
     assert texts[2] == act("b") + act("a") + "<think>well"
     assert texts[3] == act("a") + "no" + env.END
     heard = batch.inputs["heard"]
@@ -324,6 +326,11 @@ def test_a_game_is_trained_end_to_end(tmp_path, flags):
     assert rows[-1]["iteration"] == 2 and np.isfinite(rows[-1]["policy_loss"])
     (row, *_) = rows_of(tmp_path / "game" / "samples.jsonl")
     assert len(row["tokens"]) == len(row["advantages"]) == len(row["ends"])
+
+
+def test_a_game_demonstrates_with_the_habits_of_the_command_line():
+    made = [train.make_env(train.parse([*GAME, *flags])[0]) for flags in ([], ["--habits", "0.25"])]
+    assert [episode.unwrapped.task.game.habits for episode in made] == [0.6, 0.25]
 
 
 def test_a_turn_can_be_the_segment(tmp_path):

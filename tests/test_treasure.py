@@ -256,6 +256,18 @@ def test_every_thing_looks_different():
     assert len(set().union(*pictures.values())) == len(pictures)
 
 
+def test_colours_differ_from_game_to_game_but_not_within_one():
+    floors = set()
+    for seed in range(4):
+        game = begun(seed)
+        column, row = game.state.place
+        pictures = [game.draw(), game.draw()]
+        corners = {picture.getpixel((16 * column, 16 * row)) for picture in pictures}
+        assert len(corners) == 1
+        floors |= corners
+    assert len(floors) > 1
+
+
 def test_the_picture_shows_nothing_of_the_dark():
     game = in_world()
     pixels = np.asarray(game.draw())
