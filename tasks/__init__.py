@@ -16,6 +16,7 @@ follow a bad habit (a six taken for a five, a carry forgotten, an arrow up taken
     base.py      what all tasks share: where a response ends, its steps, which of them are right
     sums.py      TextSum, the simplest task
     dice.py      DiceSum, the same sums read off a picture
+    digits.py    DigitSum, the same with real handwritten digits
     arrows.py    ArrowPath, where one slip ruins the rest
     pictures.py  how dice and arrows are drawn, and pictures of any kind made RGB
     games.py     worlds that answer: what a game is, and how one becomes something to learn from
@@ -30,10 +31,11 @@ away what SAPO has to find out.
 from tasks.arrows import ArrowPath
 from tasks.base import CELL, END, SPLITS, TAGS, Example, Task, read_answer, until_end
 from tasks.dice import DiceSum
+from tasks.digits import DigitSum
 from tasks.sums import TextSum
 from tasks.treasure import Treasure
 
-TASKS = {"DiceSum": DiceSum, "ArrowPath": ArrowPath, "TextSum": TextSum}
+TASKS = {"DiceSum": DiceSum, "ArrowPath": ArrowPath, "TextSum": TextSum, "DigitSum": DigitSum}
 GAMES = {"Treasure": Treasure}
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "TASKS",
     "ArrowPath",
     "DiceSum",
+    "DigitSum",
     "Example",
     "Task",
     "TextSum",

@@ -1,4 +1,4 @@
-"""Pictures: how dice and arrows are drawn, and how a picture from anywhere becomes plain RGB."""
+"""Pictures: how dice, arrows and scans are shown, and how any picture becomes plain RGB."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -74,13 +74,35 @@ def arrows_picture(arrows, start, side, rng):
     return _picture(glyphs, side, (66, 78, 104), rng)
 
 
+def scans_picture(scans, side, rng):
+    """Grey scans, each (height, width) from 0 for paper to 1 for ink, in side x side cells: RGB.
+
+    Each is scaled to 14 x 14 pixels, and lies where it happens to lie in its cell of 16.
+    """
+    edge, room = CELL - 2, 3  # pixels along a scan's edge; places for it in each direction
+    cells = []
+    for scan in scans:
+        grey = Image.fromarray((scan * 255).astype(np.uint8)).resize((edge, edge))
+        cell = Image.new("L", (CELL, CELL))
+        cell.paste(grey, tuple(int(offset) for offset in rng.integers(room, size=2)))
+        cells.append(np.array(cell))
+    ink = _side_by_side(cells, side)[..., None] / 255  # (H, W, 1)
+    paper, pen = np.array([(236, 232, 222), (40, 44, 92)]) + rng.integers(-12, 13, (2, 3))
+    return Image.fromarray((paper + (pen - paper) * ink).astype(np.uint8))  # (H, W, 3)
+
+
+def _side_by_side(cells, side):
+    """side x side cells, (CELL, CELL) uint8 each, filled row by row and then with 0: (H, W)."""
+    filled = np.zeros((side * side, CELL, CELL), np.uint8)
+    filled[: len(cells)] = cells
+    filled = filled.reshape(side, side, CELL, CELL)  # (cell row, cell column, pixel row, column)
+    filled = filled.swapaxes(1, 2)  # (cell row, pixel row, cell column, pixel column)
+    return filled.reshape(side * CELL, side * CELL)
+
+
 def _picture(glyphs, side, ground, rng):
     """side x side cells, filled row by row; the colours vary a little from example to example."""
-    cells = np.full((side * side, CELL, CELL), GROUND, np.uint8)
-    cells[: len(glyphs)] = glyphs
-    cells = cells.reshape(side, side, CELL, CELL)  # (cell row, cell column, pixel row, column)
-    cells = cells.swapaxes(1, 2)  # (cell row, pixel row, cell column, pixel column)
-    numbers = cells.reshape(side * CELL, side * CELL)  # (H, W)
+    numbers = _side_by_side(glyphs, side)  # (H, W)
     colours = np.array([ground, (232, 228, 218), (34, 32, 46), (242, 172, 40)])  # (4, 3)
     colours = colours + rng.integers(-12, 13, (4, 3))
     return Image.fromarray(colours.astype(np.uint8)[numbers])  # (H, W, 3)
