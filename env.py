@@ -10,8 +10,9 @@ the agent's business: the same text earns the same, and ends the same, under eve
     observation, info = episode.reset(seed=0)  # or options={"index": 7, "split": "eval"}
     observation, reward, terminated, truncated, info = episode.step("<see>352614263</see>")
 
-What is asked stands in `tasks`: DiceSum, ArrowPath and TextSum there, and SAPO/Dataset-v0 has the
-rows of a data set (tasks/dataset.py). TextSum has no "image" in its observations: it is the
+What is asked stands in `tasks`: DiceSum, DigitSum, ArrowPath and TextSum there; SAPO/Dataset-v0 has
+the rows of a data set (tasks/dataset.py), SAPO/ReasoningGym-v0 the items of one of the package
+reasoning-gym (tasks/reasoning.py). TextSum has no "image" in its observations: it is the
 text-only branch. SAPO/Treasure-v0 is a game: the world replies to a command, and the next turn
 begins (`GameEnv`; any object with `reset` and `step` is a game, tasks/games.py).
 
@@ -28,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tasks import CELL, END, GAMES, TASKS, Task, games
 from tasks.dataset import MAX_PROMPT, DatasetTask
+from tasks.reasoning import ReasoningGym
 
 # ------------------------------------------------------------------------------------- spaces
 
@@ -292,6 +294,26 @@ class DatasetEnv(SegmentEnv):
     def _observation(self):
         images = tuple(image.copy() for image in self._images)
         return {**super()._observation(), "images": images}
+
+
+class ReasoningGymEnv(SegmentEnv):
+    """A `SegmentEnv` of a data set of reasoning-gym, whose name and settings it takes as keywords.
+
+    The reward is what the data set's own grader gives, which may be a part of 1.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        max_segments=4096,
+        max_chars=16384,
+        format_reward=0.0,
+        render_mode=None,
+        **settings,
+    ):
+        task = ReasoningGym(dataset, **settings)
+        super().__init__(task, max_segments, max_chars, format_reward, render_mode)
+        self.observation_space.spaces["prompt"] = AnyText(MAX_PROMPT)
 
 
 # ------------------------------------------------------------- a game, turn by turn and in steps
@@ -622,3 +644,4 @@ for _task in TASKS:
 for _game in GAMES:
     _register(f"SAPO/{_game}-v0", "env:GameEnv", game=_game)
 _register("SAPO/Dataset-v0", "env:DatasetEnv")
+_register("SAPO/ReasoningGym-v0", "env:ReasoningGymEnv")

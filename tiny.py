@@ -30,8 +30,10 @@ from tasks import TAGS
 PATCH = 8  # pixels along the side of what the vision tower reads as one
 SHUFFLE = 2  # patches along the side of what becomes one image token
 BLOCK = PATCH * SHUFFLE  # pixels along the side of one image token: 16, a die or an arrow
+# A system turn is left out: what is asked of it the tiny model learns from demonstrations.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
 )

@@ -246,15 +246,21 @@ def encode(vlm: VLM, prompts: list[str], images: list, system: str = "") -> Inpu
         return _chat(vlm, prompt, count, system)
 
     texts = [chat(prompt, len(own)) for prompt, own in zip(prompts, pictures, strict=True)]
+    return _encoded(vlm, texts, pictures)
 
+
+def _encoded(vlm, texts, pictures, goes_on=False):
+    """Texts as the model reads them, each with its list of pictures -> Inputs. See `_process`."""
     numbers = {len(own) for own in pictures}
     if numbers == {0} or numbers == {1}:  # the usual case: the processor is called once
-        tensors = _process(vlm, texts, pictures)
+        tensors = _process(vlm, texts, pictures, goes_on)
         if all(len(tensor) == len(texts) for tensor in tensors.values()):
             return Inputs(tensors)
 
-    # Otherwise one prompt at a time, which shows what rows of a picture tensor belong to a prompt.
-    rows = [_process(vlm, [text], [own]) for text, own in zip(texts, pictures, strict=True)]
+    # Otherwise one text at a time, which shows what rows of a picture tensor belong to a text.
+    rows = [
+        _process(vlm, [text], [own], goes_on) for text, own in zip(texts, pictures, strict=True)
+    ]
     text_shape = rows[0]["input_ids"].shape
     tensors, counts = {}, {}
     for name in dict.fromkeys(name for row in rows for name in row):  # every name, once, in order
@@ -425,24 +431,31 @@ def encode_replies(vlm: VLM, replies: list[str], images: list) -> list[tuple[Ten
     images: for each reply a list of pictures, which may be empty. ValueError for a picture where
     the model is told of its prompt's pictures in a way that a reply's cannot be added to.
     """
+    texts = [
+        _between_turns(vlm, reply, len(own)) for reply, own in zip(replies, images, strict=True)
+    ]
+    if any(images):
+        inputs = _encoded(vlm, texts, images, goes_on=True)
+        _check_picture_of_reply(inputs)
+    else:
+        inputs = vlm.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        inputs = Inputs(inputs.to(vlm.model.device))
     encoded = []
-    for reply, own in zip(replies, images, strict=True):
-        if getattr(vlm.processor, "chat_template", None):
-            turns = [_turn("user", ""), _turn("assistant", MARK), _turn("user", reply, len(own))]
-            chat = vlm.processor.apply_chat_template(turns, add_generation_prompt=True)
-            text = chat.partition(MARK)[2]
-        else:
-            text = f"\n{reply}\n"
-        if own:
-            tensors = _process(vlm, [text], [own], goes_on=True)
-            _check_picture_of_reply(tensors)
-        else:
-            ids = vlm.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            tensors = {"input_ids": ids.to(vlm.model.device)}
-        of_text = tensors["input_ids"].shape
-        pictures = {name: part for name, part in tensors.items() if part.shape != of_text}
-        encoded.append((tensors["input_ids"][0], pictures))
+    for row in range(len(texts)):
+        own = take(inputs, torch.tensor([row]))
+        ids, is_text = own["input_ids"], own["attention_mask"].bool()
+        pictures = {name: part for name, part in own.items() if part.shape != ids.shape}
+        encoded.append((ids[is_text], pictures))
     return encoded
+
+
+def _between_turns(vlm, reply, count):
+    """The text from the end of one turn of the policy to the start of its next."""
+    if not getattr(vlm.processor, "chat_template", None):
+        return f"\n{reply}\n"
+    turns = [_turn("user", ""), _turn("assistant", MARK), _turn("user", reply, count)]
+    chat = vlm.processor.apply_chat_template(turns, add_generation_prompt=True)
+    return chat.partition(MARK)[2]
 
 
 def _check_picture_of_reply(tensors):

@@ -23,6 +23,8 @@ follow a bad habit (a six taken for a five, a carry forgotten, an arrow up taken
     treasure.py  Treasure, a game: find the key, open the door, take what lies behind it
     dataset.py   your own pictures, questions and answers
     grading.py   how their answers are compared
+    reasoning.py any data set of the package reasoning-gym, with its own grader
+    judge.py     the process in which graders work that may never end
 
 A task of your own is a class like TextSum. Left out on purpose: partial credit, which would give
 away what SAPO has to find out.

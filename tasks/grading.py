@@ -5,26 +5,18 @@ r"""Is a free-form answer right? "1/2" is 0.5, and \sqrt{12} is 2\sqrt{3}.
     same         is the given answer the true one?
 
 `same` settles by itself what it can: equal texts and plain numbers. All else goes to the package
-math-verify, if it is installed, in a process of its own: some answers would keep it busy for ever,
-and nothing but a process can be stopped for sure.
+math-verify, if it is installed, in a process of its own (tasks/judge.py).
 """
 
 import functools
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-import threading
 from fractions import Fraction
-from multiprocessing.connection import wait
 
 from tasks.base import END
+from tasks.judge import Judge
 
 MAX_ANSWER = 1000  # characters; a longer answer is wrong
-DEADLINE = 5.0  # seconds that math-verify may take for one answer
-START_DEADLINE = 120  # seconds that it may take to be imported
 
 
 # ------------------------------------------------------------------- the answer in a response
@@ -118,7 +110,7 @@ def same(given, true):
         return _number(tidy_given) == _number(tidy_true)
     if _has_only_words(true) or importlib.util.find_spec("math_verify") is None:
         return False
-    return _ask_math_verify(given, true)
+    return bool(_MATH_VERIFY(given, true))
 
 
 def _number(text):
@@ -132,78 +124,15 @@ def _has_only_words(text):
 
 # ------------------------------------------------------- math-verify, in a process of its own
 
-# The whole program of the process, the worker: a line of JSON comes in, [given, true], and a line
-# with 1 or 0 goes out.
-_WORKER_PROGRAM = r"""
-import json, signal, sys
+_MATH_VERIFY = Judge(
+    "math-verify",
+    r"""
 from math_verify import LatexExtractionConfig, parse, verify
 
 def read(text):  # as LaTeX only: plain expressions would go through Python's eval
     return parse(r"\boxed{" + text + "}", [LatexExtractionConfig()], parsing_timeout=None)
 
-deadline = float(sys.argv[1])
-print("ready", flush=True)
-for line in sys.stdin:
-    signal.setitimer(signal.ITIMER_REAL, 2 * deadline)  # kills it, should the parent be gone
-    try:
-        given, true = map(read, json.loads(line))
-        print(int(verify(true, given, timeout_seconds=None)), flush=True)
-    except Exception:
-        print(0, flush=True)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-"""
-
-# Threads take turns at the worker. A fork waits for its turn, too: else the child could begin with
-# a lock that is held by a thread which it does not have.
-_LOCK = threading.Lock()
-os.register_at_fork(
-    before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
+def judge(given, true):
+    return verify(read(true), read(given), timeout_seconds=None)
+""",
 )
-
-
-def _ask_math_verify(given, true):
-    """math-verify's verdict, or False after DEADLINE; then its process is killed.
-
-    The library's own limit, an alarm, would not do: it works in the main thread only, and stops no
-    long multiplication.
-    """
-    with _LOCK:
-        has_ended = _worker(os.getpid()).poll() is not None  # killed, by us or by something else
-        if has_ended:
-            _worker.cache_clear()
-        worker = _worker(os.getpid())
-        reply = b""
-        try:
-            worker.stdin.write(json.dumps([given, true]).encode() + b"\n")
-            if wait([worker.stdout], DEADLINE):
-                reply = worker.stdout.readline()
-        finally:  # also after Ctrl-C: the next question must not get this one's reply
-            if reply not in (b"0\n", b"1\n"):
-                with worker:  # closes the pipes and waits
-                    worker.kill()
-    return reply == b"1\n"
-
-
-@functools.lru_cache(1)
-def _worker(pid):
-    """The worker of this process, whose id is `pid`: forks have their own. RuntimeError if it does
-    not start.
-
-    It hangs on bare pipes: `multiprocessing` would run the caller's __main__ again, and refuses to
-    work in a daemonic process. It ends when its pipe does. Its session is its own, so that Ctrl-C
-    does not reach it.
-    """
-    worker = subprocess.Popen(
-        [sys.executable, "-c", _WORKER_PROGRAM, str(DEADLINE)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-        start_new_session=True,
-    )
-    is_ready = wait([worker.stdout], START_DEADLINE) and worker.stdout.readline()
-    if not is_ready:
-        raise RuntimeError(
-            "math-verify is installed, but fails: try python -c 'import math_verify'"
-        )
-    return worker

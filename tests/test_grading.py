@@ -116,7 +116,7 @@ def grade(task, given, true):
 @pytest.fixture
 def without_math_verify(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    monkeypatch.setattr(grading, "_worker", lambda pid: pytest.fail("a worker was asked for"))
+    monkeypatch.setattr(grading, "_MATH_VERIFY", lambda *_: pytest.fail("it was asked"))
     same.cache_clear()
     yield
     same.cache_clear()
@@ -151,7 +151,7 @@ def test_the_table_with_math_verify(styled, style):
     ],
 )
 def test_equal_texts_plain_numbers_and_words_ask_no_worker(monkeypatch, answer, true, right):
-    monkeypatch.setattr(grading, "_ask_math_verify", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(grading, "_MATH_VERIFY", lambda *_: pytest.fail("asked"))
     same.cache_clear()
     assert same(answer, true) is right
 
@@ -238,7 +238,7 @@ def test_tags_earn_nothing_against_the_rules_of_read_answer(styled, text):
 def test_any_text_is_graded(styled, text, true):
     """Without math-verify, which has its own test: an exception would be ours."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grading, "_ask_math_verify", lambda *_: False)
+        patch.setattr(grading, "_MATH_VERIFY", lambda *_: False)
         assert same(text, true) in (True, False)
         for style, task in styled.items():
             assert task.grade(asking(true or "0"), text) in (0.0, 1.0)

@@ -1,4 +1,4 @@
-"""tasks/grading.py: the process in which math-verify works always answers, and always ends."""
+"""tasks/judge.py: the process in which math-verify works always answers, and always ends."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from task_responses import latex_soup
 
-from tasks import grading
+from tasks import grading, judge
 from tasks.grading import same
 
 pytest.importorskip("math_verify", reason="needs: pip install math-verify")
@@ -29,7 +29,7 @@ def nothing_known():
 
 
 def this_worker():
-    return grading._worker(os.getpid())
+    return grading._MATH_VERIFY.process
 
 
 @settings(max_examples=25)
@@ -42,14 +42,16 @@ def test_any_text_gets_a_verdict(text):
 def test_an_answer_that_never_ends_is_wrong_and_the_next_one_gets_its_verdict(monkeypatch):
     same(r"\frac{2}{4}", HALF)  # started
     worker = this_worker()
-    monkeypatch.setattr(grading, "DEADLINE", 1.0)
+    monkeypatch.setattr(grading._MATH_VERIFY, "deadline", 1.0)
     same.cache_clear()
     start = time.perf_counter()
     assert same(TOWER, "16") is False
     assert 0.9 < time.perf_counter() - start < 4
     assert worker.returncode == -signal.SIGKILL
     assert worker.stdin.closed and worker.stdout.closed
-    monkeypatch.setattr(grading, "DEADLINE", 20.0)  # a busy machine needs more for the first answer
+    monkeypatch.setattr(
+        grading._MATH_VERIFY, "deadline", 20.0
+    )  # a busy machine needs more for the first answer
     assert same(r"\frac{3}{6}", HALF) is True and this_worker().pid != worker.pid
     start = time.perf_counter()
     assert same(TOWER, "16") is False and time.perf_counter() - start < 0.5  # known
@@ -69,7 +71,7 @@ def test_a_question_that_was_interrupted_does_not_leave_its_reply_to_the_next(mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(grading, "wait", interrupted)
+        patch.setattr(judge, "wait", interrupted)
         same(r"\frac{7}{14}", HALF)
     assert not same(r"\frac{1}{3}", HALF)
 
@@ -97,22 +99,17 @@ def test_threads_take_turns():
 def test_a_reply_that_is_no_verdict_ends_the_worker(monkeypatch):
     """Something printed into the pipe: from then on every question would get the reply to the one
     before."""
-    grading._worker.cache_clear()
-    question = "        given, true ="
-    assert question in grading._WORKER_PROGRAM
-    chatty = grading._WORKER_PROGRAM.replace(
-        question, f"        print('hm', flush=True)\n{question}"
-    )
+    chatty = f"print('hm', flush=True)\n{grading._MATH_VERIFY.program}"
     with monkeypatch.context() as patch:
-        patch.setattr(grading, "_WORKER_PROGRAM", chatty)
+        patch.setattr(grading, "_MATH_VERIFY", judge.Judge("math-verify", chatty))
         assert not same(r"\frac{2}{4}", HALF)
     assert not same(r"\frac{2}{6}", HALF) and same(r"\frac{3}{6}", HALF)
 
 
 def test_a_broken_math_verify_is_told(monkeypatch):
-    grading._worker.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(grading, "_WORKER_PROGRAM", "import no_such_package")
+        broken = judge.Judge("math-verify", "import no_such_package")
+        patch.setattr(grading, "_MATH_VERIFY", broken)
         with pytest.raises(RuntimeError, match="math-verify is installed, but fails"):
             same(r"\frac{2}{4}", HALF)
     assert same(r"\frac{2}{4}", HALF)
@@ -177,10 +174,10 @@ def test_no_worker_outlives_its_parent(end):
             "import os, threading, time",
             "from tasks import grading",
             "from tasks.grading import same",
-            "grading.DEADLINE = 2.0",
+            "grading._MATH_VERIFY.deadline = 2.0",
             f"TOWER = {TOWER!r}",
             r"same(r'\frac{1}{2}', r'\frac{2}{4}')",
-            "print(grading._worker(os.getpid()).pid, flush=True)",
+            "print(grading._MATH_VERIFY.process.pid, flush=True)",
             ENDS[end],
         ]
     )
