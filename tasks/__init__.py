@@ -21,6 +21,7 @@ follow a bad habit (a six taken for a five, a carry forgotten, an arrow up taken
     pictures.py  how dice and arrows are drawn, and pictures of any kind made RGB
     games.py     worlds that answer: what a game is, and how one becomes something to learn from
     treasure.py  Treasure, a game: find the key, open the door, take what lies behind it
+    babyai.py    the levels of BabyAI, as games
     dataset.py   your own pictures, questions and answers
     grading.py   how their answers are compared
     reasoning.py any data set of the package reasoning-gym, with its own grader
@@ -31,6 +32,7 @@ away what SAPO has to find out.
 """
 
 from tasks.arrows import ArrowPath
+from tasks.babyai import BabyAI
 from tasks.base import CELL, END, SPLITS, TAGS, Example, Task, read_answer, until_end
 from tasks.dice import DiceSum
 from tasks.digits import DigitSum
@@ -38,7 +40,7 @@ from tasks.sums import TextSum
 from tasks.treasure import Treasure
 
 TASKS = {"DiceSum": DiceSum, "ArrowPath": ArrowPath, "TextSum": TextSum, "DigitSum": DigitSum}
-GAMES = {"Treasure": Treasure}
+GAMES = {"Treasure": Treasure, "BabyAI": BabyAI}
 
 __all__ = [
     "CELL",
@@ -48,6 +50,7 @@ __all__ = [
     "TAGS",
     "TASKS",
     "ArrowPath",
+    "BabyAI",
     "DiceSum",
     "DigitSum",
     "Example",
