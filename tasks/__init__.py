@@ -22,6 +22,7 @@ follow a bad habit (a six taken for a five, a carry forgotten, an arrow up taken
     games.py     worlds that answer: what a game is, and how one becomes something to learn from
     treasure.py  Treasure, a game: find the key, open the door, take what lies behind it
     babyai.py    the levels of BabyAI, as games
+    textworld.py games made by the package textworld, seen in one line
     dataset.py   your own pictures, questions and answers
     grading.py   how their answers are compared
     reasoning.py any data set of the package reasoning-gym, with its own grader
@@ -37,10 +38,11 @@ from tasks.base import CELL, END, SPLITS, TAGS, Example, Task, read_answer, unti
 from tasks.dice import DiceSum
 from tasks.digits import DigitSum
 from tasks.sums import TextSum
+from tasks.textworld import TextWorld
 from tasks.treasure import Treasure
 
 TASKS = {"DiceSum": DiceSum, "ArrowPath": ArrowPath, "TextSum": TextSum, "DigitSum": DigitSum}
-GAMES = {"Treasure": Treasure, "BabyAI": BabyAI}
+GAMES = {"Treasure": Treasure, "BabyAI": BabyAI, "TextWorld": TextWorld}
 
 __all__ = [
     "CELL",
@@ -56,6 +58,7 @@ __all__ = [
     "Example",
     "Task",
     "TextSum",
+    "TextWorld",
     "Treasure",
     "read_answer",
     "until_end",

@@ -88,6 +88,7 @@ class GameTask:
         if not all(callable(getattr(game, method, None)) for method in ("reset", "step")):
             raise ValueError(f"game={game!r}: expected an object with the methods reset and step")
         self.game = game
+        self._checked_game = copy.deepcopy(game)  # in the other one an episode may be under way
         # Its attributes that are plain values, before it has been played
         self.settings = {
             name: value
@@ -138,7 +139,7 @@ class GameTask:
         characters count through all turns. [] for a game that does not know."""
         if not hasattr(self.game, "check"):
             return []
-        game = copy.deepcopy(self.game)  # an episode may be under way in this one
+        game = self._checked_game
         game.reset(example.content[0])
         steps, start = [], 0
         for turn in turns:
