@@ -116,10 +116,11 @@ def responses_per_prompt(method: Method) -> int:
 def check(settings, has_picture: bool, replies: bool = False) -> None:
     """ValueError if the batch does not divide into groups or trees, SRPO finds no picture, or a
     method cannot play a world that replies."""
-    if replies and settings.credit in ("roles", "continuations", "tree"):
+    if replies and settings.credit in ("roles", "tree"):
         raise ValueError(
             f"--method {settings.method}: {settings.env} replies, and --credit {settings.credit} "
-            "is for answers of one turn; choose --method sapo, ppo, vc-ppo, grpo or gspo"
+            "is for answers of one turn; choose --method sapo, ppo, vc-ppo, grpo, gspo, spo-chain "
+            "or vineppo"
         )
     per_prompt = responses_per_prompt(settings)
     if settings.batch % per_prompt:
@@ -286,40 +287,26 @@ def role_weights(
 # ------------------------------------------------------------------------- SPO-chain, VinePPO
 
 
-def continuation_values(
-    ends: Tensor,
-    mask: Tensor,
-    texts: list[list[str]],
-    settings,
-    continue_from: Callable,
-    reward_of: Callable,
-) -> Tensor:
-    """Monte-Carlo values: V(s_m) is the mean reward of fresh continuations of the prefix before
-    segment m (arXiv:2505.23564, arXiv:2410.01679).
+def continuation_values(ends: Tensor, mask: Tensor, settings, rewards_after: Callable) -> Tensor:
+    """Monte-Carlo values: V(s_m) is the mean of what fresh continuations of the prefix before
+    segment m earn (arXiv:2505.23564, arXiv:2410.01679).
 
-    There are `settings.continuations` of each, and prefix and continuation together have at most
-    `settings.max_new_tokens` tokens. `sapo.segment_gae` at lambda 0 turns the values into SPO's
-    advantages: V(s_{m+1}) - V(s_m), and R - V(s_M) for the last segment.
+    There are `settings.continuations` of each. `sapo.segment_gae` at lambda 0 turns the values into
+    SPO's advantages: r_m + V(s_{m+1}) - V(s_m), and R - V(s_M) for the last segment.
 
-    texts                               what each token of each response reads
-    continue_from(rows, lengths, limit) continues response rows[k] after its first lengths[k]
-                                        tokens, by at most `limit` tokens; gives their texts
-    reward_of(row, prefix, text)        the reward of a prefix and its continuation
+    rewards_after(rows, positions)  continues response rows[k] after its first positions[k] tokens,
+                                    for at most `settings.batch` of them at once; gives the reward
+                                    that each earns from there on
 
     -> (B, T), read at segment starts and 0 elsewhere. ValueError for fewer than 1 continuation.
     """
-    count, longest = settings.continuations, settings.max_new_tokens
+    count = settings.continuations
     if count < 1:
         raise ValueError(f"continuations: {count}, expected at least 1")
     states = sapo.boundaries(ends, mask).nonzero()  # (K, 2): row, position
     rewards = []
     for part in states.repeat_interleave(count, 0).split(settings.batch):
-        rows, positions = part.unbind(1)
-        limit = longest - int(positions.min())  # the shortest prefix of the part has most room
-        continued = continue_from(rows, positions, limit)
-        for (row, t), pieces in zip(part.tolist(), continued, strict=True):
-            prefix = "".join(texts[row][:t])
-            rewards.append(reward_of(row, prefix, "".join(pieces[: longest - t])))
+        rewards += rewards_after(*part.unbind(1))
     values = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     per_state = torch.tensor(rewards, device=mask.device).view(-1, count)  # (K, count)
     values[states.unbind(1)] = per_state.mean(1)

@@ -36,6 +36,7 @@ class Responses:
     #                  were heard from a world that replies (inputs["heard"])
     texts: list[list[str]]  # what each token reads; the written ones join to its text
     tree: baselines.Tree | None  # how responses share their beginnings (SPO-tree)
+    transcripts: vlm.Transcripts | None  # of games: the same, from which to play on
 
 
 @dataclass
@@ -171,50 +172,64 @@ def respond(run, indices, split) -> Responses:
     indices = indices[prompt.numpy()]  # one row per leaf
     texts = vlm.token_texts(run.models.policy, tokens, written, env.END)
     envs, inputs = ask(run, indices, split)
-    return Responses(indices, envs, inputs, tokens, written, texts, tree)
+    return Responses(indices, envs, inputs, tokens, written, texts, tree, transcripts=None)
 
 
 def play(run, indices, split, temperature, top_p=1.0) -> Responses:
-    """One response to each prompt, with the replies of worlds that reply: turn by turn, until no
-    episode goes on. An answer to a question is an episode of one turn."""
-    envs, asked = ask(run, indices, split)
-    inputs, replies = asked, run.grading_env.unwrapped.task.replies
-    if replies and vlm.keeps(asked):
-        inputs = vlm.kept(run.models.policy, asked)
-    tokens, written, texts = write(run, inputs, temperature, top_p)
-    if not replies:
-        return Responses(indices, envs, asked, tokens, written, texts, tree=None)
+    """One response to each prompt, with the replies of worlds that reply. An answer to a question
+    is an episode of one turn."""
+    envs, inputs = ask(run, indices, split)
+    if not run.grading_env.unwrapped.task.replies:
+        tokens, written, texts = write(run, inputs, temperature, top_p)
+        return Responses(indices, envs, inputs, tokens, written, texts, tree=None, transcripts=None)
+    transcripts = vlm.Transcripts(run.models.policy, inputs)
+    texts, _ = play_on(run, envs, transcripts, temperature, top_p)
+    inputs, tokens, written = transcripts.tensors()
+    return Responses(indices, envs, inputs, tokens, written, texts, None, transcripts)
 
-    policy = run.models.policy
-    transcripts = vlm.Transcripts(policy, asked)
-    all_texts = [[] for _ in envs]
-    live = list(range(len(envs)))
+
+def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[str]], list[float]]:
+    """Play games on from where they stand, turn by turn, until none goes on; the transcripts grow.
+
+    -> (what each new token reads, the reward from here on) of each episode.
+    """
+    policy, longest = run.models.policy, run.settings.max_new_tokens
+    texts, rewards = [[] for _ in envs], [0.0] * len(envs)
+    live = list(range(len(envs)))  # the rows whose game goes on
+    in_turn = [transcripts.open_turn(row) for row in live]  # tokens of its turn that it has already
+    inputs = transcripts.prompts(live)
+    if vlm.keeps(inputs):
+        inputs = vlm.kept(policy, inputs)
     while True:
+        limit = longest - min(in_turn)
+        tokens, written, pieces_of = write(run, inputs, temperature, top_p, limit)
         heard = {}  # row -> the observation after its turn, of the episodes that go on
-        for row, of_row, was_written, pieces in zip(live, tokens, written, texts, strict=True):
-            transcripts.write(row, of_row[was_written])
-            all_texts[row] += pieces
-            observation, _, terminated, truncated, _ = envs[row].step("".join(pieces))
+        for k, row in enumerate(live):
+            room = longest - in_turn[k]
+            written[k] &= written[k].cumsum(0) <= room
+            pieces = pieces_of[k][:room]
+            transcripts.write(row, tokens[k][written[k]])
+            texts[row] += pieces
+            observation, reward, terminated, truncated, _ = envs[row].step("".join(pieces))
+            rewards[row] += reward
             # a turn that is not closed was cut off at --max_new_tokens: the episode stops there
             if not (terminated or truncated or envs[row].unwrapped.turn_is_open):
                 heard[row] = observation
         if not heard:
-            break
+            return texts, rewards
         words = [observation["reply"] for observation in heard.values()]
         pictures = [pictures_of(observation) for observation in heard.values()]
         encoded = vlm.encode_replies(policy, words, pictures)
         for row, (of_row, of_pictures) in zip(heard, encoded, strict=True):
             transcripts.hear(row, of_row, of_pictures)
-            all_texts[row] += [policy.tokenizer.decode([token]) for token in of_row]
+            texts[row] += [policy.tokenizer.decode([token]) for token in of_row]
         if "past_key_values" in inputs:
             going_on = [live.index(row) for row in heard]
             inputs = vlm.continued(policy, inputs, going_on, tokens, written, encoded)
         else:
             inputs = transcripts.prompts(list(heard))
         live = list(heard)
-        tokens, written, texts = write(run, inputs, temperature, top_p)
-    inputs, tokens, written = transcripts.tensors()
-    return Responses(indices, envs, inputs, tokens, written, all_texts, tree=None)
+        in_turn = [0] * len(live)
 
 
 def continue_responses(run, inputs, rows, prefix, lengths, limit):
@@ -263,21 +278,46 @@ def _at_once(run):
 
 def sampled_values(run, responses, ends, used, split) -> Tensor:
     """V at each segment's start by fresh continuations (SPO-chain, VinePPO). (B, T)."""
+    rewards_after = _played_after if responses.transcripts else _answered_after
 
-    def continue_from(rows, lengths, limit):
-        prefix = responses.tokens[rows]
-        _, _, texts = continue_responses(run, responses.inputs, rows, prefix, lengths, limit)
-        return texts
+    def rewards(rows, positions):
+        return rewards_after(run, responses, rows, positions, split)
 
-    def reward_of(row, prefix, text):
-        index = int(responses.indices[row])
+    values = baselines.continuation_values(ends, used, run.settings, rewards)
+    begin_again(responses, split)  # games were played on in the same environments
+    return values
+
+
+def _answered_after(run, responses, rows, positions, split):
+    """What continuations of answers earn. Prefix and continuation have at most --max_new_tokens."""
+    longest, prefixes = run.settings.max_new_tokens, responses.tokens[rows]
+    limit = longest - int(positions.min())  # the shortest prefix has most room
+    _, _, texts = continue_responses(run, responses.inputs, rows, prefixes, positions, limit)
+    rewards = []
+    for row, t, pieces in zip(rows.tolist(), positions.tolist(), texts, strict=True):
+        index, prefix = int(responses.indices[row]), "".join(responses.texts[row][:t])
         run.grading_env.reset(options={"index": index, "split": split, "response": prefix})
-        _, reward, *_ = run.grading_env.step(text)
-        return reward
+        _, reward, *_ = run.grading_env.step("".join(pieces[: longest - t]))
+        rewards.append(reward)
+    return rewards
 
-    return baselines.continuation_values(
-        ends, used, responses.texts, run.settings, continue_from, reward_of
-    )
+
+def _played_after(run, responses, rows, positions, split):
+    """What games earn that are played on from the middle: their commands are given again."""
+    envs = run.envs[: len(rows)]
+    for episode, row, t in zip(envs, rows.tolist(), positions.tolist(), strict=True):
+        index, prefix = int(responses.indices[row]), written_text(responses, row, t)
+        episode.reset(options={"index": index, "split": split, "response": prefix})
+    transcripts = responses.transcripts.up_to(rows, positions)
+    _, rewards = play_on(run, envs, transcripts, run.settings.temperature)
+    return rewards
+
+
+def written_text(responses, row, end=None) -> str:
+    """What the policy wrote in a response's first `end` tokens, without what it heard."""
+    was_written = responses.written[row].tolist()
+    pieces = responses.texts[row][:end]
+    return "".join(piece for t, piece in enumerate(pieces) if was_written[t])
 
 
 @torch.no_grad()

@@ -483,7 +483,8 @@ class Transcripts:
         empty = inputs["input_ids"].new_zeros(0)
         self.tokens = [empty] * count  # of each row, (T of the row,)
         self.written = [empty.bool()] * count  # which of them the policy wrote
-        self.pictures = [[] for _ in range(count)]  # picture tensors of each reply, by name
+        # (tokens before it, its picture tensors by name) of each reply that has pictures
+        self.pictures = [[] for _ in range(count)]
 
     def write(self, row: int, tokens: Tensor):
         """The policy wrote these tokens."""
@@ -491,9 +492,23 @@ class Transcripts:
 
     def hear(self, row: int, tokens: Tensor, pictures: dict):
         """The world replied: an item of `encode_replies`."""
-        self._append(row, tokens, False)
         if pictures:
-            self.pictures[row].append(pictures)
+            self.pictures[row].append((len(self.tokens[row]), pictures))
+        self._append(row, tokens, False)
+
+    def open_turn(self, row: int) -> int:
+        """How many tokens the policy has written since it last heard something."""
+        heard = (~self.written[row]).nonzero()
+        return len(self.written[row]) - (int(heard[-1]) + 1 if len(heard) else 0)
+
+    def up_to(self, rows: Tensor, lengths: Tensor) -> "Transcripts":
+        """New ones: the first lengths[k] tokens of row rows[k]."""
+        shorter = Transcripts(self.vlm, take(self.inputs, rows))
+        for k, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
+            shorter.tokens[k] = self.tokens[row][:length]
+            shorter.written[k] = self.written[row][:length]
+            shorter.pictures[k] = [part for part in self.pictures[row] if part[0] < length]
+        return shorter
 
     def _append(self, row, tokens, is_written):
         self.tokens[row] = torch.cat([self.tokens[row], tokens])
@@ -526,7 +541,10 @@ class Transcripts:
         taken = take(self.inputs, torch.tensor(list(rows)))
         if not any(self.pictures[row] for row in rows):
             return taken
-        own = [[take(self.inputs, [row]), *self.pictures[row]] for row in rows]
+        own = [
+            [take(self.inputs, [row]), *(pictures for _, pictures in self.pictures[row])]
+            for row in rows
+        ]
         pictures = _joined_pictures(self.vlm, own)
         return Inputs({**taken, **pictures}, {**_counts(taken), **_counts(pictures)})
 

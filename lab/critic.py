@@ -164,7 +164,8 @@ def ceiling(run, batch, responses, continuations):
         batch.tokens[rows],
         batch.written[rows],
         batch.texts[:responses],
-        None,
+        tree=None,
+        transcripts=None,
     )
     episodes = sapo.Rollout(
         **{name: tensor[rows] for name, tensor in vars(batch.rollout).items() if tensor is not None}

@@ -55,23 +55,19 @@ every_chain = pytest.mark.parametrize("seed", [0, 1])
 def chain_values(seed):
     """(the chain, values (B, T), how often each (row, prefix) was graded)."""
     chain = Chain(seed)
-    settings = SimpleNamespace(continuations=COUNT, max_new_tokens=4, batch=3000)
+    settings = SimpleNamespace(continuations=COUNT, batch=3000)
     graded = {}
 
-    def continue_from(rows, lengths, limit):
-        assert limit == 4 - lengths.min()
+    def rewards_after(rows, positions):
         assert len(rows) <= 3000
-        stems = zip(rows.tolist(), lengths.tolist(), strict=True)
-        return [chain.continuation(STRINGS[row][:t]) for row, t in stems]
+        rewards = []
+        for row, t in zip(rows.tolist(), positions.tolist(), strict=True):
+            prefix = STRINGS[row][:t]
+            graded[row, prefix] = graded.get((row, prefix), 0) + 1
+            rewards.append(chain.rewards[prefix + "".join(chain.continuation(prefix))])
+        return rewards
 
-    def reward_of(row, prefix, text):
-        graded[row, prefix] = graded.get((row, prefix), 0) + 1
-        return chain.rewards[prefix + text]
-
-    texts = [list(string) for string in STRINGS]
-    values = baselines.continuation_values(
-        CHAIN_ENDS, CHAIN_MASK, texts, settings, continue_from, reward_of
-    )
+    values = baselines.continuation_values(CHAIN_ENDS, CHAIN_MASK, settings, rewards_after)
     return chain, values, graded
 
 
@@ -106,31 +102,6 @@ def test_at_lambda_0_the_values_give_spos_advantages(seed):
     assert_close(advantages[1], torch.stack([first, second, second, third]))
 
 
-def test_continuations_stop_at_the_longest_response():
-    """They are asked for together, by what the shortest prefix may add, and cut off one by one."""
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.bool)
-    ends = torch.tensor([[1, 0, 1], [1, 0, 0]], dtype=torch.bool)
-    graded = []
-
-    def continue_from(rows, lengths, limit):
-        return [["x"] * limit for _ in rows]
-
-    def reward_of(row, prefix, text):
-        graded.append(prefix + text)
-        return 1.0
-
-    values = baselines.continuation_values(
-        ends,
-        mask,
-        [list("abc"), list("d")],
-        SimpleNamespace(continuations=1, max_new_tokens=3, batch=8),
-        continue_from,
-        reward_of,
-    )
-    assert graded == ["xxx", "axx", "xxx"]
-    assert values.tolist() == [[1, 1, 0], [1, 0, 0]]
-
-
 def test_each_value_is_the_mean_of_its_own_continuations():
     """Rewards 0, 1, 2, ... in the order of asking, three for each segment start."""
     mask = ends = torch.ones(2, 2, dtype=torch.bool)
@@ -138,17 +109,15 @@ def test_each_value_is_the_mean_of_its_own_continuations():
     values = baselines.continuation_values(
         ends,
         mask,
-        [["a", "b"], ["c", "d"]],
-        SimpleNamespace(continuations=3, max_new_tokens=4, batch=5),
-        lambda rows, lengths, limit: [["x"] for _ in rows],
-        lambda row, prefix, text: float(next(count)),
+        SimpleNamespace(continuations=3, batch=5),
+        lambda rows, positions: [float(next(count)) for _ in rows],
     )
     assert values.tolist() == [[1, 4], [7, 10]]
 
 
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_continuation_at_all_is_refused(count):
-    settings = SimpleNamespace(continuations=count, max_new_tokens=4, batch=8)
+    settings = SimpleNamespace(continuations=count, batch=8)
     mask = torch.ones(1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="continuations"):
-        baselines.continuation_values(mask, mask, [["a", "b"]], settings, None, None)
+        baselines.continuation_values(mask, mask, settings, None)

@@ -301,6 +301,23 @@ def test_a_continuation_is_graded_as_an_answer_to_its_own_prompt(runs, monkeypat
     assert (batch.rollout.values[:, 0] == 1).all()
 
 
+def test_continuations_stop_at_the_longest_response(runs, monkeypatch):
+    """They are asked for together, by what the shortest prefix may add, and cut off one by one."""
+    run = built(runs, "--name", "longest", "--max_new_tokens", "6")
+    batch = rollout.collect(run, np.arange(4))
+    limits, graded = [], []
+
+    def continued(run, inputs, rows, prefix, lengths, limit):
+        limits.append(limit)
+        return None, None, [["x"] * limit for _ in rows]
+
+    monkeypatch.setattr(rollout, "continue_responses", continued)
+    monkeypatch.setattr(run.grading_env, "step", lambda text: (graded.append(text), 1.0))
+    rows, positions = torch.tensor([0, 1]), torch.tensor([0, 2])
+    assert rollout._answered_after(run, batch, rows, positions, "train") == [1.0, 1.0]
+    assert limits == [6] and graded == ["x" * 6, "x" * 4]
+
+
 def test_spo_chain_learns_from_improbable_tokens_alone(runs):
     run, batch = collected(runs, "spo-chain-mask", "--method", "spo-chain")
     credit = train.assign_credit(run, batch)

@@ -317,6 +317,49 @@ def test_demonstrations_are_transcripts_as_in_training(tmp_path):
         assert count == len(turns), "the prompt's picture, and one for each reply"
 
 
+def test_a_game_is_played_on_from_its_middle(spelling):
+    """From the second turn of "bacab" and from within the second of "cab": what was earned before
+    does not count, and pictures and replies come along."""
+    script = {0: ["c", "x", "a", "b"], 1: ["b", "a", "c", "a", "b"]}
+    spelling.script = {row: [act(letter) for letter in turns] for row, turns in script.items()}
+    batch = rollout.collect(spelling, np.array([1, 3]))
+    said = "".join(batch.texts[1])
+    second_turn = next(
+        t
+        for t in range(len(batch.texts[1]))
+        if "".join(batch.texts[1][:t]) == said[: said.index("<act>a")]
+    )
+    starts_turn = (batch.rollout.mask[0] & ~batch.rollout.mask[0].roll(1)).nonzero().flatten()
+    within = int(starts_turn[1]) + 1  # "<act>" has been written
+    spelling.script = {0: ["a</act>", act("b")], 1: [act(letter) for letter in "acza"]}
+    spelling.script[1].append("<end_of_utterance>")
+    spelling.asked.clear()
+    rows, positions = torch.tensor([0, 1]), torch.tensor([within, second_turn])
+    earned = rollout._played_after(spelling, batch, rows, positions, "train")
+    assert earned == [2.0, 3.0]
+    assert spelling.asked == [2, 2, 1, 1, 1]
+
+    shorter = batch.transcripts.up_to(rows, positions)
+    inputs, tokens, written = shorter.tensors()
+    assert [len(shorter.pictures[k]) for k in range(2)] == [1, 1]
+    assert torch.equal(tokens[0][: positions[0]], batch.tokens[0][: positions[0]])
+    assert [shorter.open_turn(k) for k in range(2)] == [1, 0]
+    assert [batch.transcripts.open_turn(k) for k in range(2)] == [3, 3]
+
+
+@pytest.mark.parametrize("method", ["vineppo", "spo-chain"])
+def test_sampled_values_of_a_game_are_shares_and_leave_the_games_where_they_were(tmp_path, method):
+    argv = [*GAME, *QUICK, "--runs", str(tmp_path), "--method", method, "--continuations", "2"]
+    argv += ["--max_new_tokens", "12", "--warm_start_steps", "3", "--warm_start_batch", "4"]
+    run = train.build(*train.parse(argv))
+    batch = rollout.collect(run, np.arange(4))
+    values = batch.rollout.values[sapo.boundaries(batch.rollout.ends, batch.rollout.mask)]
+    assert set(values.tolist()) <= {0.0, 0.5, 1.0}
+    train_split = [f"train/{index}" for index in range(4)]
+    assert [episode.unwrapped.example.key for episode in batch.envs] == train_split
+    assert np.isfinite(train.iterate(run)["policy_loss"])
+
+
 @pytest.mark.parametrize("flags", [[], ["--method", "ppo"], ["--method", "grpo", "--group", "2"]])
 def test_a_game_is_trained_end_to_end(tmp_path, flags):
     argv = [*GAME, *QUICK, "--runs", str(tmp_path), "--name", "game", *flags]
@@ -340,7 +383,7 @@ def test_a_turn_can_be_the_segment(tmp_path):
     assert ends.tolist() == [[False, True, False, False, True]]
 
 
-@pytest.mark.parametrize("method", ["spo-chain", "vineppo", "spo-tree", "srpo"])
+@pytest.mark.parametrize("method", ["spo-tree", "srpo"])
 def test_methods_for_one_turn_are_refused_in_one_line(tmp_path, method):
     argv = [*GAME, "--batch", "64", "--method", method, "--runs", str(tmp_path)]
     with pytest.raises(SystemExit, match=f"--method {method}: SAPO/Treasure-v0 replies"):
