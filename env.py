@@ -327,7 +327,8 @@ class GameEnv(Episode):
     the observation. A reward belongs to the segment that closed the command. `END` ends the
     episode.
 
-    game             a game, or the name of one of ours ("Treasure") with its settings as keywords
+    game             a game; or a class of games, or the name of one of ours ("Treasure"), with its
+                     settings as keywords
     max_turns        at which an episode is truncated, if the game has not ended it before
     max_segments     the same, in segments: generous, as one token per action is legal too
     max_chars        the same, in characters that the policy wrote; a longer reply is cut off there
@@ -350,9 +351,12 @@ class GameEnv(Episode):
         self._settle(render_mode, **limits)
         if isinstance(game, str) and game not in GAMES:
             raise ValueError(f"game={game!r} is unknown; expected one of {tuple(GAMES)} or a game")
-        if not isinstance(game, str) and settings:
+        kind = GAMES[game] if isinstance(game, str) else game
+        if isinstance(kind, type):
+            game = kind(**settings)
+        elif settings:
             raise ValueError(f"{tuple(settings)}: expected no more keywords beside a game")
-        self.task = games.GameTask(GAMES[game](**settings) if isinstance(game, str) else game)
+        self.task = games.GameTask(game)
         self.observation_space = gym.spaces.Dict(
             {
                 "images": Pictures(),

@@ -191,6 +191,9 @@ def play(run, indices, split, temperature, top_p=1.0) -> Responses:
 def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[str]], list[float]]:
     """Play games on from where they stand, turn by turn, until none goes on; the transcripts grow.
 
+    A game that could go on stops all the same where a turn was cut off at --max_new_tokens, and
+    where reply and next turn would not fit into what the model can read.
+
     -> (what each new token reads, the reward from here on) of each episode.
     """
     policy, longest = run.models.policy, run.settings.max_new_tokens
@@ -212,24 +215,37 @@ def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[s
             texts[row] += pieces
             observation, reward, terminated, truncated, _ = envs[row].step("".join(pieces))
             rewards[row] += reward
-            # a turn that is not closed was cut off at --max_new_tokens: the episode stops there
             if not (terminated or truncated or envs[row].unwrapped.turn_is_open):
                 heard[row] = observation
-        if not heard:
+        encoded = _replies(policy, heard)
+        encoded = {
+            row: reply
+            for row, reply in encoded.items()
+            if transcripts.length(row) + len(reply[0]) + longest <= vlm.context_tokens(policy)
+        }
+        if not encoded:
             return texts, rewards
-        words = [observation["reply"] for observation in heard.values()]
-        pictures = [pictures_of(observation) for observation in heard.values()]
-        encoded = vlm.encode_replies(policy, words, pictures)
-        for row, (of_row, of_pictures) in zip(heard, encoded, strict=True):
+        for row, (of_row, of_pictures) in encoded.items():
             transcripts.hear(row, of_row, of_pictures)
             texts[row] += [policy.tokenizer.decode([token]) for token in of_row]
         if "past_key_values" in inputs:
-            going_on = [live.index(row) for row in heard]
-            inputs = vlm.continued(policy, inputs, going_on, tokens, written, encoded)
+            going_on = [live.index(row) for row in encoded]
+            inputs = vlm.continued(
+                policy, inputs, going_on, tokens, written, list(encoded.values())
+            )
         else:
-            inputs = transcripts.prompts(list(heard))
-        live = list(heard)
+            inputs = transcripts.prompts(list(encoded))
+        live = list(encoded)
         in_turn = [0] * len(live)
+
+
+def _replies(policy, heard):
+    """{row: its reply as the policy reads it} of some rows' observations."""
+    if not heard:
+        return {}
+    words = [observation["reply"] for observation in heard.values()]
+    pictures = [pictures_of(observation) for observation in heard.values()]
+    return dict(zip(heard, vlm.encode_replies(policy, words, pictures), strict=True))
 
 
 def continue_responses(run, inputs, rows, prefix, lengths, limit):

@@ -22,6 +22,7 @@ files under runs/<name>/ and every metric. Several devices are not supported.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import shlex
@@ -52,7 +53,7 @@ import tiny
 import vlm
 from lab import credit_page, figures
 from sapo import setting
-from tasks import TASKS
+from tasks import GAMES, TASKS
 
 # ----------------------------------------------------------------------------------- settings
 
@@ -380,8 +381,12 @@ def make_env(settings) -> gym.Env:
         for name, word in keywords.items():
             with contextlib.suppress(ValueError):  # not a number: it stays a word
                 keywords[name] = json.loads(word)
-        spec = gym.registry.get(settings.env.split(":")[-1])  # None: its module is yet to import
-        if spec is not None and (spec.kwargs.get("task") in TASKS or "game" in spec.kwargs):
+        module, _, name = settings.env.rpartition(":")
+        if module:  # "my_module:MyTask-v0" registers itself on import
+            importlib.import_module(module)
+        spec = gym.registry.get(name)
+        ours = {**TASKS, **GAMES}
+        if spec is not None and (spec.kwargs.get("task") or spec.kwargs.get("game")) in ours:
             keywords = {"habits": settings.habits} | keywords
         return gym.make(settings.env, disable_env_checker=True, **keywords)
     except (ValueError, TypeError, ImportError, gym.error.Error) as error:

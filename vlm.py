@@ -496,6 +496,10 @@ class Transcripts:
             self.pictures[row].append((len(self.tokens[row]), pictures))
         self._append(row, tokens, False)
 
+    def length(self, row: int) -> int:
+        """Of the prompt and all that came after it, in tokens."""
+        return int(self.inputs["attention_mask"][row].sum()) + len(self.tokens[row])
+
     def open_turn(self, row: int) -> int:
         """How many tokens the policy has written since it last heard something."""
         heard = (~self.written[row]).nonzero()
@@ -570,6 +574,12 @@ def _joined_pictures(vlm, of_rows):
         tensors[name] = _stacked([part for own in joined_parts for part in own], False, 0)
         counts[name] = [sum(map(len, own)) for own in joined_parts]
     return Inputs(tensors, counts)
+
+
+def context_tokens(vlm: VLM) -> float:
+    """How many tokens the model can read at once; inf where its configuration does not say."""
+    config = vlm.model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or float("inf")
 
 
 def keeps(inputs: dict) -> bool:

@@ -19,12 +19,14 @@ closes a command: `<act>go north</act>`. The game's next observation is the *rep
 
 import copy
 import re
+import warnings
 
 from PIL import Image
 
 from tasks.base import END, Example, check_index
 
 FIRST_EVAL_SEED = 2**31  # games of a seed below are for training, the others for evaluation
+MAX_RESETS = 10  # seeds that are tried for one game
 STOP = "</act>"
 COMMAND = re.compile(r"<act>([^<]*)</act>\Z")
 
@@ -110,10 +112,22 @@ class GameTask:
         return None
 
     def example_at(self, index, split="train"):
-        """The index-th game of a split, at its beginning; `self.game` is reset to it."""
+        """The index-th game of a split, at its beginning; `self.game` is reset to it.
+
+        Where `reset` raises, a warning says so, and the game of the next seed stands in. ValueError
+        if that goes on.
+        """
         seed = seed_of(index, split)
-        words, picture = words_and_picture(self.game.reset(seed))
-        return Example(picture, words, f"{split}/{index}", (seed,))
+        for stand_in in range(seed, seed + MAX_RESETS):
+            try:
+                observation = self.game.reset(stand_in)
+            except Exception as error:  # whatever a foreign game does, the batch goes on
+                reason = f"{self}: reset({stand_in}) raised {error!r}"
+                warnings.warn(f"{reason}; the next seed stands in", stacklevel=2)
+                continue
+            words, picture = words_and_picture(observation)
+            return Example(picture, words, f"{split}/{index}", (stand_in,))
+        raise ValueError(f"{reason}, as for the {MAX_RESETS - 1} seeds before it")
 
     def transcript(self, example, rng, error_rate=0.0):
         """A demonstrated episode: [(the turn's text, the reply's words, its picture or None), ...].

@@ -84,7 +84,7 @@ class Treasure:
     sight      how far one sees, in cells, diagonals included, 1 to 9
     shortest   the explorer needs so many turns at least,
     longest    and so many at most; after `limit` turns the game is over
-    limit      twice `longest`, if 0
+    limit      two more than `longest`, if 0: one slip costs two turns
     picture    whether observations have one; without it their text holds a map
     habits     how often a demonstration follows the explorer's bad habit, 0 to 1: to go south where
                he should go north, and can
@@ -108,7 +108,7 @@ class Treasure:
             raise ValueError(f"habits={habits!r} is not valid; expected a share from 0 to 1")
         self.size, self.sight, self.picture = size, sight, bool(picture)
         self.shortest, self.longest = shortest, longest
-        self.limit = limit or 2 * longest
+        self.limit = limit or longest + 2
         self.habits = habits
         self.cells = tuple(itertools.product(range(size), repeat=2))
 

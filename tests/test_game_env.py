@@ -137,6 +137,32 @@ def test_a_turn_that_closes_at_the_last_character_is_the_last():
     assert (reward, terminated, truncated, info["end_reason"]) == (1.0, False, True, "max_chars")
 
 
+def test_where_a_game_does_not_begin_that_of_the_next_seed_stands_in():
+    class Picky(Spell):
+        def reset(self, seed):
+            if seed % 4 != 3:
+                raise KeyError("no such word")
+            return super().reset(seed)
+
+    with pytest.warns(UserWarning, match=r"Picky.*reset\(1\) raised KeyError.*next seed"):
+        example = GameTask(Picky()).example_at(1)
+    assert example.content == (3,) and example.question == Spell().reset(3)
+
+    class Never(Spell):
+        def reset(self, seed):
+            raise KeyError("no words at all")
+
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"Never.*no words at all"):
+        GameTask(Never()).example_at(1)
+
+
+def test_a_class_of_games_is_made_with_its_settings():
+    assert GameEnv(Spell, pictured=True).task.game.pictured
+    registered = gym.envs.registration.EnvSpec("Spell-v0", GameEnv, kwargs={"game": Spell()})
+    first, second = (gym.make(registered, disable_env_checker=True).unwrapped for _ in range(2))
+    assert first.task.game is not second.task.game, "each environment has a game of its own"
+
+
 def test_a_game_that_raises_ends_its_episode_and_is_named():
     episode = begun(Breaks())
     episode.step(turn("c"))

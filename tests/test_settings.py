@@ -209,7 +209,7 @@ def test_habits_that_are_no_share_are_named():
         train.make_env(train.parse(["--habits", "2"])[0])
 
 
-@pytest.mark.parametrize("env", ["SAPO/Dataset-v0", "Foreign-v0", "not_loaded_yet:Foreign-v1"])
+@pytest.mark.parametrize("env", ["SAPO/Dataset-v0", "Foreign-v0", "env:Foreign-v0"])
 def test_an_environment_that_demonstrates_nothing_gets_no_habits(monkeypatch, env):
     """It might refuse them."""
     monkeypatch.setitem(gym.registry, "Foreign-v0", EnvSpec("Foreign-v0", "foreign:Env"))
@@ -217,6 +217,15 @@ def test_an_environment_that_demonstrates_nothing_gets_no_habits(monkeypatch, en
     monkeypatch.setattr(gym, "make", lambda *args, **named: made.append((args, named)))
     train.make_env(train.parse(["--env", env, "--env_args", "path=x"])[0])
     assert made == [((env,), {"disable_env_checker": True, "path": "x"})]
+
+
+def test_a_module_that_registers_its_game_on_import_is_imported_first(tmp_path, monkeypatch):
+    line = 'gymnasium.register("Late-v0", "env:GameEnv", kwargs={"game": "Treasure"})'
+    (tmp_path / "late_game.py").write_text(f"import gymnasium\n{line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(gym.registry, "Late-v0", raising=False)
+    made = train.make_env(train.parse(["--env", "late_game:Late-v0", "--habits", "0.25"])[0])
+    assert made.unwrapped.task.game.habits == 0.25
 
 
 # --------------------------------------------------------------------- one line for bad input

@@ -317,6 +317,20 @@ def test_demonstrations_are_transcripts_as_in_training(tmp_path):
         assert count == len(turns), "the prompt's picture, and one for each reply"
 
 
+def test_an_episode_stops_where_its_next_turn_would_not_fit_into_the_context(spelling, monkeypatch):
+    spelling.script = {row: [act("c"), act("a"), act("b")] for row in range(2)}
+    batch = rollout.collect(spelling, np.array([1, 1]))
+    lengths = [batch.transcripts.length(row) for row in range(2)]
+    room = lengths[0] - 3 - 1  # a token less than its last turn, of three tokens, begins after
+    longest = spelling.settings.max_new_tokens
+    monkeypatch.setattr(vlm, "context_tokens", lambda _: room + longest)
+    spelling.script = {row: [act("c"), act("a"), act("b")] for row in range(2)}
+    batch = rollout.collect(spelling, np.array([1, 1]))
+    assert spelling.script == {0: [act("b")], 1: [act("b")]}
+    assert [info["correct"] for info in batch.infos] == [False, False]
+    assert batch.rollout.rewards.sum(1).tolist() == [2.0, 2.0]
+
+
 def test_a_game_is_played_on_from_its_middle(spelling):
     """From the second turn of "bacab" and from within the second of "cab": what was earned before
     does not count, and pictures and replies come along."""
