@@ -42,6 +42,7 @@ class BabyAI:
     without the package, ValueError for an unknown level.
     """
 
+    rules = f"You see what lies before you. The commands are: {', '.join(COMMANDS)}."
     words = (*COMMANDS, NOT_SEEN, "ahead", "left", "right")
 
     def __init__(self, level="GoToLocal", picture=True, habits=0.0):

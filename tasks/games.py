@@ -6,9 +6,10 @@ A game is any object with two methods:
     step(command) -> (observation, reward, terminated, truncated, info)
 
 An observation is a string, or a pair of a string and a PIL picture. The same seed and the same
-commands give the same game. With these a policy can be trained by reward alone. A game that can
-also play itself has
+commands give the same game. With these a policy can be trained by reward alone. A game may have
+more. To be told what to do, and to play itself:
 
+    rules                           what a model is told before the game begins: aim and commands
     words                           those that the tiny model is to have one token for
     demonstrate(rng, error_rate) -> the text of a good next turn, "<think>...</think><act>...</act>"
     check(text) -> [((start, end), is it right?), ...], the steps in a turn's text at this moment
@@ -28,6 +29,10 @@ from tasks.base import END, Example, check_index
 FIRST_EVAL_SEED = 2**31  # games of a seed below are for training, the others for evaluation
 MAX_RESETS = 10  # seeds that are tried for one game
 STOP = "</act>"
+FORM = (
+    "You play a game, turn by turn. In each turn think first, then give one command. A turn reads: "
+    "<think>your thoughts</think><act>the command</act>"
+)
 COMMAND = re.compile(r"<act>([^<]*)</act>\Z")
 
 
@@ -84,7 +89,6 @@ class GameTask:
 
     stop = STOP
     replies = True
-    system = ""
 
     def __init__(self, game):
         if not all(callable(getattr(game, method, None)) for method in ("reset", "step")):
@@ -102,6 +106,11 @@ class GameTask:
     def tags(self):
         """What the tiny model has one token for: the tags of a turn, and the game's own `words`."""
         return ("<think>", "</think>", "<act>", "</act>", *getattr(self.game, "words", ()))
+
+    @property
+    def system(self):
+        """What a model is told first: the form of a turn, and the game's own `rules`."""
+        return f"{FORM} {getattr(self.game, 'rules', '')}".strip()
 
     def __repr__(self):
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -56,6 +56,11 @@ class TextWorld:
     range, and for a quest that does not fit into its rooms.
     """
 
+    rules = (
+        "Commands are such as: go north, look, inventory, examine key1, take key1, take key1 from "
+        "box2, drop key1, open box2, close box2, unlock box2 with key1, lock box2 with key1, "
+        "put key1 on table3, insert key1 into box2, eat food4."
+    )
     words = WORDS
 
     def __init__(

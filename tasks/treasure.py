@@ -93,6 +93,10 @@ class Treasure:
     has.
     """
 
+    rules = (
+        "Find the key, open the door with it, and take the treasure behind it. The commands are: "
+        f"{', '.join(COMMANDS)}."
+    )
     words = (*COMMANDS, *REPLIES, "treasure", "key", "door", "look")
 
     def __init__(self, size=4, sight=1, shortest=6, longest=10, limit=0, picture=True, habits=0.0):

@@ -23,7 +23,10 @@ from lab.stats import interval, probability_of_improvement
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 KINDS = (*sweep.EXPERIMENTS, "truth", "lift", "critic")  # of measurements, by a file's first word
-PAGES = ["README.md", "tutorial.md", "docs/results.md", "docs/metrics.md", "docs/models.md"]
+PAGES = [
+    *("README.md", "tutorial.md"),
+    *(f"docs/{name}.md" for name in ("results", "metrics", "models", "games")),
+]
 
 
 def text(page):
@@ -293,7 +296,7 @@ def test_every_metric_of_a_run_is_explained_and_no_other():
 def test_optional_packages_are_bounded_as_in_requirements():
     requirements = (ROOT / "requirements.txt").read_text()
     packages = re.findall(r'^pip install "?([^"\s]+)', text("docs/models.md"), re.MULTILINE)
-    assert len(packages) == 4
+    assert len(packages) == 8
     assert [package for package in packages if package not in requirements] == []
     bound = re.search(r"^transformers(\S+)", requirements, re.MULTILINE)[1]
     assert f"bounds transformers to `{bound}`" in text("docs/models.md")

@@ -292,3 +292,9 @@ def test_steps_are_those_of_each_turn_in_its_own_moment():
     assert [right for _, right in longer] == [right for _, right in steps]
     assert longer[3][0][0] == steps[3][0][0] + 1
     assert GameTask(Spell()).checked(example, turns) == []
+
+
+def test_a_model_is_told_the_form_of_a_turn_and_the_rules():
+    told = GameTask(env.GAMES["Treasure"]()).system
+    assert "<act>the command</act>" in told and "go north" in told
+    assert GameTask(Spell()).system.endswith("</act>")
