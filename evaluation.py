@@ -83,6 +83,9 @@ def sample(run, batch, row, advantages, values) -> dict:
     def rounded(numbers):
         return [round(float(number), 4) for number in numbers[row, :length]]
 
+    turns = {}
+    if task.replies:
+        turns["turns"] = turns_of(task, example, pieces, written)
     return {
         "iteration": run.progress.iteration,
         "example_id": info["example_id"],
@@ -99,7 +102,32 @@ def sample(run, batch, row, advantages, values) -> dict:
         "advantages": rounded(advantages),
         "ends": batch.rollout.ends[row, :length].tolist(),
         "steps": step_tokens(task, example, pieces, written),
+        **turns,
     }
+
+
+def turns_of(task, example, pieces, written) -> list[dict]:
+    """The turns of a game: the first and the last token of each, what was said before it, and the
+    picture that was seen."""
+    parts = runs_of(written)
+    texts = ["".join(pieces[first : last + 1]) for first, last in parts]
+    return [
+        {"first": first, "last": last, "said": words, "image": picture and png_base64(picture)}
+        for (first, last), (words, picture) in zip(
+            parts, task.observed(example, texts), strict=True
+        )
+    ]
+
+
+def runs_of(written) -> list[tuple[int, int]]:
+    """(first, last) of every run of neighbours among some positions, in order."""
+    runs = []
+    for t in written:
+        if runs and runs[-1][1] == t - 1:
+            runs[-1] = runs[-1][0], t
+        else:
+            runs.append((t, t))
+    return runs
 
 
 def step_tokens(task, example, pieces, written=None) -> list[list]:
@@ -111,12 +139,8 @@ def step_tokens(task, example, pieces, written=None) -> list[list]:
     its turns.
     """
     written = range(len(pieces)) if written is None else written
-    turns, token_of = [], []  # the text of each turn; character of all turns -> token
-    for before, t in zip([None, *written], written, strict=False):
-        if before is None or t > before + 1:
-            turns.append("")
-        turns[-1] += pieces[t]
-        token_of += [t] * len(pieces[t])
+    turns = ["".join(pieces[first : last + 1]) for first, last in runs_of(written)]
+    token_of = [t for t in written for _ in pieces[t]]  # character of all turns -> token
     steps = []
     for (start, end), right in task.checked(example, turns):
         if end > start:

@@ -4,11 +4,11 @@
     python -m lab.bench --batch 64 --tokens 512  # another size, printed only
     python -m lab.bench memory                   # scoring at a vocabulary of 151,936
     python -m lab.bench iteration                # SAPO, GRPO and TRL's GRPO
+    python -m lab.bench turns                    # worlds that answer, in 1, 5 and 20 turns
     python -m lab.bench gpu                      # true sizes, random weights, a CUDA card
 
-They write results/bench_math.json, bench_memory.json, bench_iteration.json and gpu.json. What each
-measures, and how, stands at the head of lab/bench_math.py, bench_memory.py, bench_iteration.py and
-bench_gpu.py.
+They write results/bench_<what>.json, and gpu.json. What each measures, and how, stands at the head
+of lab/bench_<what>.py.
 """
 
 import argparse
@@ -25,6 +25,7 @@ FILES = {
     "math": "bench_math.json",
     "memory": "bench_memory.json",
     "iteration": "bench_iteration.json",
+    "turns": "bench_turns.json",
     "gpu": "gpu.json",
 }
 
@@ -75,6 +76,10 @@ def measure(args) -> dict:
         from lab import bench_iteration
 
         return bench_iteration.measure()
+    if args.what == "turns":
+        from lab import bench_turns
+
+        return bench_turns.measure()
     from lab import bench_gpu
 
     return bench_gpu.measure()

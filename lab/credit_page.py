@@ -145,14 +145,18 @@ def _tint(advantage, limit):
 # ------------------------------------------------------------------------- the rows of tokens
 
 
-def _wrap(tokens, ends, left):
-    """Rows of cells between `left` and the right margin, with room for a bar after each segment."""
+def _wrap(tokens, ends, left, right=PAGE_WIDTH - MARGIN, indices=None):
+    """Rows of cells between `left` and `right`, with room for a bar after each segment.
+
+    indices: of the tokens to show, all if None.
+    """
     rows = [[]]
     edge = left
-    for index, token in enumerate(tokens):
+    for index in range(len(tokens)) if indices is None else indices:
+        token = tokens[index]
         letters = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in token[:24])
         width = max(1, letters) * LETTER_WIDTH + 4
-        if rows[-1] and edge + width > PAGE_WIDTH - MARGIN:
+        if rows[-1] and edge + width > right:
             rows.append([])
             edge = left
         rows[-1].append(Cell(index, _visible(token, 24, token=True), edge, width))
@@ -217,12 +221,18 @@ def _cut(cell, top, bottom):
     ]
 
 
-def _rows(sample, top, left, limit, scales):
-    """A response's rows of cells, waves, curves and cuts: (SVG elements, y below them)."""
+def _wrong_tokens(sample):
+    """The tokens of a response's wrong steps."""
     wrong = set()
     for first, last, right in sample.get("steps") or []:
         if not right:
             wrong.update(range(first, last + 1))
+    return wrong
+
+
+def _rows(sample, top, left, limit, scales):
+    """A response's rows of cells, waves, curves and cuts: (SVG elements, y below them)."""
+    wrong = _wrong_tokens(sample)
     curves = {"entropy": sample.get("entropy"), "value": sample.get("values")}
     curves = {kind: numbers for kind, numbers in curves.items() if numbers}
     elements = []
@@ -243,6 +253,65 @@ def _rows(sample, top, left, limit, scales):
     return elements, top
 
 
+# ----------------------------------------------------------------------- the turns of a game
+
+PANEL_WIDTH, PANEL_GAP = 184, 12  # of a turn, in pixels
+TURN_PICTURE = 112
+
+
+def _turns(sample, top, limit):
+    """A game's turns as panels side by side: (SVG elements, y below them).
+
+    In each what was said, the picture that was seen, the tokens of the turn in their tints, and the
+    value where the turn begins.
+    """
+    wrong = _wrong_tokens(sample)
+    values = sample.get("values")
+    elements, left, row_bottom = [], MARGIN, top
+    for number, turn in enumerate(sample["turns"], 1):
+        if left + PANEL_WIDTH > PAGE_WIDTH - MARGIN:
+            left, top = MARGIN, row_bottom + 14
+        said = _visible(turn["said"].partition("\n")[0], 20)
+        elements.append(f'<text class="small" x="{left}" y="{top + 10}">{number}. {said}</text>')
+        y = top + 16
+        if turn.get("image"):
+            place = f'x="{left}" y="{y}" width="{TURN_PICTURE}" height="{TURN_PICTURE}"'
+            image = _visible(str(turn["image"]), 10**9)
+            elements.append(f'<image {place} href="data:image/png;base64,{image}"/>')
+            if values:
+                elements += _gauge(left + TURN_PICTURE + 12, y, values[turn["first"]])
+            y += TURN_PICTURE + 8
+        tokens = range(turn["first"], turn["last"] + 1)
+        cells = _wrap(sample["tokens"], sample["ends"], left, left + PANEL_WIDTH, tokens)
+        for row in cells:
+            for cell in row:
+                elements.append(_token(cell, y, sample, {}, limit))
+                if cell.index in wrong:
+                    elements.append(_wave(cell, y))
+                if sample["ends"][cell.index]:
+                    place = cell.right_edge + 2
+                    elements.append(
+                        f'<path class="cut" d="M{place:.1f} {y - 3}V{y + TOKEN_HEIGHT + 3}"/>'
+                    )
+            y += TOKEN_HEIGHT + WAVE_ROOM
+        row_bottom = max(row_bottom, y)
+        left += PANEL_WIDTH + PANEL_GAP
+    return elements, row_bottom + 8
+
+
+def _gauge(left, top, value):
+    """A value from 0 to 1 as the height of a bar, with its number."""
+    share = min(1.0, max(0.0, value))
+    height = TURN_PICTURE - 14
+    filled = share * height
+    return [
+        f'<rect x="{left}" y="{top}" width="12" height="{height}" fill="#EFEFEF"/>',
+        f'<rect x="{left}" y="{top + height - filled:.1f}" width="12" height="{filled:.1f}" '
+        f'fill="{GREEN}"/>',
+        f'<text class="small" x="{left - 4}" y="{top + TURN_PICTURE - 2}">V {value:.2f}</text>',
+    ]
+
+
 # ----------------------------------------------------------------------------------- the page
 
 
@@ -251,30 +320,37 @@ def _card(sample, top, limit, scales, pictures):
 
     `pictures`: some response has one, so all make room for it.
     """
+    is_game = "turns" in sample
     left = MARGIN
-    if pictures:
+    if pictures and not is_game:
         left += PICTURE_SIDE + 20
     elements = [f'<path class="guide" d="M{MARGIN} {top}H{PAGE_WIDTH - MARGIN}"/>']
     picture_bottom = top
-    if sample.get("image"):
+    if sample.get("image") and not is_game:
         place = f'x="{MARGIN}" y="{top + 16}" width="{PICTURE_SIDE}" height="{PICTURE_SIDE}"'
         image = _visible(str(sample["image"]), 10**9)
         elements.append(f'<image {place} href="data:image/png;base64,{image}"/>')
         picture_bottom = top + PICTURE_SIDE + 34
-    if sample["reward"] > 0.5:
+    if sample["reward"] > (0 if is_game else 0.5):
         mark, colour = "✓ right", GREEN
     else:
         mark, colour = "✗ wrong", VERMILLION
     predicted = _visible(str(sample.get("predicted", "nothing")), 24)
     answer = _visible(str(sample.get("answer", "nothing")), 24)
     outcome = f"answered {predicted}, true answer {answer}, reward {sample['reward']:g}"
+    if is_game:
+        mark = "✓ won" if sample["reward"] > 0 else "✗ not won"
+        outcome = f"after {len(sample['turns'])} turns, reward {sample['reward']:.2g}"
     question = _visible(str(sample.get("prompt", "")), 120)
     elements += [
         f'<text class="head" x="{left}" y="{top + 30}">'
         f'<tspan fill="{colour}">{mark}</tspan>  {outcome}</text>',
         f'<text x="{left}" y="{top + 50}">{question}</text>',
     ]
-    rows, rows_bottom = _rows(sample, top + 68, left + 64, limit, scales)
+    if is_game:
+        rows, rows_bottom = _turns(sample, top + 64, limit)
+    else:
+        rows, rows_bottom = _rows(sample, top + 68, left + 64, limit, scales)
     return elements + rows, max(rows_bottom, picture_bottom)
 
 

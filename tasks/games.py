@@ -94,7 +94,7 @@ class GameTask:
         if not all(callable(getattr(game, method, None)) for method in ("reset", "step")):
             raise ValueError(f"game={game!r}: expected an object with the methods reset and step")
         self.game = game
-        self._checked_game = copy.deepcopy(game)  # in the other one an episode may be under way
+        self._second = copy.deepcopy(game)  # to look things up, while an episode is under way
         # Its attributes that are plain values, before it has been played
         self.settings = {
             name: value
@@ -157,12 +157,22 @@ class GameTask:
             over = terminated or truncated
         return turns
 
+    def observed(self, example, turns):
+        """[(words, picture or None), ...]: what was seen before each of the turns that a policy
+        wrote, in words and as a picture."""
+        game = self._second
+        seen = [words_and_picture(game.reset(example.content[0]))]
+        for turn in turns[:-1]:
+            observation, *_ = game.step(command_in(until_end(turn)[0]))
+            seen.append(words_and_picture(observation))
+        return seen
+
     def checked(self, example, turns):
         """[((start, end), is it right?), ...] of the steps in what a policy wrote, turn by turn;
         characters count through all turns. [] for a game that does not know."""
         if not hasattr(self.game, "check"):
             return []
-        game = self._checked_game
+        game = self._second
         game.reset(example.content[0])
         steps, start = [], 0
         for turn in turns:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lab import bench, bench_gpu, bench_iteration, bench_math, bench_memory
+from lab import bench, bench_gpu, bench_iteration, bench_math, bench_memory, bench_turns
 
 
 # ---------------------------------------------------------------------------- the mathematics
@@ -144,3 +144,24 @@ def test_without_a_card_the_gpu_measurement_says_so(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="needs a CUDA card"):
         bench.main(["gpu", "--out", str(tmp_path / "gpu.json")])
     assert not list(tmp_path.iterdir())
+
+
+def test_turns_are_timed_at_equally_many_tokens(monkeypatch):
+    written = []
+    play = bench_turns.rollout.play
+
+    def counted(run, *args):
+        responses = play(run, *args)
+        mask = responses.written
+        turns = (mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]).sum(1).tolist()
+        written.append((mask.sum(1).tolist(), turns))
+        return responses
+
+    monkeypatch.setattr(bench_turns.rollout, "play", counted)
+    outcome = bench_turns.measure(rows=2, rounds=1)
+    assert written == [([120, 120], [turns] * 2) for turns in (1, 5, 5, 20, 20)]
+    assert set(outcome["of_one_turn"]) == {
+        "1 turns, kept",
+        *(f"{turns} turns, {how}" for turns in (5, 20) for how in ("kept", "read again")),
+    }
+    assert outcome["of_one_turn"]["1 turns, kept"] == 1

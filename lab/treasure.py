@@ -1,0 +1,117 @@
+"""Treasure: a critic's values against exact ones.
+
+    python -m lab.treasure runs/<name>        # -> results/treasure-values-<name>.json
+
+The policy of a finished run plays held-out games. At the start of each of its turns the critic says
+what it expects, and the world says exactly how likely an explorer succeeds from there who gives a
+wrong command as often as this policy does (`Treasure.value`). The explorer is not the policy, which
+errs more where it sees badly, so even a perfect critic would differ; the outcomes judge both.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import evaluation
+import rollout
+import train
+from lab.sweep import ROOT
+from tasks import Treasure
+from tasks.games import command_in
+
+SETTINGS = ("size", "sight", "shortest", "longest", "limit")  # that shape a game
+
+
+def turn_starts(batch, row):
+    """The position of the first token of each turn of a response."""
+    written = batch.rollout.mask[row].nonzero().flatten().tolist()
+    return [first for first, _ in evaluation.runs_of(written)]
+
+
+def states_of(environment):
+    """A played game, and [(world, state, turns left, was the command right?), ...] of its turns."""
+    game = environment.unwrapped.task.game
+    replayed = Treasure(**{name: getattr(game, name) for name in SETTINGS})
+    replayed.reset(environment.unwrapped.example.content[0])
+    states = []
+    for turn, _ in environment.unwrapped.turns:
+        left = replayed.limit - replayed.turns
+        command = command_in(turn)
+        right = command in replayed.right_commands(replayed.world, replayed.state)
+        states.append((replayed.world, replayed.state, left, right))
+        replayed.step(command)
+    return replayed, states
+
+
+@torch.no_grad()
+def measure(run, count=256) -> dict:
+    """A run's critic on the first `count` held-out games. ValueError for a run without a critic,
+    or of another world."""
+    game = getattr(run.grading_env.unwrapped.task, "game", None)
+    if run.models.critic is None or not isinstance(game, Treasure):
+        raise ValueError(f"{run.folder}: expected a run with a critic on SAPO/Treasure-v0")
+    guesses, outcomes, states, won = [], [], [], []
+    for first in range(0, count, len(run.envs)):
+        indices = np.arange(first, min(count, first + len(run.envs)))
+        batch = rollout.collect(run, indices, "eval")
+        for row, environment in enumerate(batch.envs):
+            game, of_row = states_of(environment)
+            starts = turn_starts(batch, row)[: len(of_row)]  # a turn cut off is no state
+            guesses += batch.rollout.values[row, starts].tolist()
+            won.append(float(batch.infos[row]["correct"]))
+            outcomes += [won[-1]] * len(of_row)
+            states += [(game, *state) for state in of_row]
+    error_rate = 1 - np.mean([right for *_, right in states])
+    exact = [game.value(world, state, left, error_rate) for game, world, state, left, _ in states]
+    guesses, exact, outcomes = map(np.array, (guesses, exact, outcomes))
+    return {
+        "games": count,
+        "states": len(states),
+        "wrong_commands": float(error_rate),
+        "success": float(np.mean(won)),
+        "rmse": float(np.sqrt(np.mean((guesses - exact) ** 2))),
+        "spread_of_exact": float(exact.std()),
+        # none where one of them says the same of every state
+        "correlation": float(np.corrcoef(guesses, exact)[0, 1])
+        if guesses.std() and exact.std()
+        else None,
+        "explained_variance_of_outcomes": {
+            "critic": explained(outcomes, guesses),
+            "exact values of the explorer": explained(outcomes, exact),
+        },
+    }
+
+
+def explained(outcomes, values):
+    """1 - Var(outcome - value) / Var(outcome)."""
+    return float(1 - np.var(outcomes - values) / np.var(outcomes))
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m lab.treasure", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="a finished run, runs/<name>")
+    parser.add_argument("--games", type=int, default=256)
+    arguments = parser.parse_args(argv)
+    try:
+        run = train.build(*train.parse(["--resume", str(arguments.folder)]))
+        measured = measure(run, arguments.games)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"python -m lab.treasure: {error}") from error
+    outcome = {
+        "command": f"python -m lab.treasure {arguments.folder} --games {arguments.games}",
+        "seed": run.settings.seed,
+        "date": time.strftime("%Y-%m-%d"),
+        **measured,
+    }
+    file = ROOT / "results" / f"treasure-values-{arguments.folder.name}.json"
+    file.write_text(json.dumps(outcome, indent=1) + "\n")
+    print(json.dumps(outcome, indent=1))
+
+
+if __name__ == "__main__":
+    main()
