@@ -73,7 +73,11 @@ def samples(run, batch, advantages) -> list[dict]:
 
 
 def sample(run, batch, row, advantages, values) -> dict:
-    """One response with its credit. steps: [first token, last token, was it right?] each."""
+    """One response with its credit.
+
+    values: V of each token's segment, token_values: of the prefix before each token. steps: [first
+    token, last token, was it right?] each.
+    """
     task, example = batch.envs[row].unwrapped.task, batch.envs[row].unwrapped.example
     info = batch.infos[row]
     written = batch.rollout.mask[row].nonzero().flatten().tolist()  # the others were heard
@@ -81,7 +85,7 @@ def sample(run, batch, row, advantages, values) -> dict:
     pieces = batch.texts[row][:length]
 
     def rounded(numbers):
-        return [round(float(number), 4) for number in numbers[row, :length]]
+        return [float(f"{number:.6g}") for number in numbers[row, :length].tolist()]
 
     turns = {}
     if task.replies:
@@ -97,8 +101,12 @@ def sample(run, batch, row, advantages, values) -> dict:
         "predicted": info["predicted"],
         "reward": float(batch.rollout.rewards[row].sum()),
         "tokens": pieces,
+        "written": batch.rollout.mask[row, :length].tolist(),
+        "logp": rounded(batch.rollout.logp),
         "entropy": rounded(batch.entropy),
         "values": None if values is None else rounded(values),
+        "token_values": None if values is None else rounded(batch.rollout.values),
+        "rewards": rounded(batch.rollout.rewards),
         "advantages": rounded(advantages),
         "ends": batch.rollout.ends[row, :length].tolist(),
         "steps": step_tokens(task, example, pieces, written),

@@ -51,7 +51,7 @@ import rollout
 import sapo
 import tiny
 import vlm
-from lab import credit_page, figures
+from lab import credit_page, explorer, figures
 from sapo import setting
 from tasks import GAMES, TASKS
 
@@ -280,9 +280,11 @@ def train(run) -> bool:
     with ctrl_c_as_a_flag() as interrupted:
         if progress.evaluations_before is None:
             start = evaluation.evaluate(run)
-            with torch.random.fork_rng():  # these two leave the training's random stream alone
+            with torch.random.fork_rng():  # these leave the training's random stream alone
                 progress.evaluations_before = evaluation.by_decoding(run, start)
+                before = samples(run)
             log(run, "metrics.jsonl", {"iteration": 0, **start})
+            log(run, "samples.jsonl", *before)
             checkpoint.save(run)
         started = time.time() - progress.seconds
         bar = tqdm(
@@ -352,20 +354,23 @@ def show(run, bar, row) -> None:
 
 def samples(run) -> list[dict]:
     """Held-out responses with their credit, token by token: rows of samples.jsonl."""
+    threshold = run.progress.threshold  # training sets it, by its own rollouts
     batch = rollout.collect(run, evaluation.sample_indices(run.settings), "eval")
+    run.progress.threshold = threshold
     return evaluation.samples(run, batch, assign_credit(run, batch).advantages)
 
 
 def finish(run) -> None:
-    """Final evaluations, summary.json, the table on the terminal, and the pictures."""
+    """Final evaluations, summary.json, the table on the terminal, the pictures and the page."""
     summary = evaluation.summarise(run, evaluation.final_evaluations(run))
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     evaluation.print_summary(summary, run.folder)
     try:
         figures.learning_curve(run.folder)
         credit_page.credit_map(run.folder)
+        explorer.explorer(run.folder)
     except (ImportError, ValueError) as reason:
-        # no matplotlib, or no iteration to draw (--iterations 0): the run is no less finished
+        # no matplotlib: the run is no less finished
         print(reason)
 
 

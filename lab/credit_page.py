@@ -1,9 +1,9 @@
 """The credit map of a run: did the credit land on the right tokens?
 
-One drawing of a few held-out responses, as credit.svg and inside the page credit.html. Each token
-stands in a cell tinted by its advantage, bars mark where segments end, waves underline steps known
-to be wrong, and two curves show entropy and value. `python -m lab.figures runs/<name>` makes it
-from samples.jsonl.
+One drawing of a few held-out responses, credit.svg; the page to play with them is lab/explorer.py.
+Each token stands in a cell tinted by its advantage, bars mark where segments end, waves underline
+steps known to be wrong, and two curves show entropy and value. `python -m lab.figures runs/<name>`
+makes it from samples.jsonl.
 
 Needs the standard library alone. Left out: whatever needs a network, a browser script or the model
 itself.
@@ -399,32 +399,16 @@ def _drawing(samples, title):
     )
 
 
-def _page(drawing, title):
-    """The HTML page around the drawing."""
-    css = (
-        "body { margin: 0; background: #FFFFFF } "
-        "svg { display: block; margin: auto; max-width: 100%; height: auto }"
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="color-scheme" content="light">'
-        f"<title>{title}</title><style>{css}</style></head><body>\n{drawing}</body></html>\n"
-    )
-
-
 def credit_map(run_folder, count=6):
-    """Draw `count` responses of the last sampled iteration; return the path of credit.html.
+    """Draw `count` responses of the last sampled iteration; return the path of credit.svg.
 
-    Writes credit.html and credit.svg into the run's folder. Both hold the same drawing; the page
-    also shows a token's numbers when pointed at. Raises FileNotFoundError for a missing
-    samples.jsonl, ValueError for an unusable one and for a count below 1.
+    Raises FileNotFoundError for a missing samples.jsonl, ValueError for an unusable one and for a
+    count below 1.
     """
     run_folder = Path(run_folder)
     if count < 1:
         raise ValueError(f"count is {count}: expected at least 1 response")
     iteration, samples = _last_samples(run_folder / "samples.jsonl", count)
     title = f"Where the credit went: {_visible(run_title(run_folder), 80)}, iteration {iteration}"
-    drawing = _drawing(samples, title)
-    (run_folder / "credit.svg").write_text(drawing, encoding="utf-8")
-    (run_folder / "credit.html").write_text(_page(drawing, title), encoding="utf-8")
-    return run_folder / "credit.html"
+    (run_folder / "credit.svg").write_text(_drawing(samples, title), encoding="utf-8")
+    return run_folder / "credit.svg"

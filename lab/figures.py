@@ -20,6 +20,7 @@ import numpy as np
 
 from lab.common import BLUE, FAINT, GREEN, PURPLE, VERMILLION, read_lines, run_title
 from lab.credit_page import credit_map
+from lab.explorer import explorer
 from lab.stats import interval, iqm
 
 # Grey lines of one picture differ in their shade and, from the fourth on, in their dashes.
@@ -578,6 +579,7 @@ def main(argv=None):
         else:
             print(learning_curve(folder))
             print(credit_map(folder, arguments.count))
+            print(explorer(folder))
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"lab.figures: {error}") from None
 

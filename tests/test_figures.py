@@ -636,7 +636,8 @@ def command(*arguments):
 def test_the_command_draws_a_run(run):
     done = command(run, "--count", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(run / "learning_curve.png"), str(run / "credit.html")]
+    drawn = ("learning_curve.png", "credit.svg", "credit.html")
+    assert done.stdout.split() == [str(run / name) for name in drawn]
 
 
 def test_the_command_draws_a_folder_of_results(tmp_path):

@@ -1,0 +1,308 @@
+"""lab/explorer.py: the page computes what sapo.py computes, keeps to itself, and trusts no text.
+
+In headless Chromium, driven by Playwright. Without them these tests skip, unless the variable
+SAPO_NEEDS_CHROMIUM is set.
+"""
+
+import json
+import os
+import re
+import shutil
+from urllib.parse import parse_qs
+
+import numpy as np
+import pytest
+import torch
+from run_files import finished_run, png, sample, write_lines
+
+import baselines
+import sapo
+from lab.explorer import RESPONSES, explorer
+
+needed = bool(os.environ.get("SAPO_NEEDS_CHROMIUM"))
+chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+try:
+    from playwright.sync_api import sync_playwright
+except ImportError:
+    chromium = None
+if chromium is None and not needed:
+    pytest.skip("needs: pip install playwright, and chromium", allow_module_level=True)
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a file; at the end nothing has been complained of, and nothing asked for."""
+    complaints, requests, contexts = [], [], []
+
+    def opened(file, fragment="", **options):
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(f"file://{file}{fragment}")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+
+
+def batch(rows, T, seed):
+    """Random (written, entropy, values, rewards), (rows, T) each; holes, padding, and ties."""
+    generator = torch.Generator().manual_seed(seed)
+    written = torch.rand(rows, T, generator=generator) < 0.8
+    written[:, 0] = True
+    entropy = (torch.rand(rows, T, generator=generator) * 8).round() / 8
+    values = torch.rand(rows, T, generator=generator, dtype=torch.float64)
+    rewards = torch.rand(rows, T, generator=generator, dtype=torch.float64) * written
+    return written, entropy.double(), values, rewards
+
+
+@pytest.fixture
+def run(tmp_path):
+    return finished_run(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_page_computes_what_sapo_computes(run, open_page, seed):
+    page = open_page(explorer(run))
+    written, entropy, values, rewards = batch(16, 23, seed)
+    for k, gamma, lam, at in [
+        (0.3, 1.0, 0.7, "start"),
+        (0.05, 0.9, 0.0, "end"),
+        (1.0, 0.5, 1.0, "start"),
+    ]:
+        ends = sapo.entropy_ends(entropy, written, k)
+        expected = sapo.segment_gae(rewards, values, ends, written, gamma, lam, at)
+        for row in range(len(written)):
+            arguments = [x[row].tolist() for x in (entropy, written, rewards, values)]
+            found = page.evaluate(
+                """([entropy, written, rewards, values, k, ...how]) => {
+                    const ends = Credit.entropyEnds(entropy, written, k);
+                    return {ends, ...Credit.segmentGae(rewards, values, ends, written, ...how)};
+                }""",
+                [*arguments, k, gamma, lam, at],
+            )
+            assert found["ends"] == ends[row].tolist()
+            for name, tensor in zip(("advantages", "returns"), expected, strict=True):
+                np.testing.assert_allclose(found[name], tensor[row].tolist(), atol=1e-6)
+
+
+def test_grpo_is_that_of_the_baselines(run, open_page):
+    page = open_page(explorer(run))
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.25])
+    mean, std = rewards.mean().item(), rewards.std().item()
+    found = [
+        page.evaluate("a => Credit.groupAdvantage(...a)", [r, mean, std]) for r in rewards.tolist()
+    ]
+    expected = baselines.group_advantages(rewards, 6).tolist()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def response(seed=0, T=12, **changes):
+    """A row of samples.jsonl with a critic, as train.py writes it, and the numbers in it."""
+    written, entropy, values, rewards = (x[0] for x in batch(1, T, seed))
+    rewards = torch.zeros(T)
+    rewards[written.nonzero().max()] = 1.0
+    ends = sapo.entropy_ends(entropy[None], written[None], 0.3)[0]
+    advantages, _ = sapo.segment_gae(rewards[None], values.float()[None], ends[None], written[None])
+    row = sample(list("abcdefghijkl")[:T], ends=ends.tolist(), advantages=advantages[0].tolist())
+    row |= {
+        "written": written.tolist(),
+        "entropy": entropy.tolist(),
+        "token_values": values.tolist(),
+        "rewards": rewards.tolist(),
+        "steps": [[0, 1, True], [3, 5, False]],
+    }
+    return row | changes, (written, entropy, values, rewards)
+
+
+def shown(page, view=0):
+    """The advantages of the tokens of a view."""
+    tokens = page.locator("section").nth(view).locator(".token")
+    return [float(tokens.nth(i).get_attribute("data-advantage")) for i in range(tokens.count())]
+
+
+def test_moved_sliders_give_what_sapo_gives(run, open_page):
+    row, (written, entropy, values, rewards) = response()
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run))
+
+    def expected(ends, lam, gamma=1.0, at="start"):
+        numbers, _ = sapo.segment_gae(
+            rewards.double()[None], values[None], ends[None], written[None], gamma, lam, at
+        )
+        return numbers[0][written].tolist()
+
+    page.locator("#k").fill("50")
+    page.locator("#lam").fill("0.4")
+    page.locator("#gamma").fill("0.9")
+    half = sapo.entropy_ends(entropy[None], written[None], 0.5)[0]
+    np.testing.assert_allclose(shown(page), expected(half, 0.4, 0.9), atol=1e-6)
+    cuts = page.locator(".token.cut").count()
+    assert cuts == half.sum()
+    page.get_by_label("V at the end").check()
+    np.testing.assert_allclose(shown(page), expected(half, 0.4, 0.9, "end"), atol=1e-6)
+    page.get_by_label("PPO").check()
+    np.testing.assert_allclose(shown(page), expected(written, 0.4, 0.9), atol=1e-6)
+    page.get_by_label("as recorded").check()
+    recorded = torch.tensor(row["advantages"])[written].tolist()
+    np.testing.assert_allclose(shown(page), recorded, atol=1e-6)
+
+
+def test_the_view_stands_in_the_address_and_comes_back_from_it(run, open_page):
+    rows = [
+        response(seed, iteration=i, example_id=f"eval/{seed}")[0] for i in (0, 8) for seed in (0, 1)
+    ]
+    write_lines(run, "samples.jsonl", rows)
+    file = explorer(run)
+    page = open_page(file)
+    page.locator("#right").select_option("0")
+    page.locator("#lam").fill("0.25")
+    page.get_by_label("next response").click()
+    assert page.locator("section").count() == 2
+    fragment = page.evaluate("location.hash")
+    state = {name: values[0] for name, values in parse_qs(fragment[1:]).items()}
+    assert (state["l"], state["r"], state["a"], state["b"]) == ("0.25", "1", "1", "0")
+    again = open_page(file, fragment)
+    assert again.locator("section").count() == 2
+    for view in (0, 1):
+        assert shown(again, view) == shown(page, view)
+    assert "iteration 8, eval/1" in again.locator("h2").first.text_content()
+
+
+@pytest.mark.parametrize("fragment", ["#r=99&a=7&b=x&m=nothing", "#k=900&l=-3&g=zzz", "#%%%"])
+def test_an_address_that_makes_no_sense_shows_the_page_all_the_same(run, open_page, fragment):
+    write_lines(run, "samples.jsonl", [response()[0]])
+    assert open_page(explorer(run), fragment).locator(".token").count() > 5
+
+
+def test_a_sentence_says_where_the_blame_landed(run, open_page):
+    advantages = [0.0] * 12
+    advantages[3:6] = [-0.5] * 3
+    row, _ = response(
+        written=[True] * 12,
+        advantages=advantages,
+        ends=[False] * 2 + [True] + [False] * 2 + [True] + [False] * 5 + [True],
+        reward=0.0,
+    )
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run))
+    page.get_by_label("as recorded").check()
+    said = page.locator(".verdict").text_content()
+    assert said == (
+        "The first wrong step, “def”, has 100% of all credit and blame; the most blame has the "
+        "segment “def”, where it stands."
+    )
+    wrong = page.locator(".token.wrong")
+    assert "".join(wrong.nth(i).text_content() for i in range(wrong.count())) == "def"
+
+
+def test_numbers_are_read_by_keyboard_and_by_screen_readers(run, open_page):
+    write_lines(run, "samples.jsonl", [response()[0]])
+    page = open_page(explorer(run))
+    page.locator("input[name=scale]").last.focus()
+    page.keyboard.press("Tab")
+    focused = page.evaluate("document.activeElement.className")
+    assert "token" in focused
+    label = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert page.locator(".numbers").text_content() == label
+    for part in ("a: advantage ", "entropy ", "value before it "):
+        assert part in label
+
+
+def test_a_game_shows_its_turns(run, open_page):
+    written = [True] * 4 + [False] * 3 + [True] * 5
+    turns = [
+        {"first": 0, "last": 3, "said": "Find it.", "image": png()},
+        {"first": 7, "last": 11, "said": "Go on.", "image": None},
+    ]
+    row, _ = response(written=written, turns=turns)
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run))
+    assert page.locator(".turn").count() == 2 and page.locator(".turn img").count() == 1
+    texts = page.locator(".token")
+    assert "".join(texts.nth(i).text_content() for i in range(texts.count())) == "abcdhijkl"
+    assert page.locator(".heard").all_text_contents() == ["Find it.", "Go on."]
+
+
+HOSTILE = [
+    "<script>document.title='gone'</script>",
+    "</script><img src=x onerror=alert(1)>",
+    "</style><!--",
+    "\u2028\u2029",
+    "\u202e\u2066",
+    "\x00\x1b",
+    "\ud800",
+    "&lt;",
+    "__DATA__",
+    '"\\',
+    "骰子🎲",
+    "",
+]
+
+
+def test_hostile_text_is_shown_and_does_nothing(run, open_page):
+    row, _ = response(written=[True] * 12)
+    row |= {name: "".join(HOSTILE) for name in ("prompt", "answer", "predicted", "example_id")}
+    row["tokens"] = HOSTILE
+    write_lines(run, "samples.jsonl", [row])
+    file = explorer(run)
+    (data,) = re.findall(r'id="data">(.*)</script>', file.read_text())
+    assert data.isascii() and "<" not in data
+    page = open_page(file)
+    tokens = page.locator(".token").all_text_contents()
+    assert tokens[0] == HOSTILE[0] and tokens[1] == HOSTILE[1]
+    assert tokens[3] == "\\u2028\\u2029" and tokens[4] == "\\u202e\\u2066"
+    assert tokens[8] == "__DATA__" and tokens[10] == "骰子🎲"
+    assert "Where the credit goes" in page.title()
+    assert page.locator("main img[onerror]").count() == 0 and page.locator("script").count() == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_in_light_and_dark(run, open_page, scheme):
+    write_lines(run, "samples.jsonl", [response()[0]])
+    page = open_page(explorer(run), viewport={"width": 375, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(23, 23, 26)"}[scheme]
+
+
+def test_a_run_without_a_critic_shows_what_it_has(run, open_page):
+    row, _ = response()
+    row.pop("token_values"), row.pop("values")
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run))
+    labels = page.locator("#methods label").all_text_contents()
+    assert [label.strip() for label in labels] == ["GRPO", "as recorded"]
+    assert page.locator(".token").count() > 5
+
+
+def test_of_many_checkpoints_the_first_and_the_last_are_kept(run):
+    rows = [response(example_id=f"eval/{i}", iteration=t)[0] for t in range(9) for i in range(40)]
+    write_lines(run, "samples.jsonl", rows)
+    text = explorer(run).read_text()
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert [c["iteration"] for c in data["checkpoints"]] == [0, 3, 5, 8]
+    assert all(len(c["responses"]) == RESPONSES for c in data["checkpoints"])
+    assert len(text) < 1_000_000
+
+
+def test_lists_that_do_not_fit_are_named(run):
+    write_lines(run, "samples.jsonl", [response(entropy=[0.1])[0]])
+    with pytest.raises(ValueError, match="1 entropy for 12 tokens"):
+        explorer(run)
