@@ -422,8 +422,24 @@ def comparison_claim():
     return [f"{interval(accuracies[method])[0]:.3f}" for method in methods]
 
 
+def middles(name):
+    """{variant: the interquartile mean of its accuracies} of an experiment, in its order."""
+    accuracies = {}
+    for run in result(name)["runs"]:
+        accuracies.setdefault(run["label"], []).append(run["accuracy"])
+    return {label: interval(of_seeds)[0] for label, of_seeds in accuracies.items()}
+
+
+def parts_claim():
+    """Segment and token ratio, then the best and the worst of the cuts."""
+    ratios, cuts = middles("controls-DiceSum.json"), middles("cuts-DiceSum.json")
+    numbers = [ratios["sapo"], ratios["sapo, token ratio"], max(cuts.values()), min(cuts.values())]
+    return [f"{number:.3f}" for number in numbers]
+
+
 # {how a row begins: the function that computes its figures}
 CLAIMS = {
+    "The segment ratio beats": parts_claim,
     "A critic at segment boundaries": critic_claim,
     "The clipped segment ratio": clip_claim,
     "SAPO ends above": comparison_claim,
@@ -543,6 +559,20 @@ def test_what_the_narrower_clip_did_is_what_the_trials_hold():
     (fourth,) = trials(0.7, 2, 68)
     assert fourth["seed"] == 4
     assert f"It ended at {fourth['accuracy']:.3f}, {fourth['greedy']:.3f} greedy" in page
+
+
+def test_what_is_told_apart_from_sapo_is_what_its_runs_hold():
+    for name, first in (("controls-DiceSum.json", "sapo"), ("cuts-DiceSum.json", "topk")):
+        of_label = {}
+        for run in result(name)["runs"]:
+            of_label.setdefault(run["label"], []).append(run["accuracy"])
+        bounds = {label: interval(of_seeds) for label, of_seeds in of_label.items()}
+        middle, low, high = bounds.pop(first)
+        assert all(other <= middle for other, *_ in bounds.values()), "it comes first"
+        assert all(low <= other[2] and other[1] <= high for other in bounds.values()), "overlap"
+    assert {len(of_seeds) for of_seeds in of_label.values()} == {5}
+    spread = {label: high - low for label, (_, low, high) in bounds.items()}
+    assert max(spread, key=spread.get) == "low-prob"
 
 
 def test_what_the_comparison_shows_is_what_its_runs_hold():
