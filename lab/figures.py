@@ -373,7 +373,7 @@ def reuse_figure(results):
     figure, panels = _new_figure(14, 4.2, 3)
     seeds = max(len(runs) for kind in of_kind.values() for runs in kind.values())
     title = f"How often can a rollout be used? {results['budget_tokens']:,} tokens"
-    figure.suptitle(f"{title} of {_task(results)}, {seeds} seeds", fontweight="bold")
+    figure.suptitle(f"{title} of {_task(results)}, {_counted(seeds, 'seed')}", fontweight="bold")
     figure.get_layout_engine().set(w_pad=0.12)  # inches, between a line's name and the next panel
     ticks = sorted({count for runs in of_kind.values() for count in runs})
     for axes, (unit, measure) in zip(panels, measures.items(), strict=True):

@@ -575,6 +575,25 @@ def test_what_is_told_apart_from_sapo_is_what_its_runs_hold():
     assert max(spread, key=spread.get) == "low-prob"
 
 
+def test_what_reuse_shows_is_what_its_runs_hold():
+    runs = result("reuse-DiceSum.json")["runs"]
+    assert {run["seed"] for run in runs} == {0} and "one seed so far" in prose("docs/results.md")
+
+    def ends(kind):
+        of_kind = [run for run in runs if run["label"].rsplit(", ", 1)[0] == kind]
+        return [run["accuracy"] for run in of_kind]  # at 1, 2, 4 and 8 epochs
+
+    for kind in ("segment ratio", "token ratio"):
+        assert ends(kind) == sorted(ends(kind)) and ends(kind)[3] > 0.88
+    assert f"to {ends('segment ratio')[3]:.3f} at eight" in prose("docs/results.md")
+    assert ends("no clip")[2:] == [0.0, 0.0]
+    assert ends("product of ratios")[3] < 0.6 < ends("product of ratios")[2]
+    for method in ("ppo", "grpo"):
+        assert ends(method)[2] < ends(method)[1] and ends(method)[3] < ends(method)[0]
+    (clipped,) = [run["curve"] for run in runs if run["label"] == "response ratio, 8 epochs"]
+    assert abs(np.mean(clipped["clip_fraction"]) - 1 / 7) < 0.01
+
+
 def test_what_the_comparison_shows_is_what_its_runs_hold():
     page, accuracies = prose("docs/results.md"), of_the_comparison()
     middle = {label: interval(of_seeds) for label, of_seeds in accuracies.items()}

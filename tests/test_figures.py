@@ -421,7 +421,7 @@ def reuse(seeds=5):
 def test_reuse_can_be_read():
     figure = figures.reuse_figure(reuse())
     assert_readable(figure)
-    assert "80,000 tokens of DiceSum, 5 seeds" in figure.get_suptitle()
+    assert "80,000 tokens of DiceSum, five seeds" in figure.get_suptitle()
 
 
 def test_reuse_shows_three_measures_against_the_epochs():
