@@ -575,6 +575,32 @@ def test_what_is_told_apart_from_sapo_is_what_its_runs_hold():
     assert max(spread, key=spread.get) == "low-prob"
 
 
+def test_what_seeing_pays_is_what_its_runs_hold():
+    middle, page = middles("seeing-DiceSum.json"), prose("docs/results.md")
+    deaf, distant = middle["sapo, hears nothing"], middle["sapo, hears nothing, lambda 0.99"]
+    assert f"hears nothing ends at {deaf:.3f}, at lambda 0.99 at {distant:.3f}" in page
+    assert f"do not tell these from {middle['sapo']:.3f}" in page
+    assert f"in its place, ends at {middle['grpo']:.3f}" in page
+    of_label = {}
+    for run in result("seeing-DiceSum.json")["runs"]:
+        of_label.setdefault(run["label"], []).append(run["accuracy"])
+    vine, tree = (
+        [
+            run["iterations"]
+            for run in result("seeing-DiceSum.json")["runs"]
+            if run["label"] == method
+        ]
+        for method in ("vineppo", "spo-tree")
+    )
+    assert {16 * count for count in vine} == {176} and set(tree) <= {37, 38}  # of two questions
+    assert "learns from 176 answers in all, SPO-tree from the branches of some 74" in page
+    chance, *_ = probability_of_improvement(of_label["sapo"], of_label["grpo"])
+    assert round(10 * chance) == 9
+    for label in ("sapo, hears nothing", "sapo, hears nothing, lambda 0.99"):
+        _, low, high = probability_of_improvement(of_label["sapo"], of_label[label])
+        assert low < 0.5 < high
+
+
 def test_what_reuse_shows_is_what_its_runs_hold():
     runs = result("reuse-DiceSum.json")["runs"]
     assert {run["seed"] for run in runs} == {0} and "one seed so far" in prose("docs/results.md")
