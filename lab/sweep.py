@@ -198,10 +198,12 @@ def chosen_trial(runs: list[dict], method: str) -> list[str]:
     )
 
 
-def lambda_of_sapo(sweep: Sweep) -> str:
-    """The lambda at which the sweep runs SAPO: the tuned one, or train.py's default."""
-    tuned = best_trial(sweep, "sapo")
-    return tuned[tuned.index("--lam") + 1] if "--lam" in tuned else str(sapo.SAPOConfig().lam)
+def lambda_of(sweep: Sweep, method: str) -> str:
+    """The lambda at which the sweep runs a method: the tuned one, or train.py's default."""
+    tuned = best_trial(sweep, method)
+    if "--lam" in tuned:
+        return tuned[tuned.index("--lam") + 1]
+    return str(baselines.SETTINGS[method].get("lam", sapo.SAPOConfig().lam))
 
 
 def plan(sweep: Sweep, extra: list[str]):
@@ -220,7 +222,9 @@ def plan(sweep: Sweep, extra: list[str]):
             if sweep.methods and method not in sweep.methods:
                 continue
             if label == "ppo, lambda of sapo":
-                variant = [*variant, "--lam", lambda_of_sapo(sweep)]
+                if lambda_of(sweep, "sapo") == lambda_of(sweep, "ppo"):
+                    continue  # it is PPO once more
+                variant = [*variant, "--lam", lambda_of(sweep, "sapo")]
             if method == "srpo" and "TextSum" in sweep.env:  # it weighs what was seen on a picture
                 continue
             words = label.replace(" ", "_").replace(",", "")

@@ -16,8 +16,9 @@ from lab import sweep
 
 # ----------------------------------------------------------------------------------- the plan
 @pytest.mark.parametrize("experiment", sweep.EXPERIMENTS)
-def test_every_run_of_every_experiment_parses(experiment):
-    runs = list(sweep.plan(*parsed_sweep("--experiment", experiment, "--seeds", "2")))
+def test_every_run_of_every_experiment_parses(experiment, tmp_path):
+    untuned = ["--results", str(tmp_path)]
+    runs = list(sweep.plan(*parsed_sweep("--experiment", experiment, "--seeds", "2", *untuned)))
     assert len(runs) == 2 * len(sweep.EXPERIMENTS[experiment])
     assert len({run.folder for run in runs}) == len(runs)
     for run in runs:
@@ -82,8 +83,9 @@ def test_a_subset_of_the_methods_takes_the_users_flags():
         ("tune", "gspo", [f"gspo --actor_lr {rate}" for rate in sweep.RATES]),
     ],
 )
-def test_a_method_is_taken_with_all_its_variants(experiment, method, labels):
+def test_a_method_is_taken_with_all_its_variants(experiment, method, labels, tmp_path):
     flags = ["--experiment", experiment, "--methods", method, "--seeds", "1"]
+    flags += ["--results", str(tmp_path)]  # untuned
     assert [run.label for run in sweep.plan(*parsed_sweep(*flags))] == labels
 
 
@@ -153,6 +155,15 @@ def test_ppo_at_sapos_lambda_takes_the_one_that_sapo_was_tuned_to(tuned):
     assert chosen["ppo, lambda of sapo"] == (1e-4, 0.95)
 
 
+def test_ppo_at_sapos_lambda_is_not_run_where_that_is_its_own(tuned):
+    runs = [
+        {"label": f"{method} --actor_lr 1e-4 --lam 0.7", "accuracy": 0.9}
+        for method in ("sapo", "ppo")
+    ]
+    (tuned / "tune-DiceSum.json").write_text(json.dumps({"runs": runs}))
+    assert "ppo, lambda of sapo" not in tuned_numbers("--results", str(tuned))
+
+
 def test_a_trial_clearly_below_the_best_is_not_used(tuned):
     runs = [
         {"label": "gspo --actor_lr 1e-4", "accuracy": 0.5},
@@ -199,8 +210,9 @@ def test_a_tuning_counts_for_its_own_tag(tmp_path):
     assert tagged == untuned
 
 
-def test_a_methods_own_batch_stands_behind_the_users():
+def test_a_methods_own_batch_stands_behind_the_users(tmp_path):
     flags = ["--methods", "ppo", "vineppo", "--seeds", "1", "--batch", "128"]
+    flags += ["--results", str(tmp_path)]  # untuned
     runs = sweep.plan(*parsed_sweep(*flags))
     batches = {run.label: train.parse(run.flags)[0].batch for run in runs}
     assert batches == {"ppo": 128, "ppo, lambda of sapo": 128, "vineppo": 16}
