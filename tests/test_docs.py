@@ -437,8 +437,15 @@ def parts_claim():
     return [f"{number:.3f}" for number in numbers]
 
 
+def lift_claim():
+    """Lift at q = 0.1 by sampled values, before and after training."""
+    lifts = result("lift-DiceSum.json")
+    return [f"{lifts[when]['Monte Carlo']['lift']['0.1'][0]:.2f}" for when in ("early", "late")]
+
+
 # {how a row begins: the function that computes its figures}
 CLAIMS = {
+    "High entropy is where": lift_claim,
     "The segment ratio beats": parts_claim,
     "A critic at segment boundaries": critic_claim,
     "The clipped segment ratio": clip_claim,
@@ -573,6 +580,26 @@ def test_what_is_told_apart_from_sapo_is_what_its_runs_hold():
     assert {len(of_seeds) for of_seeds in of_label.values()} == {5}
     spread = {label: high - low for label, (_, low, high) in bounds.items()}
     assert max(spread, key=spread.get) == "low-prob"
+
+
+def test_what_lift_shows_is_what_results_hold():
+    lifts, page = result("lift-DiceSum.json"), prose("docs/results.md")
+
+    def said(when, values):
+        return "{:.2f} ({:.2f} to {:.2f})".format(*lifts[when][values]["lift"]["0.1"])
+
+    early, interval_of_early = said("early", "Monte Carlo").split(" ", 1)
+    assert f"{early} times as many {interval_of_early} come with a jump" in page
+    assert f"{lifts['early']['critic']['lift']['0.1'][0]:.2f} by the critic" in page
+    assert f"By sampled values Lift is {said('late', 'Monte Carlo')}" in page
+    assert f"still says {said('late', 'critic')}" in page
+    cut = {
+        (when, kind): f"{lifts[when]['steps'][kind]['cut']:.0%}"
+        for when in ("early", "late")
+        for kind in ("hard", "easy")
+    }
+    assert f"in {cut['early', 'hard']} of the hard steps and in {cut['early', 'easy']}" in page
+    assert f"in {cut['late', 'hard']} and {cut['late', 'easy']} after it" in page
 
 
 def test_what_seeing_pays_is_what_its_runs_hold():
