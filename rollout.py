@@ -11,6 +11,7 @@ A response's tokens and its text travel side by side: a text is never tokenised 
 Throughout, `run` is a `train.Run`. Shapes: B responses, T token positions (right-padded).
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -197,6 +198,8 @@ def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[s
     -> (what each new token reads, the reward from here on) of each episode.
     """
     policy, longest = run.models.policy, run.settings.max_new_tokens
+    context = vlm.context_tokens(policy)
+    read = functools.cache(lambda token: policy.tokenizer.decode([token]))
     texts, rewards = [[] for _ in envs], [0.0] * len(envs)
     live = list(range(len(envs)))  # the rows whose game goes on
     in_turn = [transcripts.open_turn(row) for row in live]  # tokens of its turn that it has already
@@ -221,13 +224,13 @@ def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[s
         encoded = {
             row: reply
             for row, reply in encoded.items()
-            if transcripts.length(row) + len(reply[0]) + longest <= vlm.context_tokens(policy)
+            if transcripts.length(row) + len(reply[0]) + longest <= context
         }
         if not encoded:
             return texts, rewards
         for row, (of_row, of_pictures) in encoded.items():
             transcripts.hear(row, of_row, of_pictures)
-            texts[row] += [policy.tokenizer.decode([token]) for token in of_row]
+            texts[row] += [read(token) for token in of_row.tolist()]
         if "past_key_values" in inputs:
             going_on = [live.index(row) for row in encoded]
             inputs = vlm.continued(

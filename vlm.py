@@ -431,9 +431,8 @@ def encode_replies(vlm: VLM, replies: list[str], images: list) -> list[tuple[Ten
     images: for each reply a list of pictures, which may be empty. ValueError for a picture where
     the model is told of its prompt's pictures in a way that a reply's cannot be added to.
     """
-    texts = [
-        _between_turns(vlm, reply, len(own)) for reply, own in zip(replies, images, strict=True)
-    ]
+    between = functools.cache(functools.partial(_between_turns, vlm))  # replies repeat, too
+    texts = [between(reply, len(own)) for reply, own in zip(replies, images, strict=True)]
     if any(images):
         inputs = _encoded(vlm, texts, images, goes_on=True)
         _check_picture_of_reply(inputs)

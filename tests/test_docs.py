@@ -339,6 +339,15 @@ def test_the_race_of_iterations_is_what_results_hold():
     assert said in prose("docs/models.md")
 
 
+def test_the_cost_of_turns_is_what_results_hold():
+    share, page = result("bench_turns.json")["of_one_turn"], prose("docs/games.md")
+    five, twenty = share["5 turns, kept"], share["20 turns, kept"]
+    said = f"takes {five:.2f} times as long in five turns as in a single one, and {twenty:.2f}"
+    assert said in page
+    five, twenty = share["5 turns, read again"], share["20 turns, read again"]
+    assert f"at each turn, {five:.2f} and {twenty:.2f} times" in page
+
+
 def test_the_earlier_races_are_what_results_hold():
     races = result("bench_iteration_earlier.json")["races"]
     ours = [race["of_grpo"]["SAPO"] for race in races]
