@@ -292,7 +292,7 @@ def continuation_values(ends: Tensor, mask: Tensor, settings, rewards_after: Cal
     segment m earn (arXiv:2505.23564, arXiv:2410.01679).
 
     There are `settings.continuations` of each. `sapo.segment_gae` at lambda 0 turns the values into
-    SPO's advantages: r_m + V(s_{m+1}) - V(s_m), and R - V(s_M) for the last segment.
+    SPO's advantages: r_m + V(s_{m+1}) - V(s_m), where V after the last segment is 0.
 
     rewards_after(rows, positions)  continues response rows[k] after its first positions[k] tokens,
                                     for at most `settings.batch` of them at once; gives the reward

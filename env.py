@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tasks import CELL, END, GAMES, TASKS, Task, games
-from tasks.dataset import MAX_PROMPT, DatasetTask
+from tasks.dataset import DatasetTask
 from tasks.reasoning import ReasoningGym
 
 # ------------------------------------------------------------------------------------- spaces
@@ -120,7 +120,8 @@ class Episode(gym.Env):
 class SegmentEnv(Episode):
     """One response, written segment by segment.
 
-    task             a `Task`, or the name of one ("DiceSum") with its settings as further keywords
+    task             a `Task`; or a class of tasks, or the name of one of ours ("DiceSum"), with its
+                     settings as further keywords
     max_segments     limits at which an episode is truncated; generous, as one token per action is
     and max_chars    a legal way to cut a response, too
     format_reward    paid besides, at the end, if the response is its blocks in order (`task.form`)
@@ -140,16 +141,17 @@ class SegmentEnv(Episode):
         **settings,
     ):
         self._settle(render_mode, max_segments=max_segments, max_chars=max_chars)
-        if not isinstance(task, Task) and task not in TASKS:
+        kind = TASKS.get(task) if isinstance(task, str) else task
+        self.task = kind(**settings) if isinstance(kind, type) else kind
+        if not isinstance(self.task, Task):
             raise ValueError(f"task={task!r} is unknown; expected one of {tuple(TASKS)} or a Task")
-        self.task = TASKS[task](**settings) if isinstance(task, str) else task
         self.format_reward = float(format_reward)
 
         spaces = {}
         if self.task.side:
             size = self.task.side * CELL
             spaces["image"] = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
-        spaces["prompt"] = AnyText(512)
+        spaces["prompt"] = AnyText(self.task.max_prompt)
         spaces["response"] = AnyText(max_chars)
         spaces["segment_index"] = gym.spaces.Discrete(max_segments + 1)
         self.observation_space = gym.spaces.Dict(spaces)
@@ -278,7 +280,6 @@ class DatasetEnv(SegmentEnv):
         task = DatasetTask(path, **settings)
         super().__init__(task, max_segments, max_chars, format_reward, render_mode)
         self.observation_space.spaces["images"] = Pictures()
-        self.observation_space.spaces["prompt"] = AnyText(MAX_PROMPT)
 
     def _open_example(self, index, split):
         self.example = self.task.example_at(index, split)
@@ -294,26 +295,6 @@ class DatasetEnv(SegmentEnv):
     def _observation(self):
         images = tuple(image.copy() for image in self._images)
         return {**super()._observation(), "images": images}
-
-
-class ReasoningGymEnv(SegmentEnv):
-    """A `SegmentEnv` of a data set of reasoning-gym, whose name and settings it takes as keywords.
-
-    The reward is what the data set's own grader gives, which may be a part of 1.
-    """
-
-    def __init__(
-        self,
-        dataset,
-        max_segments=4096,
-        max_chars=16384,
-        format_reward=0.0,
-        render_mode=None,
-        **settings,
-    ):
-        task = ReasoningGym(dataset, **settings)
-        super().__init__(task, max_segments, max_chars, format_reward, render_mode)
-        self.observation_space.spaces["prompt"] = AnyText(MAX_PROMPT)
 
 
 # ------------------------------------------------------------- a game, turn by turn and in steps
@@ -353,10 +334,11 @@ class GameEnv(Episode):
             raise ValueError(f"game={game!r} is unknown; expected one of {tuple(GAMES)} or a game")
         kind = GAMES[game] if isinstance(game, str) else game
         if isinstance(kind, type):
-            game = kind(**settings)
+            self.task = games.GameTask(kind(**settings), lambda: kind(**settings))
         elif settings:
             raise ValueError(f"{tuple(settings)}: expected no more keywords beside a game")
-        self.task = games.GameTask(game)
+        else:
+            self.task = games.GameTask(kind)
         self.observation_space = gym.spaces.Dict(
             {
                 "images": Pictures(),
@@ -648,4 +630,10 @@ for _task in TASKS:
 for _game in GAMES:
     _register(f"SAPO/{_game}-v0", "env:GameEnv", game=_game)
 _register("SAPO/Dataset-v0", "env:DatasetEnv")
-_register("SAPO/ReasoningGym-v0", "env:ReasoningGymEnv")
+_register(
+    "SAPO/ReasoningGym-v0",
+    "env:SegmentEnv",
+    task=ReasoningGym,
+    max_segments=4096,
+    max_chars=16384,
+)

@@ -297,7 +297,8 @@ def _at_once(run):
 
 def sampled_values(run, responses, ends, used, split) -> Tensor:
     """V at each segment's start by fresh continuations (SPO-chain, VinePPO). (B, T)."""
-    rewards_after = _played_after if responses.transcripts else _answered_after
+    is_game = responses.transcripts is not None
+    rewards_after = _played_after if is_game else _answered_after
 
     def rewards(rows, positions):
         return rewards_after(run, responses, rows, positions, split)

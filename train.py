@@ -390,8 +390,8 @@ def make_env(settings) -> gym.Env:
         if module:  # "my_module:MyTask-v0" registers itself on import
             importlib.import_module(module)
         spec = gym.registry.get(name)
-        ours = {**TASKS, **GAMES}
-        if spec is not None and (spec.kwargs.get("task") or spec.kwargs.get("game")) in ours:
+        made_of = spec.kwargs.get("task") or spec.kwargs.get("game") if spec else None
+        if isinstance(made_of, str) and made_of in {**TASKS, **GAMES}:
             keywords = {"habits": settings.habits} | keywords
         return gym.make(settings.env, disable_env_checker=True, **keywords)
     except (ValueError, TypeError, ImportError, gym.error.Error) as error:

@@ -36,7 +36,6 @@ def explorer(run_folder) -> Path:
     data = {
         "title": run_title(run_folder),
         "settings": _settings(run_folder),
-        "first": 0,
         "checkpoints": [
             _checkpoint(iteration, by_iteration[iteration], ids) for iteration in iterations
         ],

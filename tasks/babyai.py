@@ -17,7 +17,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from tasks.base import MAX_DRAWS, split_of
+from tasks.base import MAX_DRAWS, check_habits, split_of
 from tasks.games import FIRST_EVAL_SEED
 
 # Our commands, in the order of minigrid's actions.
@@ -47,8 +47,7 @@ class BabyAI:
 
     def __init__(self, level="GoToLocal", picture=True, habits=0.0):
         self._made = _made(level)
-        if isinstance(habits, bool) or not isinstance(habits, (int, float)) or not 0 <= habits <= 1:
-            raise ValueError(f"habits={habits!r} is not valid; expected a share from 0 to 1")
+        check_habits(habits)
         self.level, self.picture, self.habits = level, bool(picture), habits
 
     # ---- the game

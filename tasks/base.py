@@ -109,6 +109,29 @@ def check_index(index, split):
         )
 
 
+# ----------------------------------------------------------------------------------- settings
+
+
+def check_integers(settings, ranges):
+    """ValueError unless each setting is an integer within its range.
+
+    settings: an object that has them as attributes; ranges: {name: (lowest, highest value)}.
+    """
+    for name, (lowest, highest) in ranges.items():
+        value = getattr(settings, name)
+        if type(value) is not int or not lowest <= value <= highest:  # True is an int, too
+            raise ValueError(
+                f"{name}={value!r} is not valid; expected an integer {lowest} to {highest}"
+            )
+
+
+def check_habits(habits):
+    """ValueError unless it is a share from 0 to 1."""
+    is_number = isinstance(habits, (int, float)) and not isinstance(habits, bool)
+    if not is_number or not 0 <= habits <= 1:  # NaN, too, is refused
+        raise ValueError(f"habits={habits!r} is not valid; expected a share from 0 to 1")
+
+
 # ------------------------------------------------------------------------ the steps in a text
 
 _SEE = re.compile("<see>([^<]*)")
@@ -178,19 +201,14 @@ class Task:
     """what ends a response: writing on behind it earns nothing; None: only END does"""
     replies = False
     """whether the world replies, so that an episode may have more than one turn"""
+    max_prompt = 512
+    """characters of the longest question"""
     tags = TAGS
     """what the tiny model has one token for, besides characters"""
 
     def __post_init__(self):
-        for name, (lowest, highest) in self.ranges.items():
-            value = getattr(self, name)
-            if type(value) is not int or not lowest <= value <= highest:  # True is an int, too
-                raise ValueError(
-                    f"{name}={value!r} is not valid; expected an integer {lowest} to {highest}"
-                )
-        is_number = isinstance(self.habits, (int, float)) and not isinstance(self.habits, bool)
-        if not is_number or not 0 <= self.habits <= 1:  # NaN, too, is refused
-            raise ValueError(f"habits={self.habits!r} is not valid; expected a share from 0 to 1")
+        check_integers(self, self.ranges)
+        check_habits(self.habits)
 
     # ---- what a subclass gives
 
@@ -408,3 +426,19 @@ class Task:
             response, _ = until_end(text)  # what stands behind the end does not count
             steps.append((read_answer(response), result if is_finished else None, result))
         return steps
+
+
+class StepsUnknown(Task):
+    """A task whose true steps nobody knows: of its responses only the end is judged."""
+
+    def step_spans(self, text):
+        """No step is known."""
+        return []
+
+    def check_steps(self, example, text):
+        """No step is known."""
+        return []
+
+    def hard_steps(self, example, text):
+        """No step is known."""
+        return []

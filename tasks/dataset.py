@@ -27,7 +27,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from tasks.base import END, SPLITS, Example, Task, check_index, read_answer, split_of, until_end
+from tasks.base import (
+    END,
+    SPLITS,
+    Example,
+    StepsUnknown,
+    check_index,
+    read_answer,
+    split_of,
+    until_end,
+)
 from tasks.grading import MAX_ANSWER, read_boxed, same
 from tasks.pictures import to_rgb
 
@@ -253,7 +262,7 @@ def _shared_rows(path, split, max_pixels, images, question, answer):
 
 
 @dataclass(frozen=True)
-class DatasetTask(Task):
+class DatasetTask(StepsUnknown):
     """Rows of a data set. The true steps are unknown, so no step is ever checked.
 
     Of an example, `content` is the tuple of its pictures, PIL RGB, `image` the first or None, and
@@ -277,6 +286,7 @@ class DatasetTask(Task):
     """the source's split for evaluation"""
     max_pixels: int = 2**25
     """a row with a picture above this is skipped"""
+    max_prompt = MAX_PROMPT
 
     def __post_init__(self):
         if self.style not in STYLES:
@@ -380,15 +390,3 @@ class DatasetTask(Task):
         if answer is None:
             return 0.0
         return float(same(answer, example.answer))
-
-    def step_spans(self, text):
-        """No step is known."""
-        return []
-
-    def check_steps(self, example, text):
-        """No step is known."""
-        return []
-
-    def hard_steps(self, example, text):
-        """No step is known."""
-        return []

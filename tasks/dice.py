@@ -17,6 +17,9 @@ class DiceSum(TextSum):
     largest: int = 6
     ranges = {"n": (1, 25), "largest": (2, 6), "verbosity": (0, 200)}
     read_size = 1
+    faces = tuple(PIPS)
+    mistaken = {"6": "5"}
+    """what the bad habit takes a face for"""
 
     @property
     def side(self):
@@ -29,12 +32,12 @@ class DiceSum(TextSum):
     def _slips(self, right, result):
         is_read = result is None
         if is_read:
-            return [face for face in PIPS if face != right]
+            return [face for face in self.faces if face != right]
         return super()._slips(right, result)
 
     def _habit(self, right, result):
-        """Takes a six for a five, and forgets the carry as TextSum does."""
+        """Takes a six for a five (`mistaken`), and forgets the carry as TextSum does."""
         is_read = result is None
         if is_read:
-            return "5" if right == "6" else None
+            return self.mistaken.get(right)
         return super()._habit(right, result)

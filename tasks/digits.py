@@ -42,11 +42,14 @@ class DigitSum(DiceSum):
     """n handwritten digits, 0 to `largest`, in a square of cells; read them row by row, then add
     them up. An example of the evaluation shows scans that no example of the training shows.
 
-    The content is (the digits,), as a tuple of texts. ImportError without scikit-learn.
+    The bad habit takes a seven for a one. The content is (the digits,), as a tuple of texts.
+    ImportError without scikit-learn.
     """
 
     largest: int = 9
     ranges = {"n": (1, 25), "largest": (1, 9), "verbosity": (0, 200)}
+    faces = tuple(DIGITS)
+    mistaken = {"7": "1"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,16 +63,3 @@ class DigitSum(DiceSum):
         of_split = scans()[split_of(repr(content))]
         drawn = [rng.choice(of_split[digit]) for digit in digits]
         return scans_picture(drawn, self.side, rng), "Sum the digits."
-
-    def _slips(self, right, result):
-        is_read = result is None
-        if is_read:
-            return [digit for digit in DIGITS if digit != right]
-        return super()._slips(right, result)
-
-    def _habit(self, right, result):
-        """Takes a seven for a one, and forgets the carry as TextSum does."""
-        is_read = result is None
-        if is_read:
-            return "1" if right == "7" else None
-        return super()._habit(right, result)

@@ -19,6 +19,7 @@ closes a command: `<act>go north</act>`. The game's next observation is the *rep
 """
 
 import copy
+import functools
 import re
 import warnings
 
@@ -85,22 +86,31 @@ def turns_of(response):
 
 
 class GameTask:
-    """A game as what is asked: the counterpart of `tasks.Task`."""
+    """A game as what is asked: the counterpart of `tasks.Task`.
+
+    game    the one that is played
+    make    makes another like it, to look things up while an episode is under way; a copy of the
+            game, if left out
+    """
 
     stop = STOP
     replies = True
 
-    def __init__(self, game):
+    def __init__(self, game, make=None):
         if not all(callable(getattr(game, method, None)) for method in ("reset", "step")):
             raise ValueError(f"game={game!r}: expected an object with the methods reset and step")
         self.game = game
-        self._second = copy.deepcopy(game)  # to look things up, while an episode is under way
+        self._make = make or functools.partial(copy.deepcopy, game)
         # Its attributes that are plain values, before it has been played
         self.settings = {
             name: value
             for name, value in vars(game).items()
             if isinstance(value, int | float | str)
         }
+
+    @functools.cached_property
+    def _second(self):
+        return self._make()
 
     @property
     def tags(self):
@@ -123,13 +133,16 @@ class GameTask:
     def example_at(self, index, split="train"):
         """The index-th game of a split, at its beginning; `self.game` is reset to it.
 
-        Where `reset` raises, a warning says so, and the game of the next seed stands in. ValueError
-        if that goes on.
+        Where `reset` raises, a warning says so, and the game of the next seed stands in; ValueError
+        if that goes on. A ValueError of the game's own, for settings that no seed can fulfil, is
+        raised at once.
         """
         seed = seed_of(index, split)
         for stand_in in range(seed, seed + MAX_RESETS):
             try:
                 observation = self.game.reset(stand_in)
+            except ValueError:
+                raise
             except Exception as error:  # whatever a foreign game does, the batch goes on
                 reason = f"{self}: reset({stand_in}) raised {error!r}"
                 warnings.warn(f"{reason}; the next seed stands in", stacklevel=2)
@@ -175,13 +188,13 @@ class GameTask:
         game = self._second
         game.reset(example.content[0])
         steps, start = [], 0
-        for turn in turns:
+        for i, turn in enumerate(turns):
             counted, why = until_end(turn)
             for (first, end), right in game.check(counted):
                 steps.append(((start + first, start + end), right))
             start += len(turn)
-            if why != "act":
-                break
+            if why != "act" or i == len(turns) - 1:
+                break  # no turn follows, so what the command does is not asked
             _, _, terminated, truncated, _ = game.step(command_in(counted))
             if terminated or truncated:
                 break

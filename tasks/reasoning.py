@@ -16,8 +16,8 @@ import json
 import pickle
 import zlib
 
-from tasks.base import MAX_DRAWS, Example, Task, check_index, split_of
-from tasks.dataset import STYLES
+from tasks.base import MAX_DRAWS, Example, StepsUnknown, check_index, split_of
+from tasks.dataset import MAX_PROMPT, STYLES
 from tasks.judge import Judge
 
 # Graders parse, and some run, what a model has written. (The item comes along, as some data sets do
@@ -37,7 +37,7 @@ def judge(name, settings, item, answer):
 )
 
 
-class ReasoningGym(Task):
+class ReasoningGym(StepsUnknown):
     """The data set of that name, with its own settings as further keywords.
 
     ImportError without the package, ValueError for an unknown data set and for settings that it
@@ -45,6 +45,7 @@ class ReasoningGym(Task):
     """
 
     system = STYLES["tags"]
+    max_prompt = MAX_PROMPT
 
     def __init__(self, dataset, **settings):
         try:
@@ -109,15 +110,3 @@ class ReasoningGym(Task):
         (item,) = example.content
         packed = base64.b64encode(pickle.dumps(item)).decode()
         return _GRADER(self.dataset, json.dumps(self.settings), packed, answer)
-
-    def step_spans(self, text):
-        """No step is known."""
-        return []
-
-    def check_steps(self, example, text):
-        """No step is known."""
-        return []
-
-    def hard_steps(self, example, text):
-        """No step is known."""
-        return []

@@ -20,7 +20,7 @@ import re
 import zlib
 from pathlib import Path
 
-from tasks.base import MAX_DRAWS, split_of
+from tasks.base import MAX_DRAWS, check_habits, check_integers, split_of
 from tasks.games import FIRST_EVAL_SEED
 
 THEMES = ("basic", "house")
@@ -62,6 +62,13 @@ class TextWorld:
         "put key1 on table3, insert key1 into box2, eat food4."
     )
     words = WORDS
+    ranges = {
+        "quest": (1, 20),
+        "rooms": (1, 20),
+        "objects": (1, 40),
+        "games": (1, 2**31),
+        "limit": (0, 999),
+    }
 
     def __init__(
         self,
@@ -75,22 +82,15 @@ class TextWorld:
         cache="runs/textworld",
         habits=0.0,
     ):
-        ranges = {"quest": (1, 20), "rooms": (1, 20), "objects": (1, 40), "games": (1, 2**31)}
-        ranges["limit"] = (0, 999)
-        for name, (low, high) in ranges.items():
-            value = locals()[name]
-            if type(value) is not int or not low <= value <= high:
-                raise ValueError(
-                    f"{name}={value!r} is not valid; expected an integer {low} to {high}"
-                )
+        self.quest, self.rooms, self.objects, self.theme = quest, rooms, objects, theme
+        self.admissible, self.games, self.limit = bool(admissible), games, limit
+        self.cache, self.habits = str(cache), habits
+        check_integers(self, self.ranges)
+        check_habits(habits)
         if theme not in THEMES:
             raise ValueError(f"theme={theme!r} is unknown; expected one of {THEMES}")
-        if isinstance(habits, bool) or not isinstance(habits, (int, float)) or not 0 <= habits <= 1:
-            raise ValueError(f"habits={habits!r} is not valid; expected a share from 0 to 1")
         _package()
-        self.quest, self.rooms, self.objects, self.theme = quest, rooms, objects, theme
-        self.admissible, self.games, self.limit = bool(admissible), games, limit or 2 * quest + 2
-        self.cache, self.habits = str(cache), habits
+        self.limit = limit or 2 * quest + 2
 
     # ---- the game
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tasks.base import CELL, MAX_DRAWS, split_of
+from tasks.base import CELL, MAX_DRAWS, check_habits, check_integers, split_of
 from tasks.games import FIRST_EVAL_SEED
 
 # Where a command leads: (columns, rows), with row 1 at the top.
@@ -100,20 +100,13 @@ class Treasure:
     words = (*COMMANDS, *REPLIES, "treasure", "key", "door", "look")
 
     def __init__(self, size=4, sight=1, shortest=6, longest=10, limit=0, picture=True, habits=0.0):
-        ranges = {"size": (3, 9), "sight": (1, 9), "shortest": (1, 99), "longest": (shortest, 99)}
-        ranges["limit"] = (0, 999)
-        for name, (low, high) in ranges.items():
-            value = locals()[name]
-            if type(value) is not int or not low <= value <= high:
-                raise ValueError(
-                    f"{name}={value!r} is not valid; expected an integer {low} to {high}"
-                )
-        if isinstance(habits, bool) or not isinstance(habits, (int, float)) or not 0 <= habits <= 1:
-            raise ValueError(f"habits={habits!r} is not valid; expected a share from 0 to 1")
         self.size, self.sight, self.picture = size, sight, bool(picture)
-        self.shortest, self.longest = shortest, longest
-        self.limit = limit or longest + 2
+        self.shortest, self.longest, self.limit = shortest, longest, limit
         self.habits = habits
+        check_integers(self, {"size": (3, 9), "sight": (1, 9), "shortest": (1, 99)})
+        check_integers(self, {"longest": (shortest, 99), "limit": (0, 999)})
+        check_habits(habits)
+        self.limit = limit or longest + 2
         self.cells = tuple(itertools.product(range(size), repeat=2))
 
     # ---- the game

@@ -1,6 +1,9 @@
 """Games for the tests, foreign ones: no more than `reset` and `step`."""
 
+import numpy as np
 from helpers import picture
+
+from tasks.games import command_in
 
 
 class Spell:
@@ -39,3 +42,17 @@ class Endless(Spell):
 
     def step(self, command):
         return "on and " * 100 + "on", 0.0, False, False, {}
+
+
+def demonstrated(game, seed, error_rate=0.0):
+    """[(the teacher's turn, its checks, the step's five values), ...] of a game."""
+    rng = np.random.default_rng(seed)
+    game.reset(seed)
+    turns, over = [], False
+    while not over:
+        text = game.demonstrate(rng, error_rate)
+        checks = game.check(text)
+        stepped = game.step(command_in(text))
+        turns.append((text, checks, stepped))
+        over = stepped[2] or stepped[3]
+    return turns

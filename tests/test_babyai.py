@@ -4,33 +4,20 @@ import sys
 
 import numpy as np
 import pytest
+from games import demonstrated
 
-from tasks.games import FIRST_EVAL_SEED, GameTask, command_in
+from tasks.games import FIRST_EVAL_SEED, GameTask
 
 pytest.importorskip("minigrid", reason="needs: pip install minigrid")
 
 from tasks.babyai import BabyAI, described, draw  # noqa: E402
 
 
-def played(game, seed, error_rate=0.0):
-    """[(the bot's turn, the checks of it, the step's five values), ...] of a game."""
-    rng = np.random.default_rng(seed)
-    game.reset(seed)
-    turns, over = [], False
-    while not over:
-        text = game.demonstrate(rng, error_rate)
-        checks = game.check(text)
-        stepped = game.step(command_in(text))
-        turns.append((text, checks, stepped))
-        over = stepped[2] or stepped[3]
-    return turns
-
-
 @pytest.mark.parametrize("level", ["GoToLocal", "PickupLoc", "UnlockLocal", "GoToSeq"])
 def test_the_bot_solves_what_it_demonstrates(level):
     game = BabyAI(level)
     for seed in range(4):
-        turns = played(game, seed)
+        turns = demonstrated(game, seed)
         *_, (_, reward, terminated, truncated, _) = turns[-1]
         assert 0 < reward <= 1 and terminated and not truncated
         assert all(stepped[1] == 0 for _, _, stepped in turns[:-1])
@@ -38,9 +25,9 @@ def test_the_bot_solves_what_it_demonstrates(level):
 
 
 def test_slips_are_seen_and_a_habit_is_one_and_the_bot_finds_its_way_all_the_same():
-    slips = played(BabyAI(), 3, error_rate=0.4)
+    slips = demonstrated(BabyAI(), 3, error_rate=0.4)
     assert not all(right for _, checks, _ in slips for _, right in checks)
-    turns = [turn for seed in range(12) for turn in played(BabyAI(habits=1), seed)]
+    turns = [turn for seed in range(12) for turn in demonstrated(BabyAI(habits=1), seed)]
     assert not any("turn right" in text for text, _, _ in turns)
     wrong = [text for text, checks, _ in turns if not checks[1][1]]
     assert wrong and all("turn left" in text for text in wrong)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import env
+import train
 from env import GameEnv
 from tasks.games import FIRST_EVAL_SEED, GameTask, command_in, turns_of, until_end
 
@@ -298,3 +299,38 @@ def test_a_model_is_told_the_form_of_a_turn_and_the_rules():
     told = GameTask(env.GAMES["Treasure"]()).system
     assert "<act>the command</act>" in told and "go north" in told
     assert GameTask(Spell()).system.endswith("</act>")
+
+
+def test_settings_that_no_seed_can_fulfil_are_told_at_once(recwarn):
+    with pytest.raises(ValueError, match="no train world was found that takes 80 to 90 turns"):
+        GameTask(env.GAMES["Treasure"](size=3, shortest=80, longest=90)).example_at(0)
+    assert not recwarn.list
+
+
+def test_what_the_last_command_does_is_not_asked():
+    class Judged(Breaks):
+        def check(self, text):
+            return [((0, 1), True)]
+
+    task = GameTask(Judged())
+    example = task.example_at(0)
+    assert len(task.checked(example, [turn("a"), turn("b")])) == 2
+
+
+def test_a_second_game_is_made_only_when_it_is_asked_for():
+    made = []
+    task = GameTask(Spell(), make=lambda: made.append(Spell()) or made[-1])
+    example = task.example_at(1)
+    assert not made
+    task.observed(example, [turn("c"), turn("a")])
+    assert task.observed(example, [turn("c")]) == [("Spell cab.", None)]
+    assert len(made) == 1
+
+
+def test_a_registered_game_may_be_an_object_that_has_no_hash():
+    class Unhashable(Spell):
+        __hash__ = None
+
+    gym.register("Unhashable-v0", "env:GameEnv", kwargs={"game": Unhashable()})
+    settings, _ = train.parse(["--env", "Unhashable-v0", "--model", "elsewhere"])
+    assert isinstance(train.make_env(settings).unwrapped.task.game, Unhashable)

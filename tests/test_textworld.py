@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from games import demonstrated
 
 from tasks.games import FIRST_EVAL_SEED, GameTask, command_in
 
@@ -23,24 +24,10 @@ def game(cache):
     return TextWorld(games=6, cache=cache)
 
 
-def played(game, seed, error_rate=0.0):
-    """[(the teacher's turn, its checks, the step's five values), ...] of a game."""
-    rng = np.random.default_rng(seed)
-    game.reset(seed)
-    turns, over = [], False
-    while not over:
-        text = game.demonstrate(rng, error_rate)
-        checks = game.check(text)
-        stepped = game.step(command_in(text))
-        turns.append((text, checks, stepped))
-        over = stepped[2] or stepped[3]
-    return turns
-
-
 def test_the_winning_policy_wins_by_right_commands(game):
     lengths = []
     for seed in range(6):
-        turns = played(game, seed)
+        turns = demonstrated(game, seed)
         *_, (_, _, (said, reward, terminated, truncated, _)) = turns
         assert (said, reward, terminated, truncated) == ("Done!", 1.0, True, False)
         assert all(checks[0][1] for _, checks, _ in turns)
@@ -68,7 +55,7 @@ def test_habits_examine_what_is_to_be_opened(cache):
     game = TextWorld(games=20, cache=cache, habits=1.0)
     dithered = 0
     for seed in range(20):
-        turns = played(game, seed)
+        turns = demonstrated(game, seed)
         for text, checks, _ in turns:
             if "examine" in text:
                 dithered += 1
@@ -151,7 +138,7 @@ def test_whole_responses_are_checked(cache):
 
 def test_a_larger_house_is_won_too(cache):
     game = TextWorld(quest=4, rooms=3, objects=8, theme="house", games=2, cache=cache)
-    turns = played(game, 0)
+    turns = demonstrated(game, 0)
     assert turns[-1][2][1] == 1.0 and len(turns) <= 5
 
 
