@@ -4,8 +4,9 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from run_files import finished_run, sample, write_lines
+from run_files import finished_run, png, sample, write_lines
 
+from lab.common import GREEN
 from lab.credit_page import credit_map
 
 HOSTILE = [
@@ -132,6 +133,40 @@ def test_numbers_that_are_not_finite_leave_a_gap(run):
 
 
 # --------------------------------------------------------------------------- what is kept out
+
+
+def test_a_game_is_shown_turn_by_turn(run):
+    tokens = list("<go><go><up>")
+    turns = [
+        {"first": first, "last": first + 3, "said": said, "image": png()}
+        for first, said in ((0, "Begin.\nA map"), (4, "A wall."), (8, "<Go on>"))
+    ]
+    played = sample(tokens, turns=turns, values=[i / 10 for i in range(12)])
+    played["steps"] = [[9, 10, False]]
+    root = draw(run, [played])
+    drawn = ["".join(element.itertext()) for element in of_class(root, "small")]
+    assert [said for said in drawn if said[0].isdigit()] == [
+        "1. Begin.",
+        "2. A wall.",
+        "3. <Go on>",
+    ]
+    # the value where a turn begins, as a number and as a bar
+    assert [value for value in drawn if value[0] == "V"] == ["V 0.00", "V 0.40", "V 0.80"]
+    bars = [
+        float(bar.get("height")) for bar in root.findall(".//{*}rect") if bar.get("fill") == GREEN
+    ]
+    assert bars[0] == 0 and bars[2] == pytest.approx(2 * bars[1], abs=0.2)
+    assert len(root.findall(".//{*}image")) == 3 and len(of_class(root, "token")) == 12
+    # side by side, and no token in two of them
+    lefts = [float(element.get("x")) for element in root.findall(".//{*}image")]
+    assert lefts == sorted(set(lefts))
+
+
+def test_a_game_without_pictures_and_values_is_shown_too(run):
+    turns = [{"first": 0, "last": 3, "said": "Begin."}]
+    played = sample(list("<go>"), turns=turns)
+    del played["values"]
+    assert len(of_class(draw(run, [played]), "token")) == 4
 
 
 def test_hostile_text_is_shown_and_never_markup(run):

@@ -42,6 +42,13 @@ def test_every_tag_and_every_character_is_one_token(sharp):
     assert len(ids) == len(set(ids)) == 96 and sharp.tokenizer.decode(ids) == every
 
 
+def test_the_tiny_model_is_not_told_the_rules(sharp):
+    picture = Image.new("RGB", (32, 32))
+    told = vlm.encode(sharp, ["Sum."], [picture], system="The rules.")["input_ids"]
+    untold = vlm.encode(sharp, ["Sum."], [picture])["input_ids"]
+    assert told.tolist() == untold.tolist()
+
+
 def test_build_tiny_is_a_function_of_its_seed_and_leaves_the_random_stream(tmp_path):
     torch.manual_seed(5)
     random_state = torch.get_rng_state()

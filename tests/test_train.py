@@ -123,6 +123,13 @@ def test_the_causal_threshold_is_the_last_batchs(runs):
     assert thresholds[0] is None and thresholds[1] != thresholds[2]
 
 
+def test_samples_leave_the_causal_threshold_as_it_was(runs):
+    run = built(runs, "--name", "threshold-kept", "--cut", "causal")
+    for threshold in (None, 0.25):
+        run.progress.threshold = threshold
+        assert train.samples(run) and run.progress.threshold == threshold
+
+
 def test_a_batch_is_cut_at_the_threshold_of_the_one_before(runs, monkeypatch):
     run = built(runs, "--name", "threshold-used", "--cut", "causal")
     train.iterate(run)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,6 +239,13 @@ def test_prompts_are_never_truncated(sharp):
     attention = inputs["attention_mask"][1].tolist()
     assert attention == sorted(attention)  # padded on the left
     assert "short" in sharp.tokenizer.decode(inputs["input_ids"][1])
+
+
+def test_a_models_context_is_what_its_configuration_says(sharp, monkeypatch):
+    assert vlm.context_tokens(sharp) == 4096
+    silent = SimpleNamespace(get_text_config=SimpleNamespace)
+    monkeypatch.setattr(sharp.model, "config", silent)
+    assert vlm.context_tokens(sharp) == float("inf")
 
 
 def test_prompt_and_response_are_told_apart_by_a_newline(sharp):
