@@ -136,6 +136,10 @@ def _processor(tokenizer, image_size):
 
 # ----------------------------------------------------------------------------- the warm start
 
+# In this share of the steps each turn of a game is learned by itself. To find one's way in a
+# picture is hard for a small model, and harder yet among the pictures of all earlier turns.
+ALONE = 2 / 3
+
 
 def warm_start(task, settings, directory):
     """Write a tiny model into `directory` that has read noisy demonstrations of a task.
@@ -151,15 +155,18 @@ def warm_start(task, settings, directory):
     model = vlm.load(directory, settings.device)
     parameters = list(model.model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=settings.warm_start_lr, eps=1e-5)
+    alone = round(ALONE * settings.warm_start_steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.warm_start_lr, total_steps=settings.warm_start_steps + 1
     )
     rng = np.random.default_rng(settings.seed)
     bar = tqdm(range(settings.warm_start_steps), "warm start", disable=None)
-    for _ in bar:
+    for step in bar:
         indices = rng.integers(2**31, size=settings.warm_start_batch)
         examples = [task.example_at(int(index)) for index in indices]
-        inputs, tokens, mask = demonstrations(model, task, examples, rng, settings.error_rate)
+        inputs, tokens, mask = demonstrations(
+            model, task, examples, rng, settings.error_rate, turns_alone=step < alone
+        )
         logp, _ = vlm.score(model, inputs, tokens, mask)
         loss = -logp.sum() / mask.sum()
         optimizer.zero_grad()
@@ -171,23 +178,30 @@ def warm_start(task, settings, directory):
     model.model.save_pretrained(directory)
 
 
-def demonstrations(model, task, examples, rng, error_rate):
-    """Demonstrations of some examples, to learn from: (inputs, tokens, mask) as in training."""
-    questions = [example.question for example in examples]
-    inputs = vlm.encode(model, questions, [example.image for example in examples])
+def demonstrations(model, task, examples, rng, error_rate, turns_alone=False):
+    """Demonstrations of some examples, to learn from: (inputs, tokens, mask) as in training.
+
+    turns_alone: each turn of a game is a row of its own, without the turns before it.
+    """
     if not task.replies:
+        questions = [example.question for example in examples]
+        inputs = vlm.encode(model, questions, [example.image for example in examples])
         texts = [task.demonstrate(example, rng, error_rate) for example in examples]
         return inputs, *vlm.encode_responses(model, texts)
-    transcripts = vlm.Transcripts(model, inputs)
-    for row, example in enumerate(examples):
-        turns = task.transcript(example, rng, error_rate)
-        written = model.tokenizer([text for text, _, _ in turns], add_special_tokens=False)
-        pictures = [[] if picture is None else [picture] for _, _, picture in turns]
-        heard = vlm.encode_replies(model, [words for _, words, _ in turns[:-1]], pictures[:-1])
-        for i, ids in enumerate(written["input_ids"]):
+    episodes = [task.transcript(example, rng, error_rate) for example in examples]
+    if turns_alone:
+        episodes = [[turn] for turns in episodes for turn in turns]
+    words, pictures, _ = zip(*[turns[0] for turns in episodes], strict=True)
+    transcripts = vlm.Transcripts(model, vlm.encode(model, words, pictures))
+    replies = [turn for turns in episodes for turn in turns[1:]]
+    pictures = [[] if picture is None else [picture] for _, picture, _ in replies]
+    heard = iter(vlm.encode_replies(model, [words for words, _, _ in replies], pictures))
+    for row, turns in enumerate(episodes):
+        written = model.tokenizer([text for _, _, text in turns], add_special_tokens=False)
+        for number, ids in enumerate(written["input_ids"]):
+            if number:
+                transcripts.hear(row, *next(heard))
             transcripts.write(row, torch.tensor(ids, device=model.model.device))
-            if i < len(heard):
-                transcripts.hear(row, *heard[i])
     return transcripts.tensors()
 
 
@@ -265,7 +279,7 @@ def fingerprint(task, error_rate: float, count: int = SHOWN) -> str:
         example = task.example_at(index)
         if task.replies:
             turns = task.transcript(example, rng, error_rate)
-            words = [example.question, *[[text, reply] for text, reply, _ in turns]]
+            words = [[heard, written] for heard, _, written in turns]
         else:
             words = [example.question, task.demonstrate(example, rng, error_rate)]
         sha.update(json.dumps(words).encode())

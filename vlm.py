@@ -431,6 +431,8 @@ def encode_replies(vlm: VLM, replies: list[str], images: list) -> list[tuple[Ten
     images: for each reply a list of pictures, which may be empty. ValueError for a picture where
     the model is told of its prompt's pictures in a way that a reply's cannot be added to.
     """
+    if not replies:
+        return []
     between = functools.cache(functools.partial(_between_turns, vlm))  # replies repeat, too
     texts = [between(reply, len(own)) for reply, own in zip(replies, images, strict=True)]
     if any(images):

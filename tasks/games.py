@@ -152,7 +152,8 @@ class GameTask:
         raise ValueError(f"{reason}, as for the {MAX_RESETS - 1} seeds before it")
 
     def transcript(self, example, rng, error_rate=0.0):
-        """A demonstrated episode: [(the turn's text, the reply's words, its picture or None), ...].
+        """A demonstrated episode: [(what is heard, what is seen, what is written), ...], turn by
+        turn: the observation's words and its picture or None, and the text that answers them.
 
         ValueError for a game that does not demonstrate.
         """
@@ -161,12 +162,12 @@ class GameTask:
                 f"{self}: this game has no demonstrations; expected --warm_start_steps 0, "
                 "and a model that can play already"
             )
-        self.game.reset(example.content[0])
+        observation = self.game.reset(example.content[0])
         turns, over = [], False
         while not over:
             text = self.game.demonstrate(rng, error_rate)
+            turns.append((*words_and_picture(observation), text))
             observation, _, terminated, truncated, _ = self.game.step(command_in(text))
-            turns.append((text, *words_and_picture(observation)))
             over = terminated or truncated
         return turns
 

@@ -115,11 +115,7 @@ class Treasure:
         """Begin a game in the world of this seed, an integer >= 0. -> observation."""
         if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed={seed!r} is not valid; expected an integer >= 0")
-        settings = (self.size, self.sight, self.shortest, self.longest)  # what shapes a world
-        rng = np.random.default_rng((*settings, int(seed)))
-        split = "train" if seed < FIRST_EVAL_SEED else "eval"
-        self.world = self._drawn(rng, split)
-        self.shades = rng.integers(-12, 13, 3)  # of the picture's colours; they decide nothing
+        self.world, self.shades = _drawn(self, int(seed))
         self.state = self.begin(self.world)
         self.turns = 0
         return self._observation("Find the treasure.")
@@ -292,20 +288,7 @@ class Treasure:
 
     # ---- worlds
 
-    def _drawn(self, rng, split):
-        """A world of a split whose explorer takes as many turns as asked for."""
-        for _ in range(MAX_DRAWS):
-            world = self._random_world(rng)
-            if world is None or split_of(repr(world)) != split:
-                continue
-            if self.shortest <= self.explore(world) <= self.longest:
-                return world
-        raise ValueError(
-            f"size={self.size}, sight={self.sight}: no {split} world was found that takes "
-            f"{self.shortest} to {self.longest} turns; expected a range that this size has"
-        )
-
-    def _random_world(self, rng):
+    def random_world(self, rng):
         """A world, or None where the key cannot be reached.
 
         The treasure lies in a corner, one of whose two neighbours is a wall and the other the door.
@@ -373,6 +356,25 @@ def _walked(game, world, place, seen, has_key):
                 distances[target] = distances[cell] + 1
                 waiting.append(target)
     return distances
+
+
+@functools.lru_cache(maxsize=2**10)  # who demonstrates a game begins it once more
+def _drawn(game, seed):
+    """The world of a seed, whose explorer takes as many turns as asked for, and what its
+    picture's colours differ by, which decides nothing."""
+    settings = (game.size, game.sight, game.shortest, game.longest)  # what shapes a world
+    rng = np.random.default_rng((*settings, seed))
+    split = "train" if seed < FIRST_EVAL_SEED else "eval"
+    for _ in range(MAX_DRAWS):
+        world = game.random_world(rng)
+        if world is None or split_of(repr(world)) != split:
+            continue
+        if game.shortest <= game.explore(world) <= game.longest:
+            return world, rng.integers(-12, 13, 3)
+    raise ValueError(
+        f"size={game.size}, sight={game.sight}: no {split} world was found that takes "
+        f"{game.shortest} to {game.longest} turns; expected a range that this size has"
+    )
 
 
 # ------------------------------------------------------------------------------- the picture

@@ -97,7 +97,7 @@ def test_an_unknown_command_changes_nothing_and_is_told():
 def test_whole_responses_are_checked_while_another_game_goes_on():
     task = GameTask(BabyAI())
     example = task.example_at(4)
-    turns = [text for text, _, _ in task.transcript(example, np.random.default_rng(0))]
+    turns = [text for _, _, text in task.transcript(example, np.random.default_rng(0))]
     task.game.reset(99)
     before = task.game.world.grid.encode().tobytes()
     checks = task.checked(example, turns)

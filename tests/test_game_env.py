@@ -277,7 +277,7 @@ def test_steps_are_those_of_each_turn_in_its_own_moment():
     task = GameTask(env.GAMES["Treasure"](size=4))
     example = task.example_at(5)
     rng, response = np.random.default_rng(0), ""
-    for text, _, _ in task.transcript(example, rng):
+    for _, _, text in task.transcript(example, rng):
         response += text
     turns = turns_of(response)
     task.game.reset(0)  # another game is under way, and goes on undisturbed

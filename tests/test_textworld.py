@@ -128,7 +128,7 @@ def test_the_line_tells_what_can_be_seen_from_here_and_no_more():
 def test_whole_responses_are_checked(cache):
     task = GameTask(TextWorld(games=6, cache=cache))
     example = task.example_at(4)
-    turns = [text for text, _, _ in task.transcript(example, np.random.default_rng(0))]
+    turns = [text for _, _, text in task.transcript(example, np.random.default_rng(0))]
     assert [right for _, right in task.checked(example, turns)] == [True] * len(turns)
     assert [right for _, right in task.checked(example, ["<act>look</act>", *turns])] == [
         False,

@@ -279,7 +279,7 @@ def test_the_steps_of_a_game_stand_on_the_tokens_that_were_written(spelling):
     settings = {"size": 3, "shortest": 2, "longest": 4}
     spelling.envs = [env.GameEnv("Treasure", **settings) for _ in range(2)]
     spelling.grading_env = env.GameEnv("Treasure", **settings)
-    turns = {row: [text for text, _, _ in explored(row)] for row in range(2)}
+    turns = {row: [text for _, _, text in explored(row)] for row in range(2)}
     spelling.script = {row: list(texts) for row, texts in turns.items()}
     batch = rollout.collect(spelling, np.array([0, 1]))
     assert [info["correct"] for info in batch.infos] == [True, True]
@@ -305,16 +305,35 @@ def test_demonstrations_are_transcripts_as_in_training(tmp_path):
     task = tasks.games.GameTask(tasks.Treasure(size=3, shortest=2, longest=4))
     model = vlm.load(tiny.build_tiny(tmp_path / "tiny", 48, tags=task.tags))
     examples = [task.example_at(index) for index in range(3)]
-    inputs, tokens, mask = tiny.demonstrations(model, task, examples, np.random.default_rng(0), 0.0)
+    rng = np.random.default_rng(0)
+    inputs, tokens, mask = tiny.demonstrations(model, task, examples, rng, 0.0)
     rng = np.random.default_rng(0)
     for row, example in enumerate(examples):
         turns = task.transcript(example, rng)
-        assert model.tokenizer.decode(tokens[row][mask[row]]) == "".join(t for t, _, _ in turns)
+        assert model.tokenizer.decode(tokens[row][mask[row]]) == "".join(t for *_, t in turns)
         heard = model.tokenizer.decode(tokens[row][inputs["heard"][row]])
-        replies = [reply for _, reply, _ in turns[:-1]]
+        replies = [reply for reply, _, _ in turns[1:]]
         assert re.findall("Go on.|The key!", heard) == replies
         (count,) = vlm.take(inputs, [row])["pixel_values"].abs().sum((2, 3, 4)).count_nonzero(1)
         assert count == len(turns), "the prompt's picture, and one for each reply"
+
+
+def test_in_demonstrations_of_turns_alone_each_is_a_row(tmp_path):
+    task = tasks.games.GameTask(tasks.Treasure(size=3, shortest=2, longest=4))
+    model = vlm.load(tiny.build_tiny(tmp_path / "tiny", 48, tags=task.tags))
+    examples = [task.example_at(index) for index in range(3)]
+    rng = np.random.default_rng(0)
+    inputs, tokens, mask = tiny.demonstrations(model, task, examples, rng, 0.0, turns_alone=True)
+    rng = np.random.default_rng(0)
+    turns = [turn for example in examples for turn in task.transcript(example, rng)]
+    prompts = model.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    assert [prompt.strip() for prompt in prompts] == [heard for heard, _, _ in turns]
+    written = [model.tokenizer.decode(row[own]) for row, own in zip(tokens, mask, strict=True)]
+    assert written == [text for *_, text in turns]
+    assert torch.equal(
+        inputs["pixel_values"],
+        vlm.encode(model, prompts, [seen for _, seen, _ in turns])["pixel_values"],
+    )
 
 
 def test_an_episode_stops_where_its_next_turn_would_not_fit_into_the_context(spelling, monkeypatch):
