@@ -20,6 +20,7 @@ begins (`GameEnv`; any object with `reset` and `step` is a game, tasks/games.py)
 torch, and partial credit, which would give away what SAPO has to find out.
 """
 
+import math
 import re
 import warnings
 
@@ -312,7 +313,7 @@ class GameEnv(Episode):
                      settings as keywords
     max_turns        at which an episode is truncated, if the game has not ended it before
     max_segments     the same, in segments: generous, as one token per action is legal too
-    max_chars        the same, in characters that the policy wrote; a longer reply is cut off there
+    max_chars        the same, in characters that the policy wrote; a reply is cut off after as many
 
     A game whose `step` raises, or returns what it should not, ends its episode with a warning that
     names it; no batch is lost by it. info["correct"]: the game ended, and its rewards sum to more
@@ -365,19 +366,24 @@ class GameEnv(Episode):
         self.example = self.task.example_at(chosen["index"], chosen["split"])
         self.example_id = self.example.key
         self.response, self.turn, self.reply = "", "", ""
-        self.turn_is_open = True  # it has not closed a command yet
+        self.turn_is_open = True  # nothing has ended it yet: no closed command, no `END`
         self.turns = []  # (what was written, the reply to it) of each finished one
         self.picture = self.example.image
         self.segments, self.end_reason, self.won = [], "", False
+        self.earned = 0.0  # in the whole game, the turns of a prefix included
         self.reward_terms = {"game": 0.0}
         prefix = chosen["response"]
-        for turn in games.turns_of(prefix) if isinstance(prefix, str) else [None]:
-            self.segments = []  # a prefix counts for none
-            if turn is None or self.end_reason or self._write(turn)[1:] != (False, False):
-                raise ValueError(
-                    f"response={prefix!r:.200} is not valid; expected what was written in a game "
-                    "that is not over"
-                )
+        is_text = isinstance(prefix, str)
+        for turn in games.turns_of(prefix) if is_text else ():
+            self._write(turn)
+            if self.end_reason:
+                break
+        if not is_text or self.end_reason:
+            self.end_reason = "not reset"
+            raise ValueError(
+                f"response={prefix!r:.200} is not valid; expected what was written in a game "
+                "that is not over"
+            )
         self.segments, self.reward_terms = [], {"game": 0.0}
         return self._report()
 
@@ -386,6 +392,8 @@ class GameEnv(Episode):
         string, ResetNeeded after the end."""
         self._check_action(action)
         reward, terminated, truncated = self._write(action)
+        if not (terminated or truncated) and len(self.segments) == self.max_segments:
+            truncated, self.end_reason = True, "max_segments"
         observation, info = self._report()
         return observation, reward, terminated, truncated, info
 
@@ -404,10 +412,9 @@ class GameEnv(Episode):
             self.end_reason = "end"
         if not (terminated or truncated) and len(self.response) >= self.max_chars:
             truncated, self.end_reason = True, "max_chars"
-        if not (terminated or truncated) and len(self.segments) == self.max_segments:
-            truncated, self.end_reason = True, "max_segments"
         self.reward_terms["game"] += reward
-        self.won = self.end_reason == "game" and self.reward_terms["game"] > 0
+        self.earned += reward
+        self.won = self.end_reason == "game" and self.earned > 0
         return reward, terminated, truncated
 
     def _play(self, command):
@@ -416,6 +423,8 @@ class GameEnv(Episode):
             observation, reward, terminated, truncated, _ = self.task.game.step(command)
             words, self.picture = games.words_and_picture(observation)
             reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
+            if not math.isfinite(reward):
+                raise ValueError(f"a reward of {reward}")
         except Exception as error:  # whatever a foreign game does, the batch goes on
             warnings.warn(
                 f"{self.task}: step({command!r}) raised {error!r}; the episode ends", stacklevel=2
@@ -427,7 +436,7 @@ class GameEnv(Episode):
         self.turn = ""
         truncated = truncated and not terminated
         if terminated or truncated:
-            self.end_reason = "game" if terminated else "max_turns"
+            self.end_reason = "game" if terminated else "game_truncated"
         elif len(self.turns) >= self.max_turns:
             truncated, self.end_reason = True, "max_turns"
         return reward, terminated, truncated

@@ -204,14 +204,14 @@ def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[s
     live = list(range(len(envs)))  # the rows whose game goes on
     in_turn = [transcripts.open_turn(row) for row in live]  # tokens of its turn that it has already
     inputs = transcripts.prompts(live)
-    if vlm.keeps(inputs):
-        inputs = vlm.kept(policy, inputs)
+    if vlm.can_keep_cache(inputs):
+        inputs = vlm.with_cache(policy, inputs)
     while True:
         limit = longest - min(in_turn)
         tokens, written, pieces_of = write(run, inputs, temperature, top_p, limit)
-        heard = {}  # row -> the observation after its turn, of the episodes that go on
+        observations = {}  # row -> what followed its turn, of the episodes that go on
         for k, row in enumerate(live):
-            room = longest - in_turn[k]
+            room = longest - in_turn[k]  # less for a row that begins in the middle of a turn
             written[k] &= written[k].cumsum(0) <= room
             pieces = pieces_of[k][:room]
             transcripts.write(row, tokens[k][written[k]])
@@ -219,8 +219,8 @@ def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[s
             observation, reward, terminated, truncated, _ = envs[row].step("".join(pieces))
             rewards[row] += reward
             if not (terminated or truncated or envs[row].unwrapped.turn_is_open):
-                heard[row] = observation
-        encoded = _replies(policy, heard)
+                observations[row] = observation
+        encoded = _replies(policy, observations)
         encoded = {
             row: reply
             for row, reply in encoded.items()
@@ -242,13 +242,11 @@ def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[s
         in_turn = [0] * len(live)
 
 
-def _replies(policy, heard):
+def _replies(policy, observations):
     """{row: its reply as the policy reads it} of some rows' observations."""
-    if not heard:
-        return {}
-    words = [observation["reply"] for observation in heard.values()]
-    pictures = [pictures_of(observation) for observation in heard.values()]
-    return dict(zip(heard, vlm.encode_replies(policy, words, pictures), strict=True))
+    words = [observation["reply"] for observation in observations.values()]
+    pictures = [pictures_of(observation) for observation in observations.values()]
+    return dict(zip(observations, vlm.encode_replies(policy, words, pictures), strict=True))
 
 
 def continue_responses(run, inputs, rows, prefix, lengths, limit):
@@ -369,7 +367,7 @@ def first_threshold(run, indices, split) -> float:
 
 
 def begin_again(responses, split):
-    """Reset each environment to its example, where writing has played it to the end."""
+    """Reset each environment to its example, if writing has played it to its end."""
     if responses.envs[0].unwrapped.task.replies:
         for episode, index in zip(responses.envs, responses.indices, strict=True):
             episode.reset(options={"index": int(index), "split": split})

@@ -136,8 +136,8 @@ def _processor(tokenizer, image_size):
 
 # ----------------------------------------------------------------------------- the warm start
 
-# In this share of the steps each turn of a game is learned by itself. To find one's way in a
-# picture is hard for a small model, and harder yet among the pictures of all earlier turns.
+# In this share of the steps, the first, each turn of a game is learned by itself. To find one's way
+# in a picture is hard for a small model, and harder yet among the pictures of all earlier turns.
 ALONE = 2 / 3
 
 
@@ -280,10 +280,12 @@ def fingerprint(task, error_rate: float, count: int = SHOWN) -> str:
         if task.replies:
             turns = task.transcript(example, rng, error_rate)
             words = [[heard, written] for heard, _, written in turns]
+            pictures = [picture for _, picture, _ in turns if picture]
         else:
             words = [example.question, task.demonstrate(example, rng, error_rate)]
+            pictures = [example.image] if example.image else []
         sha.update(json.dumps(words).encode())
-        if example.image:
-            sha.update(f"{example.image.mode} {example.image.size}".encode())
-            sha.update(example.image.tobytes())
+        for picture in pictures:
+            sha.update(f"{picture.mode} {picture.size}".encode())
+            sha.update(picture.tobytes())
     return sha.hexdigest()

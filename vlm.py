@@ -456,6 +456,11 @@ def _between_turns(vlm, reply, count):
         return f"\n{reply}\n"
     turns = [_turn("user", ""), _turn("assistant", MARK), _turn("user", reply, count)]
     chat = vlm.processor.apply_chat_template(turns, add_generation_prompt=True)
+    if MARK not in chat:
+        raise ValueError(
+            "this model's chat template leaves out what the assistant said before; expected one "
+            "that shows all turns, as a game has several"
+        )
     return chat.partition(MARK)[2]
 
 
@@ -583,13 +588,14 @@ def context_tokens(vlm: VLM) -> float:
     return getattr(config, "max_position_embeddings", None) or float("inf")
 
 
-def keeps(inputs: dict) -> bool:
-    """Can keys and values of these prompts be kept for a next turn (`kept`)? Not where a model is
-    told the kind of each token (Qwen-VL, PaliGemma): there the next turn reads all of it again."""
+def can_keep_cache(inputs: dict) -> bool:
+    """Can keys and values of these prompts be kept for a next turn (`with_cache`)? Not where a
+    model is told the kind of each token (Qwen-VL, PaliGemma): there the next turn reads it all.
+    """
     return not {"token_type_ids", "mm_token_type_ids"} & set(inputs)
 
 
-def kept(vlm: VLM, inputs: Inputs) -> Inputs:
+def with_cache(vlm: VLM, inputs: Inputs) -> Inputs:
     """Prompts whose keys and values `generate` keeps, so that `continued` can go on from them."""
     cache = transformers.DynamicCache(config=vlm.model.config.get_text_config())
     return Inputs({**inputs, "past_key_values": cache}, _counts(inputs))
@@ -598,7 +604,7 @@ def kept(vlm: VLM, inputs: Inputs) -> Inputs:
 def continued(vlm: VLM, inputs: Inputs, rows, tokens: Tensor, written: Tensor, replies) -> Inputs:
     """The prompts of the next turn on top of kept keys and values: only what is new is read.
 
-    inputs: those of the turn before, from `kept` or from here; rows: which of them go on;
+    inputs: those of the turn before, from `with_cache` or from here; rows: which of them go on;
     tokens, written: what `generate` made of them; replies: an item of `encode_replies` for each of
     the rows. Rows are not aligned again: between what one has read and its reply there may be a
     gap, which the attention mask leaves out, and by which positions are counted.
@@ -610,6 +616,7 @@ def continued(vlm: VLM, inputs: Inputs, rows, tokens: Tensor, written: Tensor, r
     heard = _stacked(ids, left=True, filling=vlm.eos_ids[0])
     is_heard = _stacked([torch.ones_like(of_row) for of_row in ids], left=True, filling=0)
     attention = inputs["attention_mask"]
+    pictures = _joined_pictures(vlm, [[of_reply] for _, of_reply in replies])
     return Inputs(
         {
             "input_ids": torch.cat([inputs["input_ids"][rows], tokens[rows], heard], 1),
@@ -617,8 +624,9 @@ def continued(vlm: VLM, inputs: Inputs, rows, tokens: Tensor, written: Tensor, r
                 [attention[rows], written[rows].to(attention), is_heard.to(attention)], 1
             ),
             "past_key_values": cache,
-            **_joined_pictures(vlm, [[pictures] for _, pictures in replies]),
-        }
+            **pictures,
+        },
+        _counts(pictures),
     )
 
 
@@ -686,19 +694,19 @@ class _Stop(StoppingCriteria):
         self.may_complete = _may_complete(vlm.tokenizer, stop, len(vlm.banned))
 
     def __call__(self, input_ids, scores, **kwargs):
-        tokens = input_ids[:, self.prompt_tokens :].cpu()  # (B, T so far)
+        # A token holds at least one byte and a character at most four, so a stop string that was
+        # just completed lies within the last 4 * len(stop) tokens. It may begin in the prompt.
+        recent = input_ids[:, -4 * len(self.stop or " ") :].cpu()
         if self.lengths is None:
-            self.lengths = torch.zeros(len(tokens), dtype=torch.long)
-        last = tokens[:, -1]  # (B,)
+            self.lengths = torch.zeros(len(recent), dtype=torch.long)
+        last = recent[:, -1]  # (B,)
         ended = self.is_eos[last]
         candidates = self.may_complete[last] & (self.lengths == 0)
         for row in candidates.nonzero().flatten().tolist():
-            # A token holds at least one byte and a character at most four, so a stop string that
-            # was just completed lies within the last 4 * len(stop) tokens.
-            recent = self.vlm.tokenizer.decode(tokens[row, -4 * len(self.stop) :])
-            if self.stop in recent:
+            with_last, before = self.vlm.tokenizer.batch_decode([recent[row], recent[row, :-1]])
+            if with_last.count(self.stop) > before.count(self.stop):
                 ended[row] = True
-        self.lengths[ended & (self.lengths == 0)] = tokens.shape[1]
+        self.lengths[ended & (self.lengths == 0)] = input_ids.shape[1] - self.prompt_tokens
         return (self.lengths > 0).to(input_ids.device)
 
 
@@ -722,7 +730,7 @@ def token_texts(vlm: VLM, tokens: Tensor, mask: Tensor, end: str) -> list[list[s
     An EOS id reads as `end`. A token that stops inside a multi-byte character adds "", and the
     token that completes the character adds it: a segment that ends between the two loses nothing.
     """
-    return [_texts_of(vlm, row[kept].tolist(), end) for row, kept in zip(tokens, mask, strict=True)]
+    return [_texts_of(vlm, row[own].tolist(), end) for row, own in zip(tokens, mask, strict=True)]
 
 
 def _texts_of(vlm, ids, end):

@@ -76,13 +76,13 @@ def seconds_per_token(run, rows, turns, kept):
     run.envs = [Paced(Clockwork(turns)) for _ in range(rows)]
     run.settings.max_new_tokens = TOKENS // turns
     torch.manual_seed(0)
-    keeps = vlm.keeps if kept else lambda inputs: False
+    can_keep = vlm.can_keep_cache if kept else lambda inputs: False
     # Nothing ends a turn but its length, so that all episodes write equally much.
     policy = run.models.policy
     banned, closes = policy.banned.clone(), policy.tokenizer.convert_tokens_to_ids("</act>")
     policy.banned[[*policy.eos_ids, closes]] = True
     try:
-        with mock.patch.object(vlm, "keeps", keeps):
+        with mock.patch.object(vlm, "can_keep_cache", can_keep):
             begin = time.perf_counter()
             written = rollout.play(run, np.arange(rows), "train", 1.0).written
             took = time.perf_counter() - begin

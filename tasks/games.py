@@ -28,7 +28,7 @@ from PIL import Image
 from tasks.base import END, Example, check_index
 
 FIRST_EVAL_SEED = 2**31  # games of a seed below are for training, the others for evaluation
-MAX_RESETS = 10  # seeds that are tried for one game
+MAX_RESETS = 3  # seeds that are tried for one game
 STOP = "</act>"
 FORM = (
     "You play a game, turn by turn. In each turn think first, then give one command. A turn reads: "
@@ -86,7 +86,8 @@ def turns_of(response):
 
 
 class GameTask:
-    """A game as what is asked: the counterpart of `tasks.Task`.
+    """A game as what is asked: the counterpart of `tasks.Task`, whose `stop` (what ends a turn) and
+    `replies` it has, too.
 
     game    the one that is played
     make    makes another like it, to look things up while an episode is under way; a copy of the
@@ -104,7 +105,7 @@ class GameTask:
         # Its attributes that are plain values, before it has been played
         self.settings = {
             name: value
-            for name, value in vars(game).items()
+            for name, value in getattr(game, "__dict__", {}).items()
             if isinstance(value, int | float | str)
         }
 
@@ -133,23 +134,21 @@ class GameTask:
     def example_at(self, index, split="train"):
         """The index-th game of a split, at its beginning; `self.game` is reset to it.
 
-        Where `reset` raises, a warning says so, and the game of the next seed stands in; ValueError
-        if that goes on. A ValueError of the game's own, for settings that no seed can fulfil, is
-        raised at once.
+        Where `reset` raises, the game of the next seed stands in, and a warning says so; ValueError
+        where the next few raise, too.
         """
-        seed = seed_of(index, split)
-        for stand_in in range(seed, seed + MAX_RESETS):
+        reason = ""
+        for further in range(MAX_RESETS):
+            seed = seed_of((index + further) % FIRST_EVAL_SEED if further else index, split)
             try:
-                observation = self.game.reset(stand_in)
-            except ValueError:
-                raise
+                words, picture = words_and_picture(self.game.reset(seed))
             except Exception as error:  # whatever a foreign game does, the batch goes on
-                reason = f"{self}: reset({stand_in}) raised {error!r}"
-                warnings.warn(f"{reason}; the next seed stands in", stacklevel=2)
+                reason = reason or f"{self}: reset({seed}) raised {error!r}"
                 continue
-            words, picture = words_and_picture(observation)
-            return Example(picture, words, f"{split}/{index}", (stand_in,))
-        raise ValueError(f"{reason}, as for the {MAX_RESETS - 1} seeds before it")
+            if reason:
+                warnings.warn(f"{reason}; the game of seed {seed} stands in", stacklevel=2)
+            return Example(picture, words, f"{split}/{index}", (seed,))
+        raise ValueError(f"{reason}, and the next {MAX_RESETS - 1} seeds raised, too")
 
     def transcript(self, example, rng, error_rate=0.0):
         """A demonstrated episode: [(what is heard, what is seen, what is written), ...], turn by

@@ -89,8 +89,8 @@ class Treasure:
     habits     how often a demonstration follows the explorer's bad habit, 0 to 1: to go south where
                he should go north, and can
 
-    ValueError for a setting out of its range, and for a range of turns that no world of this size
-    has.
+    ValueError for a setting out of its range. `reset` raises it where no world of this size was
+    found that takes so many turns.
     """
 
     rules = (
@@ -104,8 +104,10 @@ class Treasure:
         self.shortest, self.longest, self.limit = shortest, longest, limit
         self.habits = habits
         check_integers(self, {"size": (3, 9), "sight": (1, 9), "shortest": (1, 99)})
-        check_integers(self, {"longest": (shortest, 99), "limit": (0, 999)})
+        check_integers(self, {"longest": (shortest, 99), "limit": (0, 500)})
         check_habits(habits)
+        if limit and limit < shortest:
+            raise ValueError(f"limit={limit}: expected 0, or at least shortest={shortest}")
         self.limit = limit or longest + 2
         self.cells = tuple(itertools.product(range(size), repeat=2))
 
@@ -175,9 +177,9 @@ class Treasure:
     def goals(self, world, state):
         """Where an explorer heads: {cell: what for}, the nearest of what he wants most.
 
-        The treasure, if he has seen it and a way to it; else the key, if he has not got it; else,
-        with the key, the door; else ("look") any place that shows something new. A way leads
-        through cells that he has seen. Several goals are equally near.
+        The treasure, if he has seen it and a way to it; else the key or, if he has got it, the
+        door, likewise; else ("look") any place that shows something new. A way leads through cells
+        that he has seen. Several goals are equally near.
         """
         distances = self._distances(world, state)
         wanted = {world.treasure: "treasure"}
@@ -284,7 +286,7 @@ class Treasure:
             {f"{kind} {name_of(cell)}" for cell, kind in goals.items()},
             self.right_commands(self.world, self.state),
         )
-        return [(turn.span(i + 1), turn[i + 1] in right[i]) for i in range(3)]
+        return [(turn.span(i + 1), turn[i + 1].strip() in right[i]) for i in range(3)]
 
     # ---- worlds
 

@@ -132,6 +132,30 @@ def test_a_reward_that_is_none_ends_the_episode_too():
         assert begun(Stingy()).step(turn("c"))[1:4] == (0.0, False, True)
 
 
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_ends_the_episode_too(reward):
+    class Odd(Spell):
+        def step(self, command):
+            return "Well.", reward, False, False, {}
+
+    with pytest.warns(UserWarning, match="Odd.*a reward of"):
+        assert begun(Odd()).step(turn("c"))[1:4] == (0.0, False, True)
+
+
+def test_a_game_may_have_slots_and_end_itself_without_success():
+    class Slotted:
+        __slots__ = ()
+
+        def reset(self, seed):
+            return "Well?"
+
+        def step(self, command):
+            return "Enough.", 1.0, False, True, {}
+
+    *_, truncated, info = begun(Slotted()).step(turn("c"))
+    assert truncated and info["end_reason"] == "game_truncated" and not info["correct"]
+
+
 def test_a_turn_that_closes_at_the_last_character_is_the_last():
     episode = begun(max_chars=len(turn("c")))
     _, reward, terminated, truncated, info = episode.step(turn("c"))
@@ -145,16 +169,38 @@ def test_where_a_game_does_not_begin_that_of_the_next_seed_stands_in():
                 raise KeyError("no such word")
             return super().reset(seed)
 
-    with pytest.warns(UserWarning, match=r"Picky.*reset\(1\) raised KeyError.*next seed"):
+    said = r"Picky.*reset\(1\) raised KeyError.*the game of seed 3 stands in"
+    with pytest.warns(UserWarning, match=said) as warned:
         example = GameTask(Picky()).example_at(1)
     assert example.content == (3,) and example.question == Spell().reset(3)
+    assert len(warned) == 1
 
+
+def test_the_game_that_stands_in_is_of_the_same_split():
+    class Late(Spell):
+        def reset(self, seed):
+            if seed == FIRST_EVAL_SEED - 1:
+                raise KeyError("too late")
+            return super().reset(seed)
+
+    with pytest.warns(UserWarning, match="the game of seed 0 stands in"):
+        assert GameTask(Late()).example_at(FIRST_EVAL_SEED - 1).content == (0,)
+
+
+def test_a_game_that_never_begins_is_named_in_one_line(recwarn):
     class Never(Spell):
         def reset(self, seed):
             raise KeyError("no words at all")
 
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"Never.*no words at all"):
+    class Mute(Spell):
+        def reset(self, seed):
+            return None
+
+    with pytest.raises(ValueError, match=r"Never.*reset\(1\).*no words at all.*next 2 seeds"):
         GameTask(Never()).example_at(1)
+    with pytest.raises(ValueError, match=r"Mute.*reset\(1\) raised TypeError"):
+        GameTask(Mute()).example_at(1)
+    assert not recwarn.list
 
 
 def test_a_class_of_games_is_made_with_its_settings():
@@ -198,6 +244,22 @@ def test_a_game_begins_in_the_middle():
     _, reward, *_ = episode.step(" a</think><act>a</act>")
     assert reward == 1.0 and episode.step(turn("b"))[2]
     assert episode.reward_terms == {"game": 2.0}, "what the prefix earned is not earned again"
+    episode.max_segments = 1
+    episode.reset(options={"index": 1, "response": turn("c")})
+    assert episode.step(turn("a"))[3], "a single segment is allowed, and it is not the last turn"
+
+
+def test_a_game_won_by_its_prefix_is_won():
+    class Early(Spell):
+        def step(self, command):
+            observation, _, terminated, truncated, info = super().step(command)
+            return observation, float(self.left == "ab"), terminated, truncated, info
+
+    episode = begun(Early())
+    episode.reset(options={"index": 1, "response": turn("c")})
+    episode.step(turn("a"))
+    *_, info = episode.step(turn("b"))
+    assert info["correct"] and info["reward_terms"] == {"game": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +301,7 @@ def test_what_is_no_observation_is_named():
         def reset(self, seed):
             return "words", "no picture"
 
-    with pytest.raises(TypeError, match="an observation is a string, or a string and a PIL"):
+    with pytest.raises(ValueError, match="Silent.*an observation is a string, or a string and a"):
         GameEnv(Silent()).reset(options={"index": 0})
 
 
@@ -299,12 +361,6 @@ def test_a_model_is_told_the_form_of_a_turn_and_the_rules():
     told = GameTask(env.GAMES["Treasure"]()).system
     assert "<act>the command</act>" in told and "go north" in told
     assert GameTask(Spell()).system.endswith("</act>")
-
-
-def test_settings_that_no_seed_can_fulfil_are_told_at_once(recwarn):
-    with pytest.raises(ValueError, match="no train world was found that takes 80 to 90 turns"):
-        GameTask(env.GAMES["Treasure"](size=3, shortest=80, longest=90)).example_at(0)
-    assert not recwarn.list
 
 
 def test_what_the_last_command_does_is_not_asked():

@@ -199,6 +199,18 @@ def slip_otherwise(monkeypatch):
     monkeypatch.setattr(tasks.DiceSum, "_slips", lambda self, right, result: [right])
 
 
+def test_a_change_of_a_later_picture_of_a_game_changes_the_key(monkeypatch):
+    def key():
+        return tiny.fingerprint(tasks.games.GameTask(tasks.Treasure()), 0.0, count=3)
+
+    before, letter = key(), tasks.Treasure._letter
+    assert key() == before
+    monkeypatch.setattr(  # who has the key looks like who has not: no first picture changes
+        tasks.Treasure, "_letter", lambda self, cell: letter(self, cell).replace("&", "@")
+    )
+    assert key() != before
+
+
 @pytest.mark.parametrize("change", [draw_one_higher, ask_otherwise, change_a_pixel, slip_otherwise])
 def test_a_change_of_what_the_task_shows_changes_the_key(monkeypatch, change):
     as_it_was = key_of(tasks.DiceSum())

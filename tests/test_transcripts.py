@@ -111,7 +111,7 @@ def test_keys_and_values_are_kept_between_turns(open_family, family):
     asked = vlm.encode(
         model, ["Go.", "What is there to see?", "Hm"], [picture(0), None, picture(9)]
     )
-    transcripts, inputs = vlm.Transcripts(model, asked), vlm.kept(model, asked)
+    transcripts, inputs = vlm.Transcripts(model, asked), vlm.with_cache(model, asked)
     sampled = [[], [], []]  # log-probabilities as they were drawn, of each row
     turns = [([0, 1, 2], None), ([0, 2], [2, 3]), ([2], [4])]  # rows, pictures of their replies
     live, tokens, mask = [], None, None
@@ -334,6 +334,12 @@ def test_in_demonstrations_of_turns_alone_each_is_a_row(tmp_path):
         inputs["pixel_values"],
         vlm.encode(model, prompts, [seen for _, seen, _ in turns])["pixel_values"],
     )
+
+
+def test_a_chat_template_that_drops_earlier_answers_is_refused(spelling, monkeypatch):
+    monkeypatch.setattr(spelling.models.policy.processor, "chat_template", "no turn at all")
+    with pytest.raises(ValueError, match="leaves out what the assistant said"):
+        vlm.encode_replies(spelling.models.policy, ["Well."], [[]])
 
 
 def test_an_episode_stops_where_its_next_turn_would_not_fit_into_the_context(spelling, monkeypatch):

@@ -72,6 +72,21 @@ def test_the_stop_string_ends_a_row_and_belongs_to_it(taught):
     assert joined_texts(model, tokens, mask) == expected
 
 
+def test_a_stop_string_may_begin_in_the_prompt_but_not_end_there(taught):
+    """A continuation of a response that was cut inside the stop string, or right behind it."""
+    model, _, inputs = taught
+    tokens, mask = vlm.generate(model, inputs, 20, 0.0, stop="=8;")
+    end, rows = int(mask[1].sum()), torch.tensor([1])  # "3+5=8;", and "8" would follow
+    for taken, left in ((end - 1, 1), (end, None)):
+        lengths = torch.tensor([taken])
+        prompt = vlm.extended(vlm.take(inputs, rows), tokens[rows], lengths)
+        onward, written = vlm.generate(model, prompt, 5, 0.0, stop="=8;")
+        if left is None:
+            assert int(written.sum()) > 1, "the prompt's own stop string ends nothing"
+        else:
+            assert int(written.sum()) == left and onward[0, 0] == tokens[1, end - 1]
+
+
 def test_a_stop_string_may_span_several_tokens(taught):
     model, texts, inputs = taught
     tokens, mask = vlm.generate(model, inputs, 20, 0.0, stop="=8;")
