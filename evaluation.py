@@ -106,7 +106,7 @@ def sample(run, batch, row, advantages, values) -> dict:
         "entropy": rounded(batch.entropy),
         "values": None if values is None else rounded(values),
         "token_values": None if values is None else rounded(batch.rollout.values),
-        "rewards": rounded(batch.rollout.rewards),
+        "rewards": rounded(sapo.penalised_rewards(batch.rollout, run.config)),
         "advantages": rounded(advantages),
         "ends": batch.rollout.ends[row, :length].tolist(),
         "steps": step_tokens(task, example, pieces, written),

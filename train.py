@@ -365,13 +365,11 @@ def finish(run) -> None:
     summary = evaluation.summarise(run, evaluation.final_evaluations(run))
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     evaluation.print_summary(summary, run.folder)
-    try:
-        figures.learning_curve(run.folder)
-        credit_page.credit_map(run.folder)
-        explorer.explorer(run.folder)
-    except (ImportError, ValueError) as reason:
-        # no matplotlib: the run is no less finished
-        print(reason)
+    for draw in (explorer.explorer, credit_page.credit_map, figures.learning_curve):
+        try:
+            draw(run.folder)
+        except (ImportError, ValueError) as reason:  # no matplotlib: the run is no less finished
+            print(reason)
 
 
 # --------------------------------------------------------------------------- how a run begins

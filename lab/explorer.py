@@ -5,7 +5,7 @@ computes cut, advantages and returns anew when a slider moves, by the formulas o
 `python -m lab.figures runs/<name>` writes it from samples.jsonl.
 
 Text from a model is untrusted. As JSON in the page it holds no "<" and nothing but ASCII; the page
-sets it as text, never as markup, and its policy forbids every request.
+sets it as text, never as markup, and its policy forbids loading anything.
 """
 
 import json
@@ -18,7 +18,7 @@ from lab.common import read_lines, run_title
 TEMPLATE = Path(__file__).with_name("explorer.html")
 CHECKPOINTS = 4  # that are kept, the first and the last among them
 RESPONSES = 24  # of each
-# Of a row of samples.jsonl: what the page needs beside what `_response` works out
+# Of a row of samples.jsonl: what is copied as it is; `_response` adds the rest
 KEPT = ("prompt", "answer", "predicted", "reward", "tokens", "ends", "image", "turns", "logp")
 
 
@@ -28,19 +28,29 @@ def explorer(run_folder) -> Path:
     FileNotFoundError for a missing samples.jsonl, ValueError for an unusable one.
     """
     run_folder = Path(run_folder)
-    by_iteration = {}
-    for row in read_lines(run_folder / "samples.jsonl"):
-        by_iteration.setdefault(row["iteration"], []).append(row)
+    path = run_folder / "samples.jsonl"
+    by_iteration = {}  # iteration -> {example: its response}, in the order of the file
+    for row in read_lines(path):
+        response = _response(row, f"{path}, iteration {row['iteration']}")
+        if any(response["written"]):
+            by_iteration.setdefault(row["iteration"], {}).setdefault(response["id"], response)
+    if not by_iteration:
+        raise ValueError(f"{path} holds no response of at least one token")
     iterations = _spread(sorted(by_iteration), CHECKPOINTS)
-    ids = _chosen_ids(by_iteration[iterations[-1]])
+    ids = _chosen_ids(by_iteration[iterations[-1]].values())
+    settings, is_sapo = _settings(run_folder)
     data = {
         "title": run_title(run_folder),
-        "settings": _settings(run_folder),
+        "settings": settings,
+        "is_sapo": is_sapo,
         "checkpoints": [
             _checkpoint(iteration, by_iteration[iteration], ids) for iteration in iterations
         ],
     }
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    try:
+        text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     page = TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text.replace("<", "\\u003c"))
     file = run_folder / "credit.html"
     file.write_text(page, encoding="utf-8")
@@ -55,52 +65,75 @@ def _spread(items, count):
 
 
 def _settings(run_folder):
-    """Where the sliders begin: the run's own settings, or the paper's where they are not known."""
+    """(where the sliders begin, is the run's credit what the page's SAPO computes?): its own
+    settings, or the paper's where they are not known."""
     begin = {"top_k": 0.3, "lam": 0.99, "gamma": 1.0}
     try:
-        config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))["config"]
-        return {name: float(config.get(name, number)) for name, number in begin.items()}
+        stored = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
+        config, settings = stored["config"], stored["settings"]
+        is_sapo = settings["credit"] == "critic" and settings["cut"] == "topk"
+        is_sapo = is_sapo and config["value_at"] == "start"
+        return {name: float(config.get(name, number)) for name, number in begin.items()}, is_sapo
     except (OSError, ValueError, TypeError, KeyError):
-        return begin
+        return begin, True
 
 
-def _chosen_ids(rows):
-    """The examples to show, wrong and right by turns: those that were wrong last teach most."""
-    right = [row.get("example_id") for row in rows if row["reward"] > 0.5]
-    wrong = [row.get("example_id") for row in rows if row["reward"] <= 0.5]
+def _chosen_ids(responses):
+    """The examples to show: the last checkpoint's, wrong and right by turns."""
+    right = [response["id"] for response in responses if response["won"]]
+    wrong = [response["id"] for response in responses if not response["won"]]
     by_turns = [name for pair in zip_longest(wrong, right) for name in pair if name is not None]
     return by_turns[:RESPONSES]
 
 
-def _checkpoint(iteration, rows, ids):
+def _checkpoint(iteration, of_example, ids):
     """One checkpoint: its responses to the chosen examples, and what GRPO would compare with."""
-    rewards = [row["reward"] for row in rows]
-    mean = sum(rewards) / len(rewards)
-    spread = sum((reward - mean) ** 2 for reward in rewards) / max(1, len(rewards) - 1)
-    of_example = {row.get("example_id"): row for row in rows}
+    rewards = [response["reward"] for response in of_example.values()]
+    # One reward is subtracted first, so that equal ones differ from their mean by exact zeros
+    shifted = [reward - rewards[0] for reward in rewards]
+    mean = sum(shifted) / len(shifted)
+    variance = sum((reward - mean) ** 2 for reward in shifted) / max(1, len(shifted) - 1)
     return {
         "iteration": iteration,
-        "group": {"mean": mean, "std": math.sqrt(spread)},
-        "responses": [_response(of_example[name]) for name in ids if name in of_example],
+        "group": {"mean": rewards[0] + mean, "std": math.sqrt(variance)},
+        "responses": [of_example[name] for name in ids if name in of_example],
     }
 
 
-def _response(row):
-    """A row of samples.jsonl as the page takes it. ValueError where its lists do not fit."""
+def _response(row, where):
+    """A row of samples.jsonl as the page takes it. ValueError, saying where, for a missing key and
+    where its lists do not fit."""
+    name = str(row.get("example_id", ""))
+    missing = [key for key in ("tokens", "advantages", "ends", "reward") if key not in row]
+    if missing:
+        raise ValueError(f"{where}, example {name!r}: no {', '.join(missing)}")
     length = len(row["tokens"])
-    response = {name: row[name] for name in KEPT if name in row} | {
-        "id": str(row.get("example_id", "")),
+    response = {key: row[key] for key in KEPT if key in row} | {
+        "id": name,
+        "won": row["reward"] > (0 if "turns" in row else 0.5),
         "written": row.get("written", [True] * length),
-        "entropy": row.get("entropy", [0.0] * length),
+        "entropy": row.get("entropy"),
         "values": row.get("token_values"),
         "rewards": row.get("rewards", [0.0] * (length - 1) + [row["reward"]]),
-        "advantages": [0.0 if number is None else number for number in row["advantages"]],
+        "advantages": row["advantages"],
         "steps": row.get("steps", []),
     }
-    for name in ("written", "entropy", "values", "rewards", "advantages", "ends"):
-        if response[name] is not None and len(response[name]) != length:
-            raise ValueError(
-                f"samples.jsonl, iteration {row['iteration']}, example {response['id']!r}: "
-                f"{len(response[name])} {name} for {length} tokens"
-            )
+    for key in ("written", "entropy", "values", "rewards", "advantages", "ends"):
+        numbers = response[key]
+        if numbers is None:
+            continue
+        if len(numbers) != length:
+            raise ValueError(f"{where}, example {name!r}: {len(numbers)} {key} for {length} tokens")
+        response[key] = [0.0 if number is None else number for number in numbers]
+    response["perfect"] = perfect_values(response["steps"], length)
     return response
+
+
+def perfect_values(steps, length):
+    """V before each token by a critic that knows which steps are right, and takes all that come for
+    right: 1 up to the last token of the first wrong step, and 0 behind it. None where no step is
+    known."""
+    if not steps:
+        return None
+    lost = next((last for _, last, right in steps if not right), length)
+    return [1.0 if t <= lost else 0.0 for t in range(length)]

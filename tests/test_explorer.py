@@ -17,7 +17,7 @@ from run_files import finished_run, png, sample, write_lines
 
 import baselines
 import sapo
-from lab.explorer import RESPONSES, explorer
+from lab.explorer import RESPONSES, explorer, perfect_values
 
 needed = bool(os.environ.get("SAPO_NEEDS_CHROMIUM"))
 chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -175,14 +175,54 @@ def test_the_view_stands_in_the_address_and_comes_back_from_it(run, open_page):
     page.locator("#lam").fill("0.25")
     page.get_by_label("next response").click()
     assert page.locator("section").count() == 2
+    page.wait_for_timeout(500)  # it is written a moment later
     fragment = page.evaluate("location.hash")
     state = {name: values[0] for name, values in parse_qs(fragment[1:]).items()}
-    assert (state["l"], state["r"], state["a"], state["b"]) == ("0.25", "1", "1", "0")
+    assert (state["l"], state["r"], state["a"], state["b"]) == ("0.25", "eval/1", "8", "0")
     again = open_page(file, fragment)
     assert again.locator("section").count() == 2
     for view in (0, 1):
         assert shown(again, view) == shown(page, view)
     assert "iteration 8, eval/1" in again.locator("h2").first.text_content()
+    again.evaluate("location.hash = 'r=eval/0&a=0'")
+    again.wait_for_timeout(200)
+    assert again.locator("section").count() == 1
+    assert "iteration 0, eval/0" in again.locator("h2").first.text_content()
+
+
+def test_two_views_share_one_scale_of_colours(run, open_page):
+    weak, strong = (
+        response(iteration=i, written=[True] * 12, ends=[False] * 11 + [True])[0] for i in (0, 8)
+    )
+    weak["advantages"], strong["advantages"] = [0.25] * 12, [1.0] * 12
+    write_lines(run, "samples.jsonl", [weak, strong])
+    page = open_page(explorer(run), "#a=0&b=8&m=recorded")
+    tint = "e => getComputedStyle(e).backgroundColor"
+    tints = [page.locator("section").nth(i).locator(".token").first.evaluate(tint) for i in (0, 1)]
+    assert tints[0] != tints[1]
+    assert page.locator("#most").text_content() == "+1.000 credit"
+
+
+def test_every_control_has_a_name(run, open_page):
+    write_lines(run, "samples.jsonl", [response()[0]])
+    page = open_page(explorer(run))
+    for role, names in {
+        "slider": ["top-k", "lambda", "gamma"],
+        "combobox": ["response", "checkpoint", "beside it"],
+        "button": ["previous response", "next response"],
+    }.items():
+        assert page.get_by_role(role).count() == len(names)
+        for name in names:
+            assert page.get_by_role(role, name=name).count() == 1
+
+
+def test_a_perfect_critic_blames_the_first_wrong_step_alone(run, open_page):
+    row, _ = response(written=[True] * 12, rewards=[0.0] * 12, reward=0.0)
+    row["entropy"] = [0.0, 0.0, 1.0] * 4  # segments abc def ghi jkl
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#k=30&l=0&m=perfect")
+    assert shown(page) == [0.0] * 3 + [-1.0] * 3 + [0.0] * 6
+    assert perfect_values([], 12) is None and perfect_values([[0, 3, True]], 5) == [1.0] * 5
 
 
 @pytest.mark.parametrize("fragment", ["#r=99&a=7&b=x&m=nothing", "#k=900&l=-3&g=zzz", "#%%%"])
@@ -205,8 +245,8 @@ def test_a_sentence_says_where_the_blame_landed(run, open_page):
     page.get_by_label("as recorded").check()
     said = page.locator(".verdict").text_content()
     assert said == (
-        "The first wrong step, “def”, has 100% of all credit and blame; the most blame has the "
-        "segment “def”, where it stands."
+        "The first wrong step, “def”, has 100% of all credit and blame; the segment “def”, where "
+        "it stands, has the most blame."
     )
     wrong = page.locator(".token.wrong")
     assert "".join(wrong.nth(i).text_content() for i in range(wrong.count())) == "def"
@@ -221,8 +261,17 @@ def test_numbers_are_read_by_keyboard_and_by_screen_readers(run, open_page):
     assert "token" in focused
     label = page.evaluate("document.activeElement.getAttribute('aria-label')")
     assert page.locator(".numbers").text_content() == label
-    for part in ("a: advantage ", "entropy ", "value before it "):
+    for part in ("a: advantage ", "entropy ", "value before it ", "in a right step"):
         assert part in label
+    pointers = page.locator(".pointer")
+    assert all(pointers.nth(i).get_attribute("d") == "M0.5 0V64" for i in range(pointers.count()))
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.textContent") == "b"
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.textContent") == "l"
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "l", "one stop of the Tab key"
 
 
 def test_a_game_shows_its_turns(run, open_page):
@@ -245,7 +294,7 @@ HOSTILE = [
     "</script><img src=x onerror=alert(1)>",
     "</style><!--",
     "\u2028\u2029",
-    "\u202e\u2066",
+    "\u202e\u2066\u061c\u200b",
     "\x00\x1b",
     "\ud800",
     "&lt;",
@@ -267,7 +316,7 @@ def test_hostile_text_is_shown_and_does_nothing(run, open_page):
     page = open_page(file)
     tokens = page.locator(".token").all_text_contents()
     assert tokens[0] == HOSTILE[0] and tokens[1] == HOSTILE[1]
-    assert tokens[3] == "\\u2028\\u2029" and tokens[4] == "\\u202e\\u2066"
+    assert tokens[3] == "\\u2028\\u2029" and tokens[4] == "\\u202e\\u2066\\u061c\\u200b"
     assert tokens[8] == "__DATA__" and tokens[10] == "骰子🎲"
     assert "Where the credit goes" in page.title()
     assert page.locator("main img[onerror]").count() == 0 and page.locator("script").count() == 2
@@ -276,6 +325,11 @@ def test_hostile_text_is_shown_and_does_nothing(run, open_page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_in_light_and_dark(run, open_page, scheme):
     write_lines(run, "samples.jsonl", [response()[0]])
+    page = open_page(explorer(run), viewport={"width": 375, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    turns = [{"first": 0, "last": 11, "said": "no" * 200, "image": png()}]
+    game, _ = response(written=[True] * 12, turns=turns, tokens=["word" * 3] * 12)
+    write_lines(run, "samples.jsonl", [game])
     page = open_page(explorer(run), viewport={"width": 375, "height": 800}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -288,7 +342,7 @@ def test_a_run_without_a_critic_shows_what_it_has(run, open_page):
     write_lines(run, "samples.jsonl", [row])
     page = open_page(explorer(run))
     labels = page.locator("#methods label").all_text_contents()
-    assert [label.strip() for label in labels] == ["GRPO", "as recorded"]
+    assert [label.strip() for label in labels] == ["SAPO, a perfect critic", "GRPO", "as recorded"]
     assert page.locator(".token").count() > 5
 
 
@@ -300,6 +354,26 @@ def test_of_many_checkpoints_the_first_and_the_last_are_kept(run):
     assert [c["iteration"] for c in data["checkpoints"]] == [0, 3, 5, 8]
     assert all(len(c["responses"]) == RESPONSES for c in data["checkpoints"])
     assert len(text) < 1_000_000
+
+
+def test_what_is_not_known_is_left_out(run, open_page):
+    row, _ = response(steps=[])
+    for key in ("prompt", "answer", "entropy", "example_id", "predicted"):
+        row.pop(key)
+    empty = response(written=[False] * 12)[0]
+    write_lines(run, "samples.jsonl", [row, empty])
+    page = open_page(explorer(run))
+    labels = page.locator("#methods label").all_text_contents()
+    assert [label.strip() for label in labels] == ["PPO", "GRPO", "as recorded"]
+    assert "true answer" not in page.locator("section").text_content()
+
+
+def test_a_missing_key_is_named(run):
+    row, _ = response()
+    row.pop("ends")
+    write_lines(run, "samples.jsonl", [row])
+    with pytest.raises(ValueError, match="samples.jsonl, iteration 4, example '7': no ends"):
+        explorer(run)
 
 
 def test_lists_that_do_not_fit_are_named(run):
