@@ -17,7 +17,7 @@ The idea. A response is a few reasoning *segments*, and the segment is the unit 
 With one token per segment this is PPO. With one segment per response it is GSPO with a critic.
 
 What differs. The authors' released code departs from their paper in several places (the table is
-in tutorial.md, section 6): `SAPOConfig.paper()` and `SAPOConfig.released()` are its two sides.
+in tutorial.md, appendix A): `SAPOConfig.paper()` and `SAPOConfig.released()` are its two sides.
 In neither: `threshold_ends`, our cut that does not look ahead; a critic that hears; the bound on
 the KL divergence, `target_kl`, which many PPO codes have. As released in any case: token
 log-ratios are clamped to +-20, and V after a response that ran out of tokens is 0, too. Left out:
@@ -237,7 +237,7 @@ def entropy_ends(entropy: Tensor, mask: Tensor, top_k: float = 0.30) -> Tensor:
 
     Of a response's n policy tokens, max(1, ceil(top_k n)) do, the earlier token on ties; and so
     do the always-ends. The cut ranks the whole response, so it looks ahead, and that biases the
-    policy gradient: see tutorial.md, section 7, and `threshold_ends`.
+    policy gradient: see tutorial.md, appendix B, and `threshold_ends`.
 
     entropy (B, T) in nats -> bool (B, T). ValueError for a top_k outside (0, 1].
     """

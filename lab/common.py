@@ -1,4 +1,4 @@
-"""What the pictures share: their colours, and reading the files in the folder of a run.
+"""What the pictures share: their colours, a figure and its file, and the files of a run.
 
 Imports none of the project's modules, so that a picture can be made again long after the run.
 """
@@ -57,3 +57,27 @@ def run_title(run_folder):
         return run_folder.resolve().name
     task = str(env).removeprefix("SAPO/").rsplit("-v", 1)[0]
     return f"{str(method).upper()} on {task}, seed {seed}"
+
+
+def new_figure(width, height, columns, rows=1, width_ratios=None, **options):
+    """A matplotlib figure of `width` by `height` inches, and its axes, row by row."""
+    try:
+        # Not pyplot, which picks a window system and keeps global state: a bare Figure does not.
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("pictures are drawn with matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white", **options)
+    panels = figure.subplots(rows, columns, squeeze=False, width_ratios=width_ratios).ravel()
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def save_svg(figure, path, description=None):
+    """Write the figure, the same at every drawing: no date in it, and no random names."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "sapo"}):
+        figure.savefig(path, metadata={"Date": None, "Description": description})
+    return path

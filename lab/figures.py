@@ -2,6 +2,7 @@
 
     python -m lab.figures runs/<name>    learning_curve.png, credit.html, credit.svg in that folder
     python -m lab.figures results        every comparison, as SVG beside its JSON
+    python -m lab.figures tutorial       those of tutorial.md (lab/tutorial_figures.py)
 
 The learning curve asks: did it learn and stay healthy? A comparison: where did each method end, and
 how did it get there? SAPO stands out in one colour; the others are grey, named where they end.
@@ -18,7 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.common import BLUE, FAINT, GREEN, PURPLE, VERMILLION, read_lines, run_title
+from lab.common import (
+    BLUE,
+    FAINT,
+    GREEN,
+    PURPLE,
+    VERMILLION,
+    new_figure,
+    read_lines,
+    run_title,
+    save_svg,
+)
 from lab.credit_page import credit_map
 from lab.explorer import explorer
 from lab.stats import interval, iqm
@@ -39,30 +50,6 @@ ROWS = {
 
 
 # -------------------------------------------------------------------- what all pictures share
-
-
-def _new_figure(width, height, columns, **options):
-    """A matplotlib figure of `width` by `height` inches, and its axes side by side."""
-    try:
-        # Not pyplot, which picks a window system and keeps global state: a bare Figure does not.
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("pictures are drawn with matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white", **options)
-    panels = figure.subplots(1, columns, squeeze=False)[0]
-    for axes in panels:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
-
-
-def _save_svg(figure, path):
-    """Write the figure, the same at every drawing: no date in it, and no random names."""
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": "sapo"}):
-        figure.savefig(path, metadata={"Date": None})
-    return path
 
 
 def _read_results(file):
@@ -148,7 +135,7 @@ def learning_figure(lines, title):
     `lines` are the objects of metrics.jsonl without nulls. The title is completed by the outcome:
     held-out accuracy at the first and at the last evaluation.
     """
-    figure, (accuracy, entropy, critic) = _new_figure(12, 4, 3, dpi=150)
+    figure, (accuracy, entropy, critic) = new_figure(12, 4, 3, dpi=150)
     _draw_metric(accuracy, lines, "accuracy", BLUE, scale=100)
     held_out = _draw_held_out(accuracy, lines)
     accuracy.set(ylim=(-2, 102), ylabel="responses that are right (%)")
@@ -320,7 +307,7 @@ def comparison_figure(results):
     """Where every variant ended, its interval over seeds, and how it got there, as a figure."""
     row, highlighted = ROWS.get(results["experiment"], ("variant", "sapo"))
     runs = _runs_by_label(results)
-    figure, (ends, paths) = _new_figure(11, 1.6 + 0.36 * max(6, len(runs)), 2)
+    figure, (ends, paths) = new_figure(11, 1.6 + 0.36 * max(6, len(runs)), 2)
     accuracies = {label: [run["accuracy"] for run in runs[label]] for label in runs}
     counts = sorted({len(values) for values in accuracies.values()})
     title = (
@@ -354,7 +341,7 @@ def comparison(file):
     results = _read_results(file)
     if not results["runs"]:
         raise ValueError(f"{file} holds no finished run yet")
-    return _save_svg(comparison_figure(results), Path(file).with_suffix(".svg"))
+    return save_svg(comparison_figure(results), Path(file).with_suffix(".svg"))
 
 
 def reuse_figure(results):
@@ -370,7 +357,7 @@ def reuse_figure(results):
             run["curve"]["approx_kl"]
         ),
     }
-    figure, panels = _new_figure(14, 4.2, 3)
+    figure, panels = new_figure(14, 4.2, 3)
     seeds = max(len(runs) for kind in of_kind.values() for runs in kind.values())
     title = f"How often can a rollout be used? {results['budget_tokens']:,} tokens"
     figure.suptitle(f"{title} of {_task(results)}, {_counted(seeds, 'seed')}", fontweight="bold")
@@ -394,7 +381,7 @@ def reuse_figure(results):
 
 def reuse(file):
     """Write `reuse_figure` of a sweep's JSON beside it; return the SVG's path."""
-    return _save_svg(reuse_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+    return save_svg(reuse_figure(_read_results(file)), Path(file).with_suffix(".svg"))
 
 
 def training_figure(results, methods):
@@ -402,7 +389,7 @@ def training_figure(results, methods):
 
     Fig. 6 and 7 of the paper. A method without a critic has no value loss.
     """
-    figure, panels = _new_figure(11, 3.6, 3)
+    figure, panels = new_figure(11, 3.6, 3)
     runs = _runs_by_label(results)
     runs = {method: runs[method] for method in runs if method in methods}
     seeds = max(map(len, runs.values()), default=0)
@@ -428,13 +415,13 @@ def training_figure(results, methods):
 def training(file, methods=("sapo", "ppo", "vc-ppo", "grpo")):
     """Write `training_figure` of a sweep's JSON beside it, as …-training.svg; return its path."""
     path = Path(file).with_name(Path(file).stem + "-training.svg")
-    return _save_svg(training_figure(_read_results(file), methods), path)
+    return save_svg(training_figure(_read_results(file), methods), path)
 
 
 def truth_figure(results):
     """Does the credit find the wrong steps, and does the gradient point the right way?"""
     methods = results["methods"]
-    figure, (steps, slope) = _new_figure(11, 1.8 + 0.36 * max(5, len(methods)), 2)
+    figure, (steps, slope) = new_figure(11, 1.8 + 0.36 * max(5, len(methods)), 2)
     figure.suptitle(f"Credit and gradient on {_task(results)}, policy frozen", fontweight="bold")
     credit = [(name, (row["auroc"], *row["auroc_interval"])) for name, row in methods.items()]
     unit = "P(advantage of a right step > of a wrong one),\n95% interval"
@@ -451,12 +438,12 @@ def truth_figure(results):
 
 def truth(file):
     """Write `truth_figure` of a ground truth's JSON beside it; return the SVG's path."""
-    return _save_svg(truth_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+    return save_svg(truth_figure(_read_results(file)), Path(file).with_suffix(".svg"))
 
 
 def lift_figure(results):
     """Lift (Eq. 12) over q, before and after training, by sampled values and by the critic."""
-    figure, panels = _new_figure(11, 4, 2)
+    figure, panels = new_figure(11, 4, 2)
     moments = {"early": "before training", "late": "after training"}
     for axes, (moment, title) in zip(panels, moments.items(), strict=True):
         # The two stand a little apart, so that neither hides the other.
@@ -479,7 +466,7 @@ def lift_figure(results):
 
 def lift(file):
     """Write `lift_figure` of a lift measurement's JSON beside it; return the SVG's path."""
-    return _save_svg(lift_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+    return save_svg(lift_figure(_read_results(file)), Path(file).with_suffix(".svg"))
 
 
 def critic_figure(results):
@@ -487,7 +474,7 @@ def critic_figure(results):
     measured = results["measured"]
     tasks = list(dict.fromkeys(row["task"] for row in measured))
     variants = list(results["variants"])
-    figure, _ = _new_figure(3.4 * len(tasks) + 1.5, 6.4, 1)
+    figure, _ = new_figure(3.4 * len(tasks) + 1.5, 6.4, 1)
     figure.clear()
     grid = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
     measures = {
@@ -532,7 +519,7 @@ def _accuracy(measured, task):
 
 def critic(file):
     """Write `critic_figure` of lab.critic's JSON beside it; return the SVG's path."""
-    return _save_svg(critic_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+    return save_svg(critic_figure(_read_results(file)), Path(file).with_suffix(".svg"))
 
 
 def drawn(folder):
@@ -558,10 +545,12 @@ def drawn(folder):
 
 
 def main(argv=None):
-    """Draw a run's pictures, or a folder of results; print the paths."""
+    """Draw a run's pictures, a folder of results, or the tutorial's; print the paths."""
     parser = argparse.ArgumentParser(prog="python -m lab.figures", description=main.__doc__)
     parser.add_argument(
-        "folder", type=Path, help="the folder that train.py wrote, runs/<name>; or results"
+        "folder",
+        type=Path,
+        help="the folder that train.py wrote, runs/<name>; or results; or tutorial",
     )
     parser.add_argument(
         "--count", type=int, default=6, help="responses on the credit map (default 6)"
@@ -569,6 +558,12 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     folder = arguments.folder
     try:
+        if folder == Path("tutorial"):
+            from lab import tutorial_figures  # they need torch
+
+            for path in tutorial_figures.drawn():
+                print(path)
+            return
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder} is no folder: expected runs/<name>, written by train.py"

@@ -1,0 +1,129 @@
+"""The episode of the tutorial: one real response, and all that the tutorial computes from it.
+
+    python train.py --iterations 34 --name half
+    python train.py --iterations 34 --critic_hears nothing --name half-deaf
+    python -m lab.episode runs/half runs/half-deaf        # -> results/episode.json
+
+Both runs stop half-way, where the policy still makes mistakes. The first wrote the response, and
+its critic valued it; the critic of the second, which hears nothing, values the same text. Chosen is
+the first held-out response whose only wrong step is one reading: a slip that nothing later repeats.
+
+Then one step of REINFORCE is made on this response alone, by the policy of the warm start, which
+has bad habits: the probability of each digit, before the step and after it, where the wrong
+digit was written and where the digit before it was.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import evaluation
+import rollout
+import tiny
+import train
+import vlm
+from lab.sweep import ROOT
+
+DIGITS = "0123456789"
+STEP_SIZE = 0.3  # of the one step of gradient descent: large, so that it can be seen
+
+
+def is_clear(sample):
+    """Is one reading wrong, neither the first nor the last of them, and nothing else?"""
+    readings = [right for first, last, right in sample["steps"] if first == last]
+    wrong = [right for *_, right in sample["steps"]].count(False)
+    misread = [i for i, right in enumerate(readings[:4]) if not right]
+    return sample["reward"] == 0 and wrong == 1 and misread in ([1], [2])
+
+
+def digit_probabilities(policy, batch, row, position):
+    """The probability of each digit at a position of a response: ten responses that differ there
+    are scored. (10,)."""
+    rows = torch.full((len(DIGITS),), row)
+    tokens = batch.tokens[rows].clone()
+    tokens[:, position] = torch.tensor(policy.tokenizer.convert_tokens_to_ids(list(DIGITS)))
+    with torch.no_grad():
+        logp, _ = vlm.score(policy, vlm.take(batch.inputs, rows), tokens, batch.written[rows])
+    return logp[:, position].exp()
+
+
+def reinforce_step(policy, batch, row, advantage):
+    """One step of gradient descent on -A log pi(y), the mean over the response's tokens."""
+    rows = torch.tensor([row])
+    parameters = list(policy.model.parameters())
+    inputs = vlm.take(batch.inputs, rows)
+    logp, _ = vlm.score(policy, inputs, batch.tokens[rows], batch.written[rows])
+    loss = -advantage * logp[batch.written[rows]].mean()
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter -= STEP_SIZE * gradient
+
+
+def record(run, deaf) -> dict:
+    """The episode. ValueError if no response is of the kind that is wanted."""
+    batch = rollout.collect(run, np.arange(run.settings.batch), "eval")
+    samples = evaluation.samples(run, batch, train.assign_credit(run, batch).advantages)
+    row = next((row for row, sample in enumerate(samples) if is_clear(sample)), None)
+    if row is None:
+        raise ValueError(f"{run.folder}: none of {len(samples)} responses has one reading wrong")
+    sample = samples[row]
+    wrong = next(first for first, _, right in sample["steps"] if not right)
+    with torch.no_grad():
+        blind = rollout.values_of(
+            deaf.models.critic, batch, batch.rollout.logp, torch.tensor([row])
+        )
+    baseline = float(batch.rollout.rewards.sum(1).mean())
+
+    novice = vlm.load(tiny.cached_warm_start(run.grading_env.unwrapped.task, run.settings))
+    usual = run.progress.evaluations_before["temperature 1"]["eval_accuracy"]
+    places = {"the wrong digit": wrong, "the right digit before it": wrong - 1}
+    before = {name: digit_probabilities(novice, batch, row, t) for name, t in places.items()}
+    reinforce_step(novice, batch, row, sample["reward"] - usual)
+    after = {name: digit_probabilities(novice, batch, row, t) for name, t in places.items()}
+    return {
+        **sample,
+        "blind_values": [round(value, 6) for value in blind[0, : len(sample["tokens"])].tolist()],
+        "baseline": baseline,
+        "step": {"size": STEP_SIZE, "advantage": sample["reward"] - usual},
+        "digits": {
+            name: {
+                "position": t,
+                "written": sample["tokens"][t],
+                "before": [round(p, 6) for p in before[name].tolist()],
+                "after": [round(p, 6) for p in after[name].tolist()],
+            }
+            for name, t in places.items()
+        },
+    }
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m lab.episode", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="a finished run on SAPO/DiceSum-v0")
+    parser.add_argument("deaf", type=Path, help="another, whose critic hears nothing")
+    arguments = parser.parse_args(argv)
+    try:
+        deaf = train.build(*train.parse(["--resume", str(arguments.deaf)]))
+        # Built last, as it restores the random stream that the responses are drawn from
+        run = train.build(*train.parse(["--resume", str(arguments.folder)]))
+        episode = record(run, deaf)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"python -m lab.episode: {error}") from error
+    outcome = {
+        "command": f"python -m lab.episode {arguments.folder} {arguments.deaf}",
+        "seed": run.settings.seed,
+        "date": time.strftime("%Y-%m-%d"),
+        **episode,
+    }
+    (ROOT / "results" / "episode.json").write_text(json.dumps(outcome, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

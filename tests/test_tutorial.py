@@ -1,0 +1,152 @@
+"""tutorial.md: examples that run as they stand, equations that are functions, fresh pictures."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import baselines
+import sapo
+from lab import tutorial_figures
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "tutorial.md").read_text()
+SECTIONS = re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]
+EPISODE = json.loads((ROOT / "results" / "episode.json").read_text())
+
+
+def test_the_examples_run_one_after_the_other_and_print_what_stands_below_them(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```python\n(.*?)^```(?:\n```text\n(.*?)^```)?", TEXT, re.DOTALL | re.M)
+    assert len(blocks) > 15
+    namespace = {}
+    for code, output in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "tutorial.md", "exec"), namespace)
+        assert printed.getvalue() == output, code
+
+
+def test_it_can_be_pasted_into_a_session():
+    assert ">>>" not in TEXT
+
+
+# ---------------------------------------------------------------------------------- equations
+def equations_of(text):
+    """The numbers of the equations that a text names: "Eq. 6 and 7", "Eq. 1-4", "Eq. 19-26"."""
+    numbers = set()
+    for first, link, last in re.findall(r"Eq\. (\d+)(?:( and |-)(\d+))?", text):
+        numbers.add(int(first))
+        if link == "-":
+            numbers |= set(range(int(first), int(last) + 1))
+        elif link:
+            numbers.add(int(last))
+    return numbers
+
+
+TAGGED = [
+    (section.splitlines()[0], int(number), section)
+    for section in SECTIONS
+    for number in re.findall(r"\\tag\{Eq\. (\d+)\}", section)
+]
+
+
+@pytest.mark.parametrize(("title", "number", "section"), TAGGED, ids=[str(n) for _, n, _ in TAGGED])
+def test_every_equation_is_a_function_that_its_section_names(title, number, section):
+    names = set(re.findall(r"sapo\.(\w+)", section))
+    functions = [getattr(sapo, name) for name in names if hasattr(sapo, name)]
+    if number == 5:  # not a function but what `ends` is, as the banner in sapo.py says
+        assert "(Eq. 5)" in Path(sapo.__file__).read_text()
+        return
+    assert any(number in equations_of(function.__doc__ or "") for function in functions), title
+
+
+def test_every_name_of_the_code_exists():
+    for module, name in re.findall(r"`(sapo|baselines)\.(\w+)", TEXT):
+        assert name == "py" or hasattr({"sapo": sapo, "baselines": baselines}[module], name), name
+
+
+# ------------------------------------------------------------------------------ what it says
+def test_the_minutes_make_forty_five():
+    minutes = re.findall(r"^\| \[\d+\. [^|]*\| (\d+) \|", TEXT, re.MULTILINE)
+    assert len(minutes) == 10 and sum(map(int, minutes)) == 45
+
+
+def test_the_sum_by_hand_is_of_the_episode():
+    """To three digits, as it is written there."""
+    entropy, values, _, mask = tutorial_figures.tensors(EPISODE)
+    starts = sapo.boundaries(sapo.entropy_ends(entropy, mask, 0.05), mask)
+    first, second, third = (round(value, 3) for value in values[starts].tolist())
+    by_hand = {}
+    for line in re.findall(r"^delta_.*$", TEXT, re.MULTILINE):
+        for part in re.split(r"\s+(?=[AR]_\d =)", line):
+            by_hand[part[: part.index(" =")]] = float(part.split("=")[-1])
+    delta = [second - first, third - second, -third]
+    advantage = [0.0, 0.0, delta[2]]
+    advantage[1] = delta[1] + 0.5 * advantage[2]
+    advantage[0] = delta[0] + 0.5 * advantage[1]
+    for m, value in enumerate((first, second, third)):
+        assert by_hand[f"delta_{m + 1}"] == pytest.approx(delta[m], abs=1e-3)
+        assert by_hand[f"A_{m + 1}"] == pytest.approx(advantage[m], abs=1e-3)
+        assert by_hand[f"R_{m + 1}"] == pytest.approx(advantage[m] + value, abs=1.1e-3)
+
+
+def test_the_right_digit_hardly_moved_and_the_wrong_one_did():
+    wrong, right = EPISODE["digits"].values()
+    assert wrong["written"] == "5" and wrong["after"][5] < wrong["before"][5] - 0.05
+    assert wrong["after"][6] > wrong["before"][6] + 0.05
+    assert abs(right["after"][5] - right["before"][5]) < 0.01
+
+
+def test_one_critic_sees_the_slip_and_the_other_does_not():
+    first, last = tutorial_figures.wrong_span(EPISODE)
+    for values, falls in ((EPISODE["token_values"], True), (EPISODE["blind_values"], False)):
+        assert (values[first] - values[last + 1] > 0.3) == falls
+
+
+def test_the_broken_runs_broke_and_their_divergence_told_of_it():
+    runs = json.loads(tutorial_figures.REUSE.read_text())["runs"]
+    whole = [json.loads(line) for line in tutorial_figures.RUN.read_text().splitlines()]
+    largest = max(row["approx_kl"] for row in whole if "approx_kl" in row)
+    assert f"at most {largest:.3f} in the run above" in " ".join(TEXT.split())
+    for run in runs:
+        if run["seed"] == 0 and run["label"] in tutorial_figures.BROKEN:
+            accuracy = run["curve"]["accuracy"]
+            assert accuracy[-1] < max(accuracy) - 0.3
+            assert max(run["curve"]["approx_kl"]) > 10 * largest
+
+
+# ---------------------------------------------------------------------------------- pictures
+PICTURES = re.findall(r"\]\(results/tutorial-(\w+)\.svg\)", TEXT)
+
+
+def test_every_picture_that_is_drawn_is_shown():
+    drawn = {path.stem.removeprefix("tutorial-") for path in ROOT.glob("results/tutorial-*.svg")}
+    assert sorted(PICTURES) == sorted(drawn) and len(drawn) == 8
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_no_picture_is_stale(name):
+    """Each holds the hash of its data and of the code that draws it."""
+    made_of = tutorial_figures.made_of(name)
+    again = "draw them again: python -m lab.figures tutorial"
+    assert made_of in (ROOT / "results" / f"tutorial-{name}.svg").read_text(), again
+
+
+def test_all_of_them_can_be_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(tutorial_figures, "RESULTS", tmp_path)
+    paths = list(tutorial_figures.drawn())
+    assert len(paths) == 8 and all("<path" in path.read_text() for path in paths)
+
+
+def test_the_tokens_of_a_cut_are_tinted_by_their_advantage():
+    entropy, _, _, mask = tutorial_figures.tensors(EPISODE)
+    cut = sapo.entropy_ends(entropy, mask)
+    row = tutorial_figures.gae_row(EPISODE, cut, 0.0)
+    first, _ = tutorial_figures.wrong_span(EPISODE)
+    assert min(row) == row[first], "at lambda 0 the slip is blamed most"
+    assert torch.tensor(row).isfinite().all()
