@@ -12,6 +12,7 @@ import torch
 import baselines
 import sapo
 from lab import tutorial_figures
+from lab.explorer import TEMPLATE
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "tutorial.md").read_text()
@@ -135,6 +136,14 @@ def test_no_picture_is_stale(name):
     made_of = tutorial_figures.made_of(name)
     again = "draw them again: python -m lab.figures tutorial"
     assert made_of in (ROOT / "results" / f"tutorial-{name}.svg").read_text(), again
+
+
+def test_the_committed_page_is_of_todays_template():
+    """results/credit.html: written anew by lab.explorer.explorer(folder) of a default run."""
+    page = (ROOT / "results" / "credit.html").read_text()
+    (data,) = re.findall(r'id="data">(.*)</script>', page)
+    assert page == TEMPLATE.read_text().replace("__DATA__", data)
+    assert len(page) < 1_000_000 and json.loads(data)["title"] == "SAPO on DiceSum, seed 0"
 
 
 def test_all_of_them_can_be_drawn(tmp_path, monkeypatch):
