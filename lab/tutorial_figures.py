@@ -118,12 +118,14 @@ def values_figure(episode):
     axes.axvspan(first - 0.5, last + 0.5, color=VERMILLION, alpha=0.18, linewidth=0)
     axes.text(last + 0.7, 0.93, "the wrong step", color=VERMILLION, fontsize=9)
     end = len(episode["tokens"]) - 0.6
-    axes.text(end, episode["token_values"][-1], "seeing", color=GREEN, va="center", fontsize=9)
-    axes.text(end, episode["blind_values"][-1], "blind", color=FAINT, va="center", fontsize=9)
+    axes.text(end, episode["token_values"][-1], "hears", color=GREEN, va="center", fontsize=9)
+    axes.text(
+        end, episode["blind_values"][-1], "hears nothing", color=FAINT, va="center", fontsize=9
+    )
     labels = [text_of(token) for token in episode["tokens"]]
     axes.set_xticks(positions, labels, fontsize=7, family="monospace", rotation=60)
-    axes.set(ylim=(0, 1), ylabel="V before the token", xlim=(-0.7, end + 2.5))
-    axes.set_title("A critic that sees falls behind the wrong step", fontsize=11, fontweight="bold")
+    axes.set(ylim=(0, 1), ylabel="V before the token", xlim=(-0.7, end + 3.5))
+    axes.set_title("A critic that sees drops after the wrong step", fontsize=11, fontweight="bold")
     return figure
 
 
@@ -238,7 +240,7 @@ def broken_figure(results):
         curve = runs[label]["curve"]
         iterations = range(1, len(curve["accuracy"]) + 1)
         axes.plot(iterations, [100 * share for share in curve["accuracy"]], color=BLUE)
-        axes.set(xlabel="part of the run", ylim=(0, 100))
+        axes.set(xlabel="iteration", ylim=(0, 100))
         axes.set_ylabel("answers that are right (%)", color=BLUE)
         divergence = axes.twinx()
         divergence.plot(iterations, curve["approx_kl"], color=VERMILLION, linestyle="--")
