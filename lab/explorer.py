@@ -17,7 +17,8 @@ from lab.common import read_lines, run_title
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 CHECKPOINTS = 4  # that are kept, the first and the last among them
-RESPONSES = 24  # of each
+RESPONSES = 24  # of each, or fewer: as many as fit into a page of this size
+LARGEST = 1_000_000  # characters
 # Of a row of samples.jsonl: what is copied as it is; `_response` adds the rest
 KEPT = ("prompt", "answer", "predicted", "reward", "tokens", "ends", "image", "turns", "logp")
 
@@ -39,22 +40,37 @@ def explorer(run_folder) -> Path:
     iterations = _spread(sorted(by_iteration), CHECKPOINTS)
     ids = _chosen_ids(by_iteration[iterations[-1]].values())
     settings, is_sapo = _settings(run_folder)
-    data = {
-        "title": run_title(run_folder),
-        "settings": settings,
-        "is_sapo": is_sapo,
-        "checkpoints": [
-            _checkpoint(iteration, by_iteration[iteration], ids) for iteration in iterations
-        ],
-    }
-    try:
-        text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    page = TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text.replace("<", "\\u003c"))
+    head = {"title": run_title(run_folder), "settings": settings, "is_sapo": is_sapo}
+    template = TEMPLATE.read_text(encoding="utf-8")
+    for count in range(len(ids), 0, -1):
+        checkpoints = [_checkpoint(i, by_iteration[i], ids[:count]) for i in iterations]
+        data = head | {"pictures": _put_together(checkpoints), "checkpoints": checkpoints}
+        try:
+            text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        page = template.replace("__DATA__", text.replace("<", "\\u003c"))
+        if len(page) <= LARGEST:
+            break
     file = run_folder / "credit.html"
     file.write_text(page, encoding="utf-8")
     return file
+
+
+def _put_together(checkpoints):
+    """Every picture once, as a list; in the responses and their turns stand places in it."""
+    places = {}
+    for checkpoint in checkpoints:
+        checkpoint["responses"] = [dict(response) for response in checkpoint["responses"]]
+        for response in checkpoint["responses"]:
+            if "turns" in response:
+                response["turns"] = [dict(turn) for turn in response["turns"]]
+            for part in (response, *response.get("turns", [])):
+                if part.get("image"):
+                    part["image"] = places.setdefault(part["image"], len(places))
+                else:
+                    part.pop("image", None)
+    return list(places)
 
 
 def _spread(items, count):

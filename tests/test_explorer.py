@@ -356,6 +356,21 @@ def test_of_many_checkpoints_the_first_and_the_last_are_kept(run):
     assert len(text) < 1_000_000
 
 
+def test_pictures_stand_there_once_and_the_page_stays_small(run, open_page, monkeypatch):
+    rows = [response(example_id=f"eval/{i}", iteration=t)[0] for t in (0, 4) for i in range(6)]
+    write_lines(run, "samples.jsonl", rows)
+    file = explorer(run)
+    whole = len(file.read_text())
+    assert file.read_text().count(png()) == 1
+    page = open_page(file, "#b=0")
+    assert page.locator("img").count() == 2
+    assert page.locator("img").first.evaluate("image => image.naturalWidth") == 32
+    monkeypatch.setattr("lab.explorer.LARGEST", whole - 1)
+    explorer(run)
+    assert whole * 0.8 < len(file.read_text()) < whole
+    assert open_page(file).locator("#response option").count() == 5
+
+
 def test_what_is_not_known_is_left_out(run, open_page):
     row, _ = response(steps=[])
     for key in ("prompt", "answer", "entropy", "example_id", "predicted"):
