@@ -77,16 +77,14 @@ def arrows_picture(arrows, start, side, rng):
 def scans_picture(scans, side, rng):
     """Grey scans, each (height, width) from 0 for paper to 1 for ink, in side x side cells: RGB.
 
-    Each is 12 to 15 pixels wide, turned by at most 10 degrees, and lies anywhere in its cell of 16:
-    so a model that sees few scans often does not learn them by heart.
+    Each is scaled to 14 x 14 pixels, and lies where it happens to lie in its cell of 16.
     """
+    edge, room = CELL - 2, 3  # pixels along a scan's edge; places for it in each direction
     cells = []
     for scan in scans:
-        edge = int(rng.integers(CELL - 4, CELL))
         grey = Image.fromarray((scan * 255).astype(np.uint8)).resize((edge, edge))
-        grey = grey.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)
         cell = Image.new("L", (CELL, CELL))
-        cell.paste(grey, tuple(int(offset) for offset in rng.integers(CELL - edge + 1, size=2)))
+        cell.paste(grey, tuple(int(offset) for offset in rng.integers(room, size=2)))
         cells.append(np.array(cell))
     ink = _side_by_side(cells, side)[..., None] / 255  # (H, W, 1)
     paper, pen = np.array([(236, 232, 222), (40, 44, 92)]) + rng.integers(-12, 13, (2, 3))

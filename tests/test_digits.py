@@ -47,12 +47,11 @@ def test_a_digit_is_shown_as_itself():
         example = DigitSum(n=1).example_at(index, "eval")
         grey = example.image.convert("L")
         distances = []
-        for edge in range(12, 16):  # it may be as large, and lie anywhere in its cell
-            for left, top in itertools.product(range(17 - edge), repeat=2):
-                crop = grey.crop((left, top, left + edge, top + edge)).resize((8, 8))
-                paper = np.asarray(crop, dtype=float)
-                ink = (paper.max() - paper) / np.ptp(paper)
-                distances.append(np.square(stack - ink).sum((1, 2)))
+        for left, top in itertools.product(range(3), repeat=2):  # it may lie anywhere in its cell
+            crop = grey.crop((left, top, left + 14, top + 14)).resize((8, 8))
+            paper = np.asarray(crop, dtype=float)
+            ink = (paper.max() - paper) / np.ptp(paper)
+            distances.append(np.square(stack - ink).sum((1, 2)))
         nearest = np.min(distances, axis=0).argmin()
         right.append(references[nearest][0] == example.content[0][0])
     assert np.mean(right) >= 0.9
