@@ -28,7 +28,7 @@ Shapes: B responses, T token positions, as in sapo.py.
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -86,22 +86,29 @@ class Method:
         "advantages: GAE on a critic, the group's mean, that times role weights, Monte-Carlo "
         "values, a tree",
     )
-    group: int = setting(8, "group, roles: responses per prompt")
-    continuations: int = setting(9, "continuations: responses sampled from each segment's start")
-    segment_tokens: int = setting(10, "fixed, tree: tokens per segment")
-    branching: list[int] = field(
-        default_factory=lambda: [4, 4, 4], metadata={"help": "tree: children per level"}
+    group: int = setting(8, "group, roles: responses per prompt", "[2, inf)")
+    continuations: int = setting(
+        9, "continuations: responses sampled from each segment's start", "[1, inf)"
     )
+    segment_tokens: int = setting(10, "fixed, tree: tokens per segment", "[1, inf)")
+    branching: list[int] = setting([4, 4, 4], "tree: children per level", "[1, inf)")
     tree_advantage: Literal["rloo", "grpo"] = setting(
         "rloo", "tree: V(child) - V(parent), or that over the spread"
     )
     loss_below: float = setting(
-        1.0, "continuations: tokens above this probability leave the loss (SPO-chain: 0.9)"
+        1.0,
+        "continuations: tokens above this probability leave the loss (SPO-chain: 0.9)",
+        "(0, 1]",
     )
     role_temperature: float = setting(
-        1.0, "roles: nats of the signal that change a weight e-fold; inf is GRPO"
+        1.0, "roles: nats of the signal that change a weight e-fold; inf is GRPO", "(0, inf]"
     )
-    value_pretraining: int = setting(0, "first iterations in which only the critic learns (VC-PPO)")
+    value_pretraining: int = setting(
+        0, "first iterations in which only the critic learns (VC-PPO)", "[0, inf)"
+    )
+
+    def __post_init__(self):
+        sapo.check_ranges(self)
 
 
 def responses_per_prompt(method: Method) -> int:

@@ -2,18 +2,21 @@
 
 A checkpoint has the policy and its processor in Hugging Face format, like any other model, and
 everything else in trainer.pt: critic, optimizers, progress, random state. A kill at any moment
-leaves a whole one behind, and a resumed run on a CPU ends bit for bit where an uncut one does.
+leaves a whole one behind, and a resumed run on a CPU ends bit for bit where an uncut one does. Its
+manifest.json holds the sha256 of its files, so that damage is seen before it is loaded.
 """
 
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 import models
 
@@ -40,6 +43,47 @@ def replacing(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def held(folder):
+    """`with held(folder)`: no other process writes into a run's folder. ValueError where one does,
+    saying which. The lock goes with the process, however that ends."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(f"{folder}.holder")
+    try:
+        with FileLock(f"{folder}.lock", timeout=0):
+            holder.write_text(f"process {os.getpid()}")
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+    except Timeout:
+        who = holder.read_text() if holder.is_file() else "another process"
+        raise ValueError(
+            f"{folder}: {who} is writing there; let it end, or give this run another --name"
+        ) from None
+
+
+def write_whole(file, text) -> None:
+    """Write a text file whole or not at all: a kill leaves the old one."""
+    aside = Path(f"{file}.new")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+def damaged(folder) -> list[str]:
+    """The files of a folder that are not as its manifest.json says; none without a manifest, which
+    folders of earlier versions have not got."""
+    manifest = Path(folder) / "manifest.json"
+    if not manifest.is_file():
+        return []
+    try:
+        expected, found = dict(json.loads(manifest.read_text())), digest(folder)
+    except (ValueError, TypeError, OSError):  # no object of JSON; a folder where a file should be
+        return [manifest.name]
+    return sorted(name for name in expected | found if expected.get(name) != found.get(name))
+
+
 def digest(folder) -> dict:
     """{file name: sha256} of everything in a folder but its manifest.json."""
     hashes = {}
@@ -59,11 +103,19 @@ def set_aside(folder) -> None:
 
 def newest(folder) -> Path:
     """The whole checkpoint of a run's folder: `checkpoint`, or `checkpoint.old` after a kill
-    between the two renames. ValueError if there is none."""
+    between the two renames. ValueError if there is none, or only a damaged one."""
+    damage = ""
     for name in ("checkpoint", "checkpoint.old"):
-        if (Path(folder) / name / "trainer.pt").is_file():
-            return Path(folder) / name
-    raise ValueError(f"{folder}: no checkpoint there yet; start the run again without --resume")
+        stored = Path(folder) / name
+        if not (stored / "trainer.pt").is_file():
+            continue
+        files = damaged(stored)
+        if not files:
+            return stored
+        damage = damage or f"{stored}: damaged, {', '.join(files)}; start the run again"
+    raise ValueError(
+        damage or f"{folder}: no checkpoint there yet; start the run again without --resume"
+    )
 
 
 def save(run) -> None:
@@ -82,6 +134,7 @@ def save(run) -> None:
         state["rng"] = torch.get_rng_state()
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
         torch.save(state, aside / "trainer.pt")
+        (aside / "manifest.json").write_text(json.dumps(digest(aside)))
 
 
 def restore(run_models, stored) -> dict:
@@ -115,4 +168,4 @@ def drop_lines_after(file, iteration) -> None:
     for line in file.read_text().splitlines(keepends=True):
         if line.endswith("}\n") and json.loads(line)["iteration"] <= iteration:
             kept.append(line)
-    file.write_text("".join(kept))
+    write_whole(file, "".join(kept))

@@ -43,7 +43,7 @@ ValueError naming the argument that is wrong.
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -53,9 +53,32 @@ from torch import Tensor, nn
 # ----------------------------------------------------------------------------------- settings
 
 
-def setting(default, help):
-    """A dataclass field with its meaning, which command lines show."""
-    return field(default=default, metadata={"help": help})
+def setting(default, help, within=""):
+    """A dataclass field with its meaning and, of a number or a list of them, the interval that it
+    lies in, as it is written in mathematics: "[0, 1)". Command lines show both."""
+    metadata = {"help": f"{help}; in {within}" if within else help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_ranges(settings) -> None:
+    """ValueError, naming the field, for a number outside the interval of its `setting`."""
+    for part in fields(settings):
+        _, has_range, within = part.metadata.get("help", "").rpartition("; in ")
+        value = getattr(settings, part.name)
+        numbers = value if isinstance(value, list) else [value]
+        if has_range and not all(_is_within(number, within) for number in numbers):
+            raise ValueError(f"{part.name}: {value}, expected a number in {within}")
+
+
+def _is_within(number, within):
+    if number is None:  # a setting that is off
+        return True
+    low, high = map(float, within[1:-1].split(","))
+    above = number >= low if within[0] == "[" else number > low
+    below = number <= high if within[-1] == "]" else number < high
+    return above and below  # NaN is neither
 
 
 @dataclass
@@ -64,17 +87,18 @@ class SAPOConfig:
     teach a tiny model fast: rates, minibatches, two epochs, and a lambda that listens to the critic
     (`paper` has the paper's own)."""
 
-    gamma: float = setting(1.0, "discount per segment, in [0, 1] (Eq. 6)")
+    gamma: float = setting(1.0, "discount per segment (Eq. 6)", "[0, 1]")
     lam: float = setting(
         0.7,
-        "GAE's lambda per segment, in [0, 1] (Eq. 7): at 1 V is a baseline only, at 0 the next V "
+        "GAE's lambda per segment (Eq. 7): at 1 V is a baseline only, at 0 the next V "
         "stands for all that follows",
+        "[0, 1]",
     )
     critic_lam: float | None = setting(
-        None, "lambda of the critic's returns, if not lam (VC-PPO decouples them)"
+        None, "lambda of the critic's returns, if not lam (VC-PPO decouples them)", "[0, 1]"
     )
     top_k: float = setting(
-        0.30, "share of tokens, those of highest entropy, that end a segment, in (0, 1] (Eq. 11)"
+        0.30, "share of tokens, those of highest entropy, that end a segment (Eq. 11)", "(0, 1]"
     )
     value_at: Literal["start", "end"] = setting(
         "start", "read V before a segment's first token, or before its last"
@@ -88,38 +112,46 @@ class SAPOConfig:
         "response", "losses: mean per response first, or over all tokens"
     )
     clip_low: float = setting(
-        0.2, "the ratio is clipped below at 1 - clip_low (Eq. 9); train.py's sapo: 0.1"
+        0.2, "the ratio is clipped below at 1 - clip_low (Eq. 9); train.py's sapo: 0.1", "[0, 1]"
     )
     clip_high: float = setting(
-        0.2, "the ratio is clipped above at 1 + clip_high (Eq. 9); train.py's sapo: 0.1"
+        0.2, "the ratio is clipped above at 1 + clip_high (Eq. 9); train.py's sapo: 0.1", "[0, inf]"
     )
     dual_clip: float | None = setting(
-        None, "bound the loss of a negative advantage A at -dual_clip * A"
+        None, "bound the loss of a negative advantage A at -dual_clip * A", "(1, inf)"
     )
     whiten_advantages: bool = setting(
         False, "advantages to zero mean and unit variance over the batch's tokens"
     )
-    advantage_clamp: float = setting(math.inf, "then clamp advantages to +- this")
+    advantage_clamp: float = setting(math.inf, "then clamp advantages to +- this", "(0, inf]")
     value_clip: float | None = setting(
-        None, "limit the critic's move from the rollout's values to +- this"
+        None, "limit the critic's move from the rollout's values to +- this", "(0, inf)"
     )
-    value_coef: float = setting(1.0, "factor on the value loss")
+    value_coef: float = setting(1.0, "factor on the value loss", "[0, inf)")
     kl_coef: float = setting(
-        0.0, "KL to the reference model (k1), subtracted from each token's reward"
+        0.0, "KL to the reference model (k1), subtracted from each token's reward", "[0, inf)"
     )
-    epochs: int = setting(2, "passes over a rollout; the cut stays the same in all of them")
-    minibatch: int = setting(32, "responses per optimizer step")
+    epochs: int = setting(
+        2, "passes over a rollout; the cut stays the same in all of them", "[1, inf)"
+    )
+    minibatch: int = setting(32, "responses per optimizer step", "[1, inf)")
     micro_batch: int = setting(
-        0, "responses per backward pass, 0: the whole minibatch; changes memory, not numbers"
+        0,
+        "responses per backward pass, 0: the whole minibatch; changes memory, not numbers",
+        "[0, inf)",
     )
     target_kl: float = setting(
         0.015,
         "after a minibatch whose approx_kl exceeds this (nats per token), the policy stays as it "
         "is until the next rollout, and only the critic learns on; inf: it never stays",
+        "(0, inf]",
     )
-    actor_lr: float = setting(2e-4, "Adam learning rate of the policy")
-    critic_lr: float = setting(2e-3, "Adam learning rate of the critic")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    actor_lr: float = setting(2e-4, "Adam learning rate of the policy", "[0, inf)")
+    critic_lr: float = setting(2e-3, "Adam learning rate of the critic", "[0, inf)")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", "(0, inf]")
+
+    def __post_init__(self):
+        check_ranges(self)
 
     @classmethod
     def paper(cls):

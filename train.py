@@ -64,17 +64,16 @@ class Settings(baselines.Method):
     baselines.Method; the numbers of the algorithm are sapo.SAPOConfig's."""
 
     env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
-    env_args: list[str] = field(
-        default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"}
-    )
+    env_args: list[str] = setting([], "keywords of the task: n=9, length=12 grid=5")
     model: str = setting("tiny", "'tiny', or a checkpoint: a directory or a hub name")
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
-    dtype: str = setting(
+    dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the weights: float32, or bfloat16 (then Adam keeps float32 copies)"
     )
     lora: int = setting(
         0,
         "rank of LoRA adapters, by which policy, critic and reference share one backbone; 0: none",
+        "[0, inf)",
     )
     critic: Literal["separate", "shared"] = setting(
         "separate", "without --lora: its own weights, or a head alone"
@@ -87,36 +86,44 @@ class Settings(baselines.Method):
     gradient_checkpointing: bool = setting(
         False, "keep fewer activations and make them again for the gradient"
     )
-    seed: int = setting(0, "of the weights, the demonstrations, the sampling and the shuffling")
+    seed: int = setting(
+        0, "of the weights, the demonstrations, the sampling and the shuffling", "[0, inf)"
+    )
     name: str = setting("", "the run's folder under --runs; made from the settings when empty")
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
     resume: str = setting(
         "", "folder of a run to continue; flags given beside it change its settings"
     )
-    iterations: int = setting(68, "rollouts to learn from")
+    iterations: int = setting(68, "rollouts to learn from", "[0, inf)")
     token_budget: int = setting(
         0,
         "stop also when so many tokens were generated, continuations and trees included; 0: never",
+        "[0, inf)",
     )
-    batch: int = setting(128, "responses per rollout, all written at once")
-    max_new_tokens: int = setting(64, "longest response, in tokens")
-    temperature: float = setting(1.0, "of sampling and scoring in training")
+    batch: int = setting(128, "responses per rollout, all written at once", "[1, inf)")
+    max_new_tokens: int = setting(64, "longest response, in tokens", "[1, inf)")
+    temperature: float = setting(1.0, "of sampling and scoring in training", "(0, inf)")
     warm_start_steps: int = setting(
-        600, "supervised steps on noisy demonstrations before RL; 0 for none"
+        600, "supervised steps on noisy demonstrations before RL; 0 for none", "[0, inf)"
     )
-    warm_start_batch: int = setting(64, "demonstrations per step")
-    warm_start_lr: float = setting(3e-3, "peak learning rate of the warm start")
+    warm_start_batch: int = setting(64, "demonstrations per step", "[1, inf)")
+    warm_start_lr: float = setting(3e-3, "peak learning rate of the warm start", "(0, inf)")
     habits: float = setting(
         0.6,
         "how often a demonstration follows a bad habit of the task where there is one; 0: none",
+        "[0, 1]",
     )
-    error_rate: float = setting(0.02, "probability that a demonstrated step slips besides")
+    error_rate: float = setting(
+        0.02, "probability that a demonstrated step slips besides", "[0, 1]"
+    )
     actor_half_life: float = setting(
-        1.5e5, "generated tokens in which --actor_lr falls by half; inf: it stays"
+        1.5e5, "generated tokens in which --actor_lr falls by half; inf: it stays", "(0, inf]"
     )
-    eval_every: int = setting(30, "iterations between held-out evaluations at temperature 1")
-    eval_episodes: int = setting(512, "held-out episodes per evaluation")
-    checkpoint_every: int = setting(30, "iterations between checkpoints")
+    eval_every: int = setting(
+        30, "iterations between held-out evaluations at temperature 1", "[1, inf)"
+    )
+    eval_episodes: int = setting(512, "held-out episodes per evaluation", "[1, inf)")
+    checkpoint_every: int = setting(30, "iterations between checkpoints", "[1, inf)")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 
 
@@ -272,12 +279,12 @@ def current_actor_lr(run) -> float:
 
 
 def train(run) -> bool:
-    """The loop. -> True when it came to its end, False after Ctrl-C.
+    """The loop. -> True when it came to its end, False after Ctrl-C or SIGTERM.
 
     The checkpoint is written either way.
     """
     settings, progress = run.settings, run.progress
-    with ctrl_c_as_a_flag() as interrupted:
+    with stop_as_a_flag() as interrupted:
         if progress.evaluations_before is None:
             start = evaluation.evaluate(run)
             with torch.random.fork_rng():  # these leave the training's random stream alone
@@ -320,21 +327,27 @@ def is_done(run) -> bool:
 
 
 @contextlib.contextmanager
-def ctrl_c_as_a_flag() -> Iterator[Callable[[], bool]]:
-    """`with ctrl_c_as_a_flag() as interrupted`: the first Ctrl-C makes interrupted() true and no
-    more, so that an iteration ends in order; a second one interrupts as ever."""
-    pressed = []
-    previous = signal.getsignal(signal.SIGINT)
+def stop_as_a_flag() -> Iterator[Callable[[], bool]]:
+    """`with stop_as_a_flag() as interrupted`: the first Ctrl-C, or the SIGTERM that clusters send,
+    makes interrupted() true and no more, so that an iteration ends in order; a second one
+    interrupts as ever."""
+    received = []
+    previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_ctrl_c(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, previous)
+    def restore():
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
 
-    signal.signal(signal.SIGINT, on_ctrl_c)
+    def on_signal(*_):
+        received.append(True)
+        restore()
+
+    for kind in previous:
+        signal.signal(kind, on_signal)
     try:
-        yield lambda: bool(pressed)
+        yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()
 
 
 def log(run, name, *rows) -> None:
@@ -363,7 +376,7 @@ def samples(run) -> list[dict]:
 def finish(run) -> None:
     """Final evaluations, summary.json, the table on the terminal, the pictures and the page."""
     summary = evaluation.summarise(run, evaluation.final_evaluations(run))
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    checkpoint.write_whole(run.folder / "summary.json", json.dumps(summary, indent=1))
     evaluation.print_summary(summary, run.folder)
     for draw in (explorer.explorer, credit_page.credit_map, figures.learning_curve):
         try:
@@ -391,7 +404,10 @@ def make_env(settings) -> gym.Env:
         made_of = spec.kwargs.get("task") or spec.kwargs.get("game") if spec else None
         if isinstance(made_of, str) and made_of in {**TASKS, **GAMES}:
             keywords = {"habits": settings.habits} | keywords
-        return gym.make(settings.env, disable_env_checker=True, **keywords)
+        made = gym.make(settings.env, disable_env_checker=True, **keywords)
+        if not hasattr(made.unwrapped, "task"):
+            raise ValueError("its actions are no segments of text")
+        return made
     except (ValueError, TypeError, ImportError, gym.error.Error) as error:
         raise ValueError(
             f"--env {settings.env} --env_args {' '.join(settings.env_args)}: expected a known id "
@@ -406,6 +422,7 @@ def build(settings, config, command="") -> Run:
     ImportError for a missing package.
     """
     transformers.utils.logging.disable_progress_bar()
+    check_device(settings.device)
     if settings.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ImportError(
             "--tensorboard needs a package that is not installed: pip install tensorboard"
@@ -415,12 +432,14 @@ def build(settings, config, command="") -> Run:
     held_out = task.size("eval")
     if held_out is not None:  # a data set ends: no row is asked twice
         settings = replace(settings, eval_episodes=min(settings.eval_episodes, held_out))
+    for split in ("train", "eval"):  # whatever is wrong with them is seen before any long work
+        task.example_at(0, split)
     observed = grading_env.observation_space.spaces
     baselines.check(
         settings, has_picture="image" in observed or "images" in observed, replies=task.replies
     )
 
-    folder = Path(settings.resume or f"{settings.runs}/{settings.name}")
+    folder = folder_of(settings)
     torch.manual_seed(settings.seed)
     started = time.time()
     saved = checkpoint.newest(folder) if settings.resume else None
@@ -448,6 +467,20 @@ def build(settings, config, command="") -> Run:
     )
 
 
+def folder_of(settings) -> Path:
+    """Where a run's files are."""
+    return Path(settings.resume or f"{settings.runs}/{settings.name}")
+
+
+def check_device(name) -> None:
+    """ValueError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # a CPU build asserts that CUDA is there
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: {reason}; expected cpu, or a card as cuda") from None
+
+
 def prepare_folder(folder, settings, config, progress) -> None:
     """Write config.json, and let the logs hold what the run's progress says."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -458,7 +491,7 @@ def prepare_folder(folder, settings, config, progress) -> None:
         "settings": asdict(settings),
         "config": asdict(config),
     }
-    (folder / "config.json").write_text(json.dumps(content, indent=1))
+    checkpoint.write_whole(folder / "config.json", json.dumps(content, indent=1))
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         file.touch()
@@ -495,18 +528,36 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
         task = settings.env.split("/")[-1].split("-")[0]  # SAPO/DiceSum-v0 -> DiceSum
         words = [task, settings.method, settings.cut, *settings.env_args, f"seed{settings.seed}"]
         settings.name = "-".join(words).replace("/", "_")
+    parts = Path(settings.name).parts
+    if Path(settings.name).is_absolute() or ".." in parts or parts[0] == "cache":
+        raise ValueError(f"--name {settings.name}: expected a folder within --runs, not its cache")
+    if ":" in settings.env and settings.env != known.env:  # who sends a run's folder sends no code
+        raise ValueError(
+            f"--resume {settings.resume}: its environment is {settings.env}, and a module is "
+            f"imported only where it is named; add --env {settings.env}"
+        )
     return settings, config
 
 
 def main(argv=None) -> None:
     """The command line. Whatever is wrong with the input becomes one line here."""
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        run = build(*parse(argv), command)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"train.py: {error}") from error
+    with contextlib.ExitStack() as lock:
+        try:
+            settings, config = parse(argv)
+            lock.enter_context(checkpoint.held(folder_of(settings)))
+            run = build(settings, config, command)
+        except (ValueError, OSError, ImportError) as error:
+            raise SystemExit(f"train.py: {error}") from error
+        run_to_its_end(run)
+
+
+def run_to_its_end(run) -> None:
+    """Train, and write what came out."""
     try:
         finished = train(run)
+    except OSError as error:  # a full disk, a folder that is gone
+        raise SystemExit(f"iteration {run.progress.iteration}: {error}") from error
     except FloatingPointError as error:  # the last checkpoint is from before it
         raise SystemExit(f"iteration {run.progress.iteration}: {error}") from None
     except RuntimeError as error:

@@ -1,5 +1,6 @@
 """checkpoint.py: resumed runs equal uninterrupted ones, and no kill at any moment loses a run."""
 
+import json
 import os
 import shutil
 import signal
@@ -82,16 +83,17 @@ def test_the_seconds_of_a_resumed_run_go_on(runs):
     assert rows_of(run.folder / "metrics.jsonl")[-1]["seconds"] > 1000
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(runs):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(runs, sent):
     """The real command line, interrupted; then resumed; and it equals the run that nobody
-    interrupted."""
+    interrupted. A second start while it runs is refused."""
     # an evaluation draws from the random stream, and the interrupted run makes none
     flags = ["--eval_every", "10000"]
-    folder = runs / "interrupted"
+    folder = runs / f"interrupted-{sent.name}"
     metrics = folder / "metrics.jsonl"
     command = [sys.executable, "train.py", *SHORT, "--runs", str(runs), *flags]
     process = subprocess.Popen(
-        [*command, "--name", "interrupted", "--iterations", "100000"],
+        [*command, "--name", folder.name, "--iterations", "100000"],
         cwd=ROOT,
         env=ONE_THREAD,
         stdout=subprocess.PIPE,
@@ -103,7 +105,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(runs):
         while not metrics.is_file() or metrics.read_text().count("\n") < 3:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        for again in (["--name", folder.name, "--runs", str(runs)], ["--resume", str(folder)]):
+            said = f"{folder}: process {process.pid} is writing there; let it end, or give"
+            with pytest.raises(SystemExit, match=said):
+                train.main(again)
+        process.send_signal(sent)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -114,7 +120,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(runs):
     assert f"stopped at iteration {done}" in out and rows_of(metrics)[-1]["iteration"] == done
     iterations = ["--iterations", str(done + 1)]
     assert train.train(resumed(folder, *iterations))
-    whole = built(runs, "--name", "left-alone", *flags, *iterations)
+    whole = built(runs, "--name", f"left-alone-{sent.name}", *flags, *iterations)
     assert train.train(whole)
     assert_same_run(folder, whole.folder)
 
@@ -178,6 +184,50 @@ def test_a_kill_during_a_save_leaves_a_whole_checkpoint(runs):
     )
     assert done.returncode == 0, done.stderr
     assert ".new" in done.stdout  # some kills did hit a save half way: the test means something
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "lost"])
+def test_a_damaged_checkpoint_is_named_and_the_older_whole_one_used(runs, damage):
+    run = built(runs, "--name", f"damage-{damage}", "--iterations", "1", "--eval_every", "2")
+    assert train.train(run)
+    stored = run.folder / "checkpoint"
+    shutil.copytree(stored, run.folder / "checkpoint.old")
+    file = stored / "model.safetensors"
+    content = file.read_bytes()
+    if damage == "lost":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[:-1])
+    else:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert checkpoint.newest(run.folder) == run.folder / "checkpoint.old"
+    shutil.rmtree(run.folder / "checkpoint.old")
+    said = f"^train.py: {stored}: damaged, model.safetensors; start the run again"
+    with pytest.raises(SystemExit, match=said):
+        train.main(["--resume", str(run.folder)])
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    with checkpoint.held(folder), pytest.raises(ValueError, match="is writing there"):  # noqa: SIM117
+        with checkpoint.held(folder):
+            pass
+    with checkpoint.held(folder):
+        pass
+
+
+def test_a_resumed_run_imports_no_module_that_its_folder_names(runs, tmp_path, monkeypatch):
+    run = built(runs, "--name", "foreign", "--iterations", "0")
+    file = run.folder / "config.json"
+    stored = json.loads(file.read_text())
+    stored["settings"]["env"] = "evil_module:SAPO/TextSum-v0"
+    file.write_text(json.dumps(stored))
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match="a module is imported only where it is named; add --env"):
+        train.main(["--resume", str(run.folder)])
+    with pytest.raises(SystemExit, match="it ran"):
+        train.main(["--resume", str(run.folder), "--env", "evil_module:SAPO/TextSum-v0"])
 
 
 def test_a_kill_between_the_two_renames_costs_nothing(runs):

@@ -3,9 +3,11 @@
 import json
 import typing
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
+import torch
 from gymnasium.envs.registration import EnvSpec
 from small_runs import parsed, resumed
 
@@ -19,6 +21,62 @@ EVERY_FIELD = [*fields(train.Settings), *fields(sapo.SAPOConfig)]
 
 def as_dict(settings, config):
     return asdict(settings) | asdict(config)
+
+
+# ------------------------------------------------------------------------------------- ranges
+RANGED = [field for field in EVERY_FIELD if "; in " in field.metadata["help"]]
+
+
+def test_every_number_has_a_range():
+    numbers = (int, float)
+    for cls in (train.Settings, sapo.SAPOConfig):
+        hints = typing.get_type_hints(cls)
+        for field in fields(cls):
+            kinds = (hints[field.name], *typing.get_args(hints[field.name]))
+            if any(kind in numbers for kind in kinds):
+                assert field in RANGED, field.name
+
+
+@pytest.mark.parametrize("word", ["-1", "nan", "0"])
+@pytest.mark.parametrize("field", RANGED, ids=lambda field: field.name)
+def test_a_number_outside_its_range_is_refused_in_one_line(field, word, tmp_path):
+    within = field.metadata["help"].rpartition("; in ")[2]
+    if word == "0" and within.startswith("[0"):
+        return
+    with pytest.raises(SystemExit) as left:
+        train.main([f"--{field.name}", word, "--runs", str(tmp_path)])
+    if left.value.code != 2:  # argparse has said that it is no integer
+        assert f"{field.name}: " in left.value.code
+        assert left.value.code.endswith(f"expected a number in {within}")
+    assert list(tmp_path.iterdir()) == [], "and nothing was begun"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--device", "nonsense"], "--device nonsense: "),
+        (["--env", "CartPole-v1"], "--env CartPole-v1 .*its actions are no segments of text"),
+        (["--env_args", "n=1"], "DiceSum.n=1.*too small"),
+        (["--name", "../elsewhere"], "expected a folder within --runs"),
+        (["--name", "/elsewhere"], "expected a folder within --runs"),
+        (["--name", "cache/it"], "not its cache"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_long_work(flags, said, tmp_path):
+    with pytest.raises(SystemExit, match=f"^train.py: .*{said}"):
+        train.main([*flags, "--runs", str(tmp_path)])
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")
+def test_a_card_that_is_not_here_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="^train.py: --device cuda: .*expected cpu, or a card"):
+        train.main(["--device", "cuda", "--runs", str(tmp_path)])
+
+
+def test_settings_of_the_algorithm_are_checked_without_a_command_line_too():
+    with pytest.raises(ValueError, match=r"lam: 2, expected a number in \[0, 1\]"):
+        sapo.SAPOConfig(lam=2)
 
 
 # -------------------------------------------------------------------------------------- flags
@@ -45,7 +103,8 @@ def examples_of(name, hint):
         return [(["n=9", "grid=5"], ["n=9", "grid=5"])]
     if hint == list[int]:
         return [(["6", "2"], [6, 2])]
-    for kind, word, value in ((int, "7", 7), (float, "0.25", 0.25), (str, "abc", "abc")):
+    number = 1.25 if name == "dual_clip" else 0.25  # within its range
+    for kind, word, value in ((int, "7", 7), (float, str(number), number), (str, "abc", "abc")):
         if kind is hint or kind in typing.get_args(hint):
             return [([word], value)]
     raise TypeError(f"{name}: no example for {hint}")
@@ -205,7 +264,7 @@ def test_habits_reach_every_task_that_demonstrates(env, flags, habits):
 
 
 def test_habits_that_are_no_share_are_named():
-    with pytest.raises(ValueError, match="habits=2.0"):
+    with pytest.raises(ValueError, match="habits: 2.0"):
         train.make_env(train.parse(["--habits", "2"])[0])
 
 
@@ -214,7 +273,12 @@ def test_an_environment_that_demonstrates_nothing_gets_no_habits(monkeypatch, en
     """It might refuse them."""
     monkeypatch.setitem(gym.registry, "Foreign-v0", EnvSpec("Foreign-v0", "foreign:Env"))
     made = []
-    monkeypatch.setattr(gym, "make", lambda *args, **named: made.append((args, named)))
+
+    def make(*args, **named):
+        made.append((args, named))
+        return SimpleNamespace(unwrapped=SimpleNamespace(task=None))
+
+    monkeypatch.setattr(gym, "make", make)
     train.make_env(train.parse(["--env", env, "--env_args", "path=x"])[0])
     assert made == [((env,), {"disable_env_checker": True, "path": "x"})]
 

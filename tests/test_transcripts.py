@@ -198,11 +198,13 @@ def spelling(tmp_path, monkeypatch):
     run.envs = [env.GameEnv(Spell(pictured=True)) for _ in run.envs]
     run.grading_env = env.GameEnv(Spell(pictured=True))
     run.script = {}
+    run.limits = []
     asked = []
 
     def write(run, inputs, temperature, top_p=1.0, limit=None):
         live = [row for row, turns in run.script.items() if turns]
         asked.append(len(inputs["input_ids"]))
+        run.limits.append(limit)
         texts = [run.script[row].pop(0) for row in live]
         policy = run.models.policy
         rows = [torch.tensor(ids) for ids in policy.tokenizer(texts)["input_ids"]]
@@ -252,6 +254,24 @@ def test_episodes_go_on_until_each_is_over(spelling):
     assert [rewards.sum().item() for rewards in paid] == [3.0, 1.0, 2.0, 1.0]
     positions = batch.rollout.rewards[0].nonzero().flatten().tolist()
     assert [batch.texts[0][t] for t in positions] == ["</act>"] * 3
+
+
+def test_a_turn_played_on_from_its_middle_has_what_is_left_of_its_tokens(spelling):
+    """Of five. The first row has written three of its turn, the second none of its next one."""
+    spelling.settings.max_new_tokens = 5
+    spelling.script = {0: ["<think>ab"], 1: [act("c"), "<think>"]}
+    responses = rollout.collect(spelling, np.array([1, 1]))
+    lengths = [3, len(responses.transcripts.tokens[1]) - 1]
+    shorter = responses.transcripts.up_to(torch.tensor([0, 1]), torch.tensor(lengths))
+    assert [shorter.open_turn(row) for row in range(2)] == [3, 0]
+    for row, prefix in enumerate(["<think>ab", act("c")]):
+        spelling.envs[row].reset(options={"index": 1, "response": prefix})
+    spelling.limits.clear()
+    spelling.script = {0: ["defg"], 1: [act("a"), "<think>x" + act("b")]}
+    texts, rewards = rollout.play_on(spelling, spelling.envs[:2], shorter, 1.0)
+    assert "".join(texts[0]) == "de" and shorter.open_turn(0) == 5
+    assert "".join(texts[1]).endswith("<think>x" + act("b"))
+    assert rewards == [0.0, 2.0] and spelling.limits == [5, 5]
 
 
 def test_a_segment_does_not_cross_a_reply_and_credit_crosses_it(spelling):
