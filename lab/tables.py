@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md, made from the files under results/.
+"""The tables of README.md and docs/, made from the files under results/.
 
     python -m lab.tables      # prints all of them; tests hold the pages to them, row by row
 
@@ -53,6 +53,22 @@ def default_table(runs) -> str:
         for run in runs
     ]
     return markdown(("seed", *kinds, "seconds: warm start + RL", "peak MB"), rows)
+
+
+def worlds_table(runs) -> str:
+    """Single runs on other tasks and games: what was run, accuracy before and after."""
+    kinds = ("temperature 1", "greedy")
+    rows = [
+        (
+            f"`{run['command'].split(' --name')[0]}`",
+            run["seed"],
+            *(accuracies(run, kind) for kind in kinds),
+            f"{run['warm_start_seconds']:.0f} + {run['seconds']:.0f}",
+            run["date"],
+        )
+        for run in runs
+    ]
+    return markdown(("run", "seed", *kinds, "seconds: warm start + RL", "date"), rows)
 
 
 def mechanism_table(runs) -> str:
@@ -230,6 +246,9 @@ def all_tables() -> dict[str, str]:
     four = summaries("epochs4-unbounded-seed*.json"), summaries("epochs4-seed*.json")
     if any(four):
         tables["epochs4-*.json"] = four_epochs_table(*four)
+    worlds = summaries("worlds-*.json")
+    if worlds:
+        tables["worlds-*.json"] = worlds_table(worlds)
     nine = {what: summaries(files) for what, files in NINE_DICE.items()}
     if any(nine.values()):
         tables["nine-dice-*.json"] = nine_dice_table(nine)

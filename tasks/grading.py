@@ -4,8 +4,10 @@ r"""Is a free-form answer right? "1/2" is 0.5, and \sqrt{12} is 2\sqrt{3}.
     tidy         an answer without what does not matter: dollar signs, blanks, a period
     same         is the given answer the true one?
 
-`same` settles by itself what it can: equal texts and plain numbers. All else goes to the package
-math-verify, if it is installed, in a process of its own (tasks/judge.py).
+An answer is a *value in the form that was asked for*: 3526*17 is no answer to "3526*17 = ?", though
+it is equal. So `same` settles by itself what it can: equal texts, plain numbers, and what differs
+in form (`other_form`). All else goes to the package math-verify, if it is installed, in a process
+of its own (tasks/judge.py).
 """
 
 import functools
@@ -96,9 +98,9 @@ def _unwrapped(text):
 def same(given, true):
     """Is the given answer the true one?
 
-    Equal texts are, once tidied. Of plain numbers (0.5, .5, 1/2; 1,234) only equal ones are. On all
-    else math-verify decides, if it is installed, but not on words: to it "act" is a*c*t, and so is
-    "cat".
+    Equal texts are, once tidied. Of plain numbers (0.5, .5, 1/2; 1,234) only equal ones are. What
+    has another form is not. On all else math-verify decides, if it is installed, but not on words:
+    to it "act" is a*c*t, and so is "cat".
     """
     if len(given) > MAX_ANSWER:
         return False
@@ -108,9 +110,55 @@ def same(given, true):
         return True
     if _NUMBER.fullmatch(tidy_given) and _NUMBER.fullmatch(tidy_true):
         return _number(tidy_given) == _number(tidy_true)
+    if other_form(tidy_given, tidy_true):
+        return False
     if _has_only_words(true) or importlib.util.find_spec("math_verify") is None:
         return False
     return bool(_MATH_VERIFY(given, true))
+
+
+# Digits, operators and brackets alone, LaTeX's among them: nothing that could stay as it is
+_ARITHMETIC = re.compile(r"(?:[-+*/^!:×·÷().,{}\[\]\d\s]|\\(?:times|cdot|div|left|right|[,;! ]))+")
+_FRACTION = re.compile(r"[+-]?\\[dt]?frac(?:\{[+-]?\d+\}|\d){2}")
+_DATE = re.compile(r"\d+[-/.]\d+[-/.]\d+|\d+:\d\d(?::\d\d)?")  # or a time
+_NAMED = re.compile(r"\\?[A-Za-z]\w*(?:\([A-Za-z]\))?=")  # x=, f(x)=
+_BRACKETS = re.compile(r"(?:\\left)?(\\\{|[(\[{]).*?(?:\\right)?(\\\}|[)\]}])", re.DOTALL)
+_UNIT = re.compile(r"[-+\d.,/\s]+(?:\\(?:text|mathrm|textbf)\{([^{}]+)\}|([^\W\d_]{1,}[^\W_]*))")
+
+
+def other_form(given, true):
+    r"""Does an answer differ from the true one in its form, whatever their values? Both tidied.
+
+    unworked    arithmetic with nothing but numbers left in it, where the true answer has none:
+                3526*17, 10!, 2^{10}; a fraction is worked
+    equation    anything before a "=", but for the name of what is asked: x=16
+    date, time  2024-01-02 or 12:30, on either side
+    percent     a % on one side only
+    unit        5 kg and 5 cm
+    brackets    (1,2), [1,2] and \{1,2\}
+    """
+    if not _NAMED.match(true):
+        given = given[named.end() :] if (named := _NAMED.match(given)) else given
+        if "=" in given and "=" not in true:
+            return True
+    if _DATE.fullmatch(given) or _DATE.fullmatch(true):
+        return True  # equal ones have equal texts
+    if is_unworked(given) and not is_unworked(true):
+        return True
+    if ("%" in given) != ("%" in true):
+        return True
+    units = [_UNIT.fullmatch(text) for text in (given, true)]
+    if all(units) and len({(unit[1] or unit[2]).strip().casefold() for unit in units}) == 2:
+        return True
+    kinds = [_BRACKETS.fullmatch(text) for text in (given, true)]
+    return all(kinds) and len({(kind[1], kind[2]) for kind in kinds}) == 2
+
+
+def is_unworked(text):
+    """Is it arithmetic with numbers alone, not yet worked out?"""
+    is_plain = _NUMBER.fullmatch(text) or _FRACTION.fullmatch(text)
+    has_operator = re.search(r"\d.*(?:[-+*/^!×·÷]|\\times|\\cdot|\\div)", text)
+    return bool(not is_plain and has_operator and _ARITHMETIC.fullmatch(text))
 
 
 def _number(text):

@@ -67,6 +67,41 @@ STRICT = [  # (given, true, right), with and without math-verify
     ("漢字", "漢字", 1),
     ("\ud800", "\ud800", 1),
 ]
+UNEARNED = [  # (given, true): of equal value to math-verify, and no answer in the form asked for
+    ("3526*17", "59942"),
+    (r"3526 \times 17", "59942"),
+    (r"3526\cdot17", "59942"),
+    ("10!", "3628800"),
+    ("2^{10}", "1024"),
+    ("2+2", "4"),
+    ("(2+2)", "4"),
+    ("8/2/2", "2"),
+    ("1=16", "16"),
+    ("3526*17=59942", "59942"),
+    ("x=1=16", "16"),
+    ("2024-01-02", "2021"),
+    ("2021", "2024-01-02"),
+    ("1/2/3", "1/6"),
+    ("12:30", "12/30"),
+    ("5 kg", "5 cm"),
+    (r"5\text{ kg}", r"5\text{ cm}"),
+    (r"5 \mathrm{kg}", "5 cm"),
+    ("50%", "50"),
+    ("50%", "0.5"),
+    ("0.5", "50%"),
+    (r"50\%", "0.5"),
+    ("(1,2)", r"\{1,2\}"),
+    ("(1,2)", "[1,2]"),
+    (r"\left(1,2\right)", "[1,2]"),
+    ("(1,2]", "(1,2)"),
+]
+
+
+@pytest.mark.parametrize(("given", "true"), UNEARNED)
+def test_an_equal_value_in_another_form_earns_nothing(given, true):
+    assert not same(given, true)
+
+
 MATHS = [  # equal for math-verify only
     (r"\frac{1}{2}", "0.5", 1),
     (r"\frac12", r"\frac{1}{2}", 1),

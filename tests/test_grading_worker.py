@@ -20,7 +20,7 @@ pytest.importorskip("math_verify", reason="needs: pip install math-verify")
 pytestmark = pytest.mark.usefixtures("dataset_cache")
 
 HALF = r"\frac{1}{2}"
-TOWER = "9^{9^{9^{9}}}"  # takes for ever
+TOWER = r"\sqrt{9^{9^{9^{9}}}}"  # takes for ever
 
 
 @pytest.fixture(autouse=True)
