@@ -20,6 +20,7 @@ begins (`GameEnv`; any object with `reset` and `step` is a game, tasks/games.py)
 torch, and partial credit, which would give away what SAPO has to find out.
 """
 
+import functools
 import math
 import re
 import warnings
@@ -118,13 +119,24 @@ class Episode(gym.Env):
 # ----------------------------------------------------------------- one response, step by step
 
 
+@functools.lru_cache
+def room_for(task):
+    """How many characters a response to a task may have: twice as many as its longest demonstration
+    of some, and 2048 at least."""
+    rng = np.random.default_rng(0)
+    texts = [task.demonstrate(task.example_at(index), rng) for index in range(4)]
+    return max(2048, 2 * max(map(len, texts)))
+
+
 class SegmentEnv(Episode):
     """One response, written segment by segment.
 
     task             a `Task`; or a class of tasks, or the name of one of ours ("DiceSum"), with its
                      settings as further keywords
-    max_segments     limits at which an episode is truncated; generous, as one token per action is
-    and max_chars    a legal way to cut a response, too
+    max_chars        at which an episode is truncated; twice what the task's demonstrations need, if
+                     left out
+    max_segments     the same, in segments; if left out as many as characters, so that the same text
+                     earns the same however it is cut
     format_reward    paid besides, at the end, if the response is its blocks in order (`task.form`)
                      and nothing else
     render_mode      "ansi", "rgb_array", "human" or None
@@ -135,17 +147,19 @@ class SegmentEnv(Episode):
     def __init__(
         self,
         task="DiceSum",
-        max_segments=512,
-        max_chars=2048,
+        max_segments=None,
+        max_chars=None,
         format_reward=0.0,
         render_mode=None,
         **settings,
     ):
-        self._settle(render_mode, max_segments=max_segments, max_chars=max_chars)
         kind = TASKS.get(task) if isinstance(task, str) else task
         self.task = kind(**settings) if isinstance(kind, type) else kind
         if not isinstance(self.task, Task):
             raise ValueError(f"task={task!r} is unknown; expected one of {tuple(TASKS)} or a Task")
+        max_chars = room_for(self.task) if max_chars is None else max_chars
+        max_segments = max_chars if max_segments is None else max_segments
+        self._settle(render_mode, max_segments=max_segments, max_chars=max_chars)
         self.format_reward = float(format_reward)
 
         spaces = {}
@@ -272,7 +286,7 @@ class DatasetEnv(SegmentEnv):
     def __init__(
         self,
         path,
-        max_segments=4096,
+        max_segments=None,
         max_chars=16384,
         format_reward=0.0,
         render_mode=None,
@@ -324,7 +338,7 @@ class GameEnv(Episode):
         self,
         game="Treasure",
         max_turns=100,
-        max_segments=8192,
+        max_segments=16384,
         max_chars=16384,
         render_mode=None,
         **settings,
@@ -643,6 +657,5 @@ _register(
     "SAPO/ReasoningGym-v0",
     "env:SegmentEnv",
     task=ReasoningGym,
-    max_segments=4096,
     max_chars=16384,
 )

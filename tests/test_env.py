@@ -410,3 +410,24 @@ def test_without_a_mode_nothing_is_rendered(capsys):
     episode = SegmentEnv("TextSum")
     episode.reset()
     assert episode.render() is None and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("ArrowPath", {"length": 128}),
+        ("DiceSum", {"n": 25, "verbosity": 200}),
+        ("TextSum", {"n": 64}),
+    ],
+)
+def test_a_long_answer_earns_the_same_whole_and_by_the_character(task, settings):
+    episode = SegmentEnv(task, **settings)
+    episode.reset(options={"index": 3})
+    text = episode.task.demonstrate(episode.example, np.random.default_rng(0))
+    assert len(text) > 512
+    *_, info = episode.step(text)
+    assert info["correct"]
+    episode.reset(options={"index": 3})
+    for letter in text:
+        *_, info = episode.step(letter)
+    assert info["correct"] and info["segment_index"] == len(text)
