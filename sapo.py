@@ -510,17 +510,21 @@ def segment_gae(
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Zero mean and unit variance over the mask, as VeRL: (x - mean) / sqrt(variance + 1e-8).
 
-    The variance has Bessel's correction. x (B, T) -> (B, T), 0 off the mask. One token, none, or
-    equal tokens give zeros, never NaN.
+    The variance has Bessel's correction. x (B, T) -> (B, T), float32 or better, 0 off the mask. One
+    token, none, or equal tokens give zeros, never NaN.
     """
     _check(mask, x=x)
     count = mask.sum()
+    x = _wide(x)
     if count < 2:
         return torch.zeros_like(x)
-    # One of the numbers is subtracted first, so that equal numbers become exact zeros
-    shifted = torch.where(mask, _wide(x) - x[mask][0], 0.0)
+    # One of the numbers is subtracted first, so that equal numbers become exact zeros; and large
+    # ones are scaled down before they are squared, so that no square is infinite
+    shifted = torch.where(mask, x - x[mask][0], 0.0)
     centred = torch.where(mask, shifted - shifted.sum() / count, 0.0)
-    return centred * (centred.square().sum() / (count - 1) + 1e-8).rsqrt()
+    scale = centred.abs().max().clamp(min=1.0)
+    centred = centred / scale
+    return centred * (centred.square().sum() / (count - 1) + 1e-8 / scale**2).rsqrt()
 
 
 # -------------------------------------------------------------------------------------- ratio

@@ -290,3 +290,16 @@ def test_an_outcome_is_less_the_kl_penalty():
     plain = sapo.outcomes(episodes, SAPOConfig(kl_coef=0.0))
     penalised = sapo.outcomes(episodes, SAPOConfig(kl_coef=1.0))
     assert ((plain - penalised)[episodes.mask] > 0.2).all()
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30])
+def test_large_numbers_are_whitened_too(size):
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    x = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
+    torch.testing.assert_close(sapo.whiten(size * x, mask), sapo.whiten(x, mask))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3])
+def test_whitened_numbers_are_float32_however_many_there_are(tokens):
+    mask = torch.arange(3)[None] < tokens
+    assert sapo.whiten(torch.ones(1, 3, dtype=torch.bfloat16), mask).dtype == torch.float32
