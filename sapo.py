@@ -112,7 +112,7 @@ class SAPOConfig:
         "response", "losses: mean per response first, or over all tokens"
     )
     clip_low: float = setting(
-        0.2, "the ratio is clipped below at 1 - clip_low (Eq. 9); train.py's sapo: 0.1", "[0, 1]"
+        0.2, "the ratio is clipped below at 1 - clip_low (Eq. 9); train.py's sapo: 0.1", "[0, inf]"
     )
     clip_high: float = setting(
         0.2, "the ratio is clipped above at 1 + clip_high (Eq. 9); train.py's sapo: 0.1", "[0, inf]"
