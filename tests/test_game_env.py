@@ -390,3 +390,8 @@ def test_a_registered_game_may_be_an_object_that_has_no_hash():
     gym.register("Unhashable-v0", "env:GameEnv", kwargs={"game": Unhashable()})
     settings, _ = train.parse(["--env", "Unhashable-v0", "--model", "elsewhere"])
     assert isinstance(train.make_env(settings).unwrapped.task.game, Unhashable)
+
+
+def test_what_ends_first_ends_a_turn():
+    assert until_end(f"x{env.END}<act>y</act>") == (f"x{env.END}", "end")
+    assert until_end(f"<act>y</act>{env.END}") == ("<act>y</act>", "act")
