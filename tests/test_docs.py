@@ -775,3 +775,17 @@ def test_the_figures_of_results_are_drawn_from_results(tmp_path):
         if f"Matplotlib v{matplotlib.__version__}," not in kept:
             pytest.skip(f"results/ was drawn with another matplotlib than {matplotlib.__version__}")
         assert kept == path.read_text(), f"{path.name} is not what its JSON holds"
+
+
+def test_what_the_worlds_show_is_what_their_runs_hold():
+    page, values = prose("docs/games.md"), result("treasure-values-seed0.json")
+    explained = values["explained_variance_of_outcomes"]
+    assert f"explains {explained['critic']:.2f} of the variance of who wins" in page
+    assert f"this policy {explained['exact values of the explorer']:.2f};" in page
+    assert f"of the two is {values['correlation']:.2f}." in page
+    assert f"({values['games']} games, {values['states']:,} turns" in page
+    won = result("worlds-Treasure-seed0.json")
+    before, after = (won[when]["temperature 1"] for when in ("evaluations_before", "evaluations"))
+    assert before["eval_high"] < after["eval_low"], "it has learned"
+    said = f"from {before['eval_accuracy']:.3f} to {after['eval_accuracy']:.3f} of the games"
+    assert said in page
