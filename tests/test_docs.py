@@ -789,3 +789,6 @@ def test_what_the_worlds_show_is_what_their_runs_hold():
     assert before["eval_high"] < after["eval_low"], "it has learned"
     said = f"from {before['eval_accuracy']:.3f} to {after['eval_accuracy']:.3f} of the games"
     assert said in page
+    digits = [result(f"worlds-DigitSum-seed{seed}.json")["evaluations"] for seed in range(3)]
+    assert all(run["temperature 1"]["eval_accuracy"] > 0.86 for run in digits)
+    assert all(run["greedy"]["eval_accuracy"] > 0.9 for run in digits)
