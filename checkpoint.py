@@ -49,19 +49,22 @@ def held(folder):
     saying which. The lock goes with the process, however that ends."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(f"{folder}.holder")
+    lock, holder = FileLock(f"{folder}.lock", timeout=0), Path(f"{folder}.holder")
     try:
-        with FileLock(f"{folder}.lock", timeout=0):
-            holder.write_text(f"process {os.getpid()}")
-            try:
-                yield
-            finally:
-                holder.unlink(missing_ok=True)
+        lock.acquire()
     except Timeout:
         who = holder.read_text() if holder.is_file() else "another process"
         raise ValueError(
             f"{folder}: {who} is writing there; let it end, or give this run another --name"
         ) from None
+    try:
+        holder.write_text(f"process {os.getpid()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+        if not folder.exists():  # what was refused leaves nothing behind
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def write_whole(file, text) -> None:
@@ -72,7 +75,7 @@ def write_whole(file, text) -> None:
 
 
 def damaged(folder) -> list[str]:
-    """The files of a folder that are not as its manifest.json says; none without a manifest, which
+    """The files of a folder that are not as its manifest.json says. [] without a manifest, which
     folders of earlier versions have not got."""
     manifest = Path(folder) / "manifest.json"
     if not manifest.is_file():
@@ -89,7 +92,8 @@ def digest(folder) -> dict:
     hashes = {}
     for file in Path(folder).iterdir():
         if file.name != "manifest.json":
-            hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            with open(file, "rb") as stream:  # piece by piece: weights may be larger than memory
+                hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
 
 

@@ -20,7 +20,6 @@ begins (`GameEnv`; any object with `reset` and `step` is a game, tasks/games.py)
 torch, and partial credit, which would give away what SAPO has to find out.
 """
 
-import functools
 import math
 import re
 import warnings
@@ -119,22 +118,12 @@ class Episode(gym.Env):
 # ----------------------------------------------------------------- one response, step by step
 
 
-@functools.lru_cache
-def room_for(task):
-    """How many characters a response to a task may have: twice as many as its longest demonstration
-    of some, and 2048 at least."""
-    rng = np.random.default_rng(0)
-    texts = [task.demonstrate(task.example_at(index), rng) for index in range(4)]
-    return max(2048, 2 * max(map(len, texts)))
-
-
 class SegmentEnv(Episode):
     """One response, written segment by segment.
 
     task             a `Task`; or a class of tasks, or the name of one of ours ("DiceSum"), with its
                      settings as further keywords
-    max_chars        at which an episode is truncated; twice what the task's demonstrations need, if
-                     left out
+    max_chars        at which an episode is truncated; if left out what the task needs (`task.room`)
     max_segments     the same, in segments; if left out as many as characters, so that the same text
                      earns the same however it is cut
     format_reward    paid besides, at the end, if the response is its blocks in order (`task.form`)
@@ -157,7 +146,7 @@ class SegmentEnv(Episode):
         self.task = kind(**settings) if isinstance(kind, type) else kind
         if not isinstance(self.task, Task):
             raise ValueError(f"task={task!r} is unknown; expected one of {tuple(TASKS)} or a Task")
-        max_chars = room_for(self.task) if max_chars is None else max_chars
+        max_chars = self.task.room if max_chars is None else max_chars
         max_segments = max_chars if max_segments is None else max_segments
         self._settle(render_mode, max_segments=max_segments, max_chars=max_chars)
         self.format_reward = float(format_reward)
@@ -287,7 +276,7 @@ class DatasetEnv(SegmentEnv):
         self,
         path,
         max_segments=None,
-        max_chars=16384,
+        max_chars=None,
         format_reward=0.0,
         render_mode=None,
         **settings,
@@ -653,9 +642,4 @@ for _task in TASKS:
 for _game in GAMES:
     _register(f"SAPO/{_game}-v0", "env:GameEnv", game=_game)
 _register("SAPO/Dataset-v0", "env:DatasetEnv")
-_register(
-    "SAPO/ReasoningGym-v0",
-    "env:SegmentEnv",
-    task=ReasoningGym,
-    max_chars=16384,
-)
+_register("SAPO/ReasoningGym-v0", "env:SegmentEnv", task=ReasoningGym)

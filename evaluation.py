@@ -73,7 +73,7 @@ def samples(run, batch, advantages) -> list[dict]:
 
 
 def sample(run, batch, row, advantages, values) -> dict:
-    """One response with its credit.
+    """One response with its credit. Its rewards are those less the KL penalty, if there is one.
 
     values: V of each token's segment, token_values: of the prefix before each token. steps: [first
     token, last token, was it right?] each.

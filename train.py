@@ -529,7 +529,7 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
         words = [task, settings.method, settings.cut, *settings.env_args, f"seed{settings.seed}"]
         settings.name = "-".join(words).replace("/", "_")
     parts = Path(settings.name).parts
-    if Path(settings.name).is_absolute() or ".." in parts or parts[0] == "cache":
+    if Path(settings.name).is_absolute() or ".." in parts or parts[:1] in ((), ("cache",)):
         raise ValueError(f"--name {settings.name}: expected a folder within --runs, not its cache")
     if ":" in settings.env and settings.env != known.env:  # who sends a run's folder sends no code
         raise ValueError(
@@ -568,9 +568,10 @@ def run_to_its_end(run) -> None:
     if finished:
         finish(run)
     else:
+        named = f" --env {run.settings.env}" if ":" in run.settings.env else ""  # see `parse`
         print(
             f"stopped at iteration {run.progress.iteration}; "
-            f"python train.py --resume {run.folder} goes on"
+            f"python train.py --resume {run.folder}{named} goes on"
         )
 
 

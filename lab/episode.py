@@ -6,7 +6,7 @@
 
 Both runs stop half-way, where the policy still makes mistakes. The first wrote the response, and
 its critic valued it; the critic of the second, which hears nothing, values the same text. Chosen is
-the first held-out response whose only wrong step is one reading: a slip that nothing later repeats.
+the first held-out response whose only wrong step is its second or third reading.
 
 Then one step of REINFORCE is made on this response alone, by the policy of the warm start, which
 has bad habits: the probability of each digit, before the step and after it, where the wrong
@@ -33,11 +33,9 @@ STEP_SIZE = 0.3  # of the one step of gradient descent: large, so that it can be
 
 
 def is_clear(sample):
-    """Is one reading wrong, neither the first nor the last of them, and nothing else?"""
-    readings = [right for first, last, right in sample["steps"] if first == last]
-    wrong = [right for *_, right in sample["steps"]].count(False)
-    misread = [i for i, right in enumerate(readings[:4]) if not right]
-    return sample["reward"] == 0 and wrong == 1 and misread in ([1], [2])
+    """Is the second or the third of the four readings wrong, and no other step?"""
+    wrong = [i for i, (*_, right) in enumerate(sample["steps"]) if not right]
+    return sample["reward"] == 0 and wrong in ([1], [2])
 
 
 def digit_probabilities(policy, batch, row, position):
@@ -116,8 +114,10 @@ def main(argv=None):
         episode = record(run, deaf)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"python -m lab.episode: {error}") from error
+    summaries = [folder / "summary.json" for folder in (arguments.folder, arguments.deaf)]
     outcome = {
         "command": f"python -m lab.episode {arguments.folder} {arguments.deaf}",
+        "commands": [json.loads(file.read_text())["command"] for file in summaries],
         "seed": run.settings.seed,
         "date": time.strftime("%Y-%m-%d"),
         **episode,

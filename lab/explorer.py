@@ -147,7 +147,7 @@ def _response(row, where):
 
 def perfect_values(steps, length):
     """V before each token by a critic that knows which steps are right, and takes all that come for
-    right: 1 up to the last token of the first wrong step, and 0 behind it. None where no step is
+    right: 1 up to the last token of the first wrong step, and 0 after it. None where no step is
     known."""
     if not steps:
         return None

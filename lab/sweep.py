@@ -265,7 +265,7 @@ def execute(folder: Path, flags: list[str]):
         return
     with contextlib.suppress(ValueError):  # no checkpoint: it starts from nothing
         checkpoint.newest(folder)
-        flags = ["--resume", str(folder)]
+        flags = [*flags, "--resume", str(folder)]  # a module is imported only where it is named
     command = [sys.executable, "train.py", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ The figures beside the tables are `python -m lab.figures results`.
 """
 
 import json
+import re
 
 import numpy as np
 
@@ -56,11 +57,11 @@ def default_table(runs) -> str:
 
 
 def worlds_table(runs) -> str:
-    """Single runs on other tasks and games: what was run, accuracy before and after."""
+    """Runs on other tasks and games: what was run, accuracy before and after."""
     kinds = ("temperature 1", "greedy")
     rows = [
         (
-            f"`{run['command'].split(' --name')[0]}`",
+            f"`{re.sub(' --name [^ ]+', '', run['command'])}`",
             run["seed"],
             *(accuracies(run, kind) for kind in kinds),
             f"{run['warm_start_seconds']:.0f} + {run['seconds']:.0f}",

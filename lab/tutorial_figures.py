@@ -42,11 +42,6 @@ def wrong_span(episode):
     return next((first, last) for first, last, right in episode["steps"] if not right)
 
 
-def text_of(token):
-    """A token as it is drawn: the end of the response is a sign."""
-    return "⏎" if token.startswith("<end") else token
-
-
 def draw_tokens(axes, episode, ends=None, advantages=None, name=""):
     """A row of boxes, one per token: tinted by advantage, a bar behind each end, the wrong step
     underlined."""
@@ -55,7 +50,7 @@ def draw_tokens(axes, episode, ends=None, advantages=None, name=""):
     largest = max(max(map(abs, advantages)), 1e-9) if advantages else 1.0
     left = 0.0
     first_wrong, last_wrong = wrong_span(episode)
-    for t, token in enumerate(map(text_of, episode["tokens"])):
+    for t, token in enumerate(episode["tokens"]):
         width = 0.9 + 0.62 * (len(token) - 1)
         strength = advantages[t] / largest if advantages else 0.0
         colour = BLUE if strength > 0 else VERMILLION
@@ -122,8 +117,7 @@ def values_figure(episode):
     axes.text(
         end, episode["blind_values"][-1], "hears nothing", color=FAINT, va="center", fontsize=9
     )
-    labels = [text_of(token) for token in episode["tokens"]]
-    axes.set_xticks(positions, labels, fontsize=7, family="monospace", rotation=60)
+    axes.set_xticks(positions, episode["tokens"], fontsize=7, family="monospace", rotation=60)
     axes.set(ylim=(0, 1), ylabel="V before the token", xlim=(-0.7, end + 3.5))
     axes.set_title("A critic that sees drops after the wrong step", fontsize=11, fontweight="bold")
     return figure

@@ -210,6 +210,13 @@ class Task:
         check_integers(self, self.ranges)
         check_habits(self.habits)
 
+    @property
+    def room(self):
+        """How many characters a response may have: twice what a demonstration takes, and 2048 at
+        least."""
+        text = self.demonstrate(self.example_at(0), np.random.default_rng(0))
+        return max(2048, 2 * len(text))
+
     # ---- what a subclass gives
 
     def _draw(self, rng):
@@ -430,6 +437,8 @@ class Task:
 
 class StepsUnknown(Task):
     """A task whose true steps nobody knows: of its responses only the end is judged."""
+
+    room = 16384  # what they take is not known either
 
     def step_spans(self, text):
         """No step is known."""

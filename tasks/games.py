@@ -137,9 +137,10 @@ class GameTask:
         Where `reset` raises, the game of the next seed stands in, and a warning says so; ValueError
         where the next few raise, too.
         """
-        reason = ""
+        first, reason = seed_of(index, split), ""
+        of_split = range(first - int(index), first - int(index) + FIRST_EVAL_SEED)
         for further in range(MAX_RESETS):
-            seed = seed_of((index + further) % FIRST_EVAL_SEED if further else index, split)
+            seed = of_split[(int(index) + further) % FIRST_EVAL_SEED]
             try:
                 words, picture = words_and_picture(self.game.reset(seed))
             except Exception as error:  # whatever a foreign game does, the batch goes on

@@ -207,13 +207,39 @@ def test_a_damaged_checkpoint_is_named_and_the_older_whole_one_used(runs, damage
         train.main(["--resume", str(run.folder)])
 
 
+def test_a_text_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "config.json"
+    checkpoint.write_whole(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        checkpoint.write_whole(file, "new \ud800")
+    assert file.read_text() == "old"
+
+
+def test_a_folder_that_is_gone_is_said_in_one_line(runs, monkeypatch):
+    iterate = train.iterate
+
+    def iterate_and_lose_it(run):
+        metrics = iterate(run)
+        shutil.rmtree(run.folder)
+        return metrics
+
+    monkeypatch.setattr(train, "iterate", iterate_and_lose_it)
+    with pytest.raises(SystemExit, match=r"^iteration 1: .*No such file.*metrics\.jsonl"):
+        train.main([*SHORT, "--runs", str(runs), "--name", "gone", "--iterations", "3"])
+
+
 def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     folder = tmp_path / "run"
     with checkpoint.held(folder), pytest.raises(ValueError, match="is writing there"):  # noqa: SIM117
         with checkpoint.held(folder):
             pass
     with checkpoint.held(folder):
+        folder.mkdir()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "run.lock"]
+    folder.rmdir()
+    with checkpoint.held(folder):
         pass
+    assert list(tmp_path.iterdir()) == [], "what was refused leaves nothing behind"
 
 
 def test_a_resumed_run_imports_no_module_that_its_folder_names(runs, tmp_path, monkeypatch):

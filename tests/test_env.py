@@ -431,3 +431,10 @@ def test_a_long_answer_earns_the_same_whole_and_by_the_character(task, settings)
     for letter in text:
         *_, info = episode.step(letter)
     assert info["correct"] and info["segment_index"] == len(text)
+
+
+def test_a_task_that_has_no_hash_has_room_too():
+    class Long(TextSum):
+        __hash__ = None
+
+    assert SegmentEnv(Long(n=64, verbosity=50)).max_chars > 2048 == SegmentEnv("DiceSum").max_chars

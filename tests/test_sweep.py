@@ -226,8 +226,10 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint(runs):
     assert train.train(run)
     stored = json.loads((planned.folder / "config.json").read_text())
     stored["settings"]["token_budget"] = 600
+    stored["settings"]["env"] = "env:SAPO/TextSum-v0"  # a module, imported only where it is named
     (planned.folder / "config.json").write_text(json.dumps(stored))
-    sweep.execute(planned.folder, planned.flags)
+    named = [flag.replace("SAPO/TextSum", "env:SAPO/TextSum") for flag in planned.flags]
+    sweep.execute(planned.folder, named)
     rows = rows_of(planned.folder / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == list(range(len(rows)))
     assert rows[-1]["generated_tokens"] >= 600

@@ -199,6 +199,20 @@ def slip_otherwise(monkeypatch):
     monkeypatch.setattr(tasks.DiceSum, "_slips", lambda self, right, result: [right])
 
 
+def test_a_games_turns_are_learned_alone_first_and_then_together(tmp_path, monkeypatch):
+    settings, _ = train.parse(["--warm_start_steps", "5", "--warm_start_batch", "2"])
+    demonstrations, alone = tiny.demonstrations, []
+
+    def recorded(*args, turns_alone):
+        alone.append(turns_alone)
+        return demonstrations(*args, turns_alone=turns_alone)
+
+    monkeypatch.setattr(tiny, "demonstrations", recorded)
+    task = tasks.games.GameTask(tasks.Treasure(size=3, shortest=2, longest=4))
+    tiny.warm_start(task, settings, tmp_path / "tiny")
+    assert alone == [True, True, False, False, False]
+
+
 def test_a_change_of_a_later_picture_of_a_game_changes_the_key(monkeypatch):
     def key():
         return tiny.fingerprint(tasks.games.GameTask(tasks.Treasure()), 0.0, count=3)

@@ -15,6 +15,8 @@ from PIL import Image
 from small_runs import SHORT, SMALL, TASK, built, check_samples, rows_of
 
 import checkpoint
+import evaluation
+import rollout
 import sapo
 import train
 import vlm
@@ -121,6 +123,31 @@ def test_the_causal_threshold_is_the_last_batchs(runs):
         train.iterate(run)
         thresholds.append(run.progress.threshold)
     assert thresholds[0] is None and thresholds[1] != thresholds[2]
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_others(runs, monkeypatch, capsys):
+    run = built(runs, "--name", "one-picture-less", "--iterations", "1", "--eval_every", "2")
+    assert train.train(run)
+
+    def cannot(folder):
+        raise ValueError("no colours left")
+
+    monkeypatch.setattr(train.credit_page, "credit_map", cannot)
+    train.finish(run)
+    assert "no colours left" in capsys.readouterr().out
+    assert (run.folder / "credit.html").is_file()
+    assert (run.folder / "learning_curve.png").is_file()
+
+
+def test_samples_hold_the_rewards_less_the_kl_penalty(runs):
+    run = built(runs, "--name", "penalised", "--kl_coef", "0.5", "--iterations", "1")
+    train.iterate(run)  # now the policy is not the reference any more
+    batch = rollout.collect(run, np.arange(4), "eval")
+    penalised = sapo.penalised_rewards(batch.rollout, run.config)
+    assert not torch.equal(penalised, batch.rollout.rewards)
+    for row, sample in enumerate(evaluation.samples(run, batch, penalised)):
+        expected = penalised[row, : len(sample["tokens"])].tolist()
+        assert sample["rewards"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_samples_leave_the_causal_threshold_as_it_was(runs):
