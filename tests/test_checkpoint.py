@@ -213,6 +213,10 @@ def test_a_text_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         checkpoint.write_whole(file, "new \ud800")
     assert file.read_text() == "old"
+    with open(file) as reader:  # who has it open reads the old one to its end
+        checkpoint.write_whole(file, "new")
+        assert reader.read() == "old"
+    assert file.read_text() == "new"
 
 
 def test_a_folder_that_is_gone_is_said_in_one_line(runs, monkeypatch):
