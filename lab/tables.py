@@ -13,6 +13,7 @@ import numpy as np
 import sapo
 from lab.stats import interval
 from lab.sweep import ROOT, TRIALS, chosen_trial, collapsed, table
+from lab.theorems import THEOREMS
 
 RESULTS = ROOT / "results"
 
@@ -238,6 +239,40 @@ def tuning_table(results, trials) -> str:
     return markdown(("method", *["rate: temperature 1, greedy"] * (longest - 1)), rows)
 
 
+KINDS = {"gae": "advantages", "group": "advantages of groups", "ratio": "ratios", "loss": "losses"}
+
+
+def theorem_tables(results) -> dict[str, str]:
+    """{a kind of function: which theorems hold of which}, and under "failures" each failure: what
+    was found, and what the function was asked."""
+    tables, failures = {}, []
+    for kind, called in KINDS.items():
+        columns = [row for row in results["rows"] if row["kind"] == kind]
+        names = list(dict.fromkeys(name for row in columns for name in row["verdicts"]))
+        words = {"holds": "yes", "fails": "**no**", "does not apply": ""}
+        rows = [
+            (f"`{name}`", *(words[row["verdicts"][name]["outcome"]] for row in columns))
+            for name in names
+        ]
+        tables[called] = markdown(("theorem", *(row["name"] for row in columns)), rows)
+        for row in columns:
+            for name, verdict in row["verdicts"].items():
+                if verdict["outcome"] == "fails":
+                    asked = "; then ".join(f"`{line}`" for line in verdict.get("asked", []))
+                    failures.append((row["name"], f"`{name}`", verdict["reason"], asked))
+    heads = ("function", "theorem", "found", "asked")
+    return tables | {"failures": markdown(heads, failures)}
+
+
+def statements() -> str:
+    """The theorems in words."""
+    rows = [
+        (f"`{theorem.name}`", ", ".join(theorem.kinds), theorem.says, theorem.otherwise)
+        for theorem in THEOREMS
+    ]
+    return markdown(("theorem", "of", "says", "where it does not hold"), rows)
+
+
 def all_tables() -> dict[str, str]:
     """{where a table's numbers come from: the table}, of every table that results/ can give."""
     tables = {
@@ -259,6 +294,9 @@ def all_tables() -> dict[str, str]:
             tables[file.name] = critic_table(results)
         elif file.name == "trials.json":
             tables[file.name] = trials_table(results)
+        elif file.name == "theorems.json":
+            made = theorem_tables(results) | {"statements": statements()}
+            tables |= {f"{file.name}, {what}": lines for what, lines in made.items()}
         elif results.get("experiment") == "reuse":
             tables[file.name] = reuse_table(results)
         elif results.get("experiment") == "tune" and results["runs"]:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import train
-from lab import compare, critic, figures, sweep, tables
+from lab import compare, critic, figures, sweep, tables, theorems
 from lab.stats import interval, probability_of_improvement
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ RESULTS = ROOT / "results"
 KINDS = (*sweep.EXPERIMENTS, "truth", "lift", "critic")  # of measurements, by a file's first word
 PAGES = [
     *("README.md", "tutorial.md"),
-    *(f"docs/{name}.md" for name in ("results", "metrics", "models", "games")),
+    *(f"docs/{name}.md" for name in ("results", "metrics", "models", "games", "theorems")),
 ]
 
 
@@ -103,7 +103,9 @@ RESUMED = [command for command in COMMANDS if "--resume" in command]
 TRAINING = beginning_with("python train.py", without=("--help", "--resume"))
 COMPARING = beginning_with("python -m lab.compare", without=("--help",))
 MEASURING = beginning_with("python -m lab.bench", "python -m lab.figures")
-LOOKING = beginning_with("python -m lab.critic", "python -m lab.tables")
+LOOKING = beginning_with(
+    *(f"python -m lab.{name}" for name in ("critic", "tables", "theorems", "estimators"))
+)
 TESTING = beginning_with("python -m pytest", "python tests/")
 
 
@@ -186,8 +188,10 @@ def test_measurements_and_figures_take_these_words(command, monkeypatch):
 def test_the_other_commands_of_the_laboratory_take_these_words(command):
     if "lab.critic" in command:
         critic.parse(arguments(command, "python -m lab.critic"))
+    elif "lab.theorems" in command:
+        theorems.parse(arguments(command, "python -m lab.theorems"))
     else:
-        assert arguments(command, "python -m lab.tables") == []
+        assert command in ("python -m lab.tables", "python -m lab.estimators")
 
 
 @pytest.mark.parametrize("command", TESTING)
@@ -385,7 +389,8 @@ def test_the_results_page_has_the_command_and_the_date_of_each_measurement(name)
 
 @pytest.mark.parametrize("source", TABLES)
 def test_the_tables_of_the_pages_are_what_results_hold(source):
-    page = "docs/games.md" if source == "worlds-*.json" else "docs/results.md"
+    pages = {"worlds-*.json": "docs/games.md", "theorems.json": "docs/theorems.md"}
+    page = pages.get(source.split(",")[0], "docs/results.md")
     assert TABLES[source] in text(page)
 
 

@@ -95,6 +95,17 @@ def reuse():
     return {"experiment": "reuse", "task": "DiceSum", "runs": runs}
 
 
+def theorems():
+    """What `lab.theorems --table` writes: two functions of one kind."""
+    holds, none = {"outcome": "holds"}, {"outcome": "does not apply", "reason": "it takes no mask"}
+    fails = {"outcome": "fails", "reason": "it is 1, not 0", "asked": ["mask [[1]]", "lam 0"]}
+    rows = [
+        {"name": "ours", "kind": "gae", "verdicts": {"padding": holds, "holes": none}},
+        {"name": "theirs", "kind": "gae", "verdicts": {"padding": fails, "holes": holds}},
+    ]
+    return {"rows": rows}
+
+
 # ------------------------------------------------------------------------------- each by hand
 def test_the_table_of_the_default_runs():
     head, first, second = cells(tables.default_table([summary(), summary(seed=3)]))
@@ -200,6 +211,7 @@ def results(tmp_path, monkeypatch):
         "main-DiceSum": sweep("main"),
         "reuse-DiceSum": reuse(),
         "tune-DiceSum": sweep("tune"),
+        "theorems": theorems(),
         "truth-DiceSum": {"experiment": "truth", "methods": {}},
         "bench_math": {"seconds": 1},
     }
@@ -208,12 +220,25 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_tables_of_the_theorems():
+    made = tables.theorem_tables(theorems())
+    assert cells(made["advantages"]) == [
+        ["theorem", "ours", "theirs"],
+        ["`padding`", "yes", "**no**"],
+        ["`holes`", "", "yes"],
+    ]
+    assert cells(made["failures"])[1:] == [
+        ["theirs", "`padding`", "it is 1, not 0", "`mask [[1]]`; then `lam 0`"]
+    ]
+
+
 def test_summaries_come_in_the_order_of_their_names(results):
     assert [run["seed"] for run in tables.default_runs()] == [0, 1]
 
 
 def test_all_tables_are_those_of_the_files_there(results):
     defaults = [summary(0), summary(1)]
+    of_theorems = tables.theorem_tables(theorems()) | {"statements": tables.statements()}
     assert tables.all_tables() == {
         "default-sapo-seed*.json": tables.default_table(defaults),
         "default-sapo-seed*.json, mechanism": tables.mechanism_table(defaults),
@@ -221,6 +246,7 @@ def test_all_tables_are_those_of_the_files_there(results):
         "critic.json": tables.critic_table(critics()),
         "main-DiceSum.json": table(sweep("main")),
         "reuse-DiceSum.json": tables.reuse_table(reuse()),
+        **{f"theorems.json, {what}": lines for what, lines in of_theorems.items()},
         "tune-DiceSum.json": tables.tuning_table(sweep("tune"), tables.TRIALS),
         "trials.json": tables.trials_table({"trials": [trial()]}),
     }

@@ -1,0 +1,1015 @@
+"""Is your advantage estimator, ratio or loss right? Theorems that you can hold against it.
+
+    python -m lab.theorems my_module:my_gae      # which hold, which do not, and what that means
+
+or in a test suite of your own (sapo.py's functions, verl's, TRL's: lab/estimators.py):
+
+    from lab.theorems import suite
+    TestMyGae = suite(my_gae)                    # a test for each theorem
+
+Your function's parameters say what it is. It takes them by name, as torch tensors in float64 (bool
+for mask and ends), (B, T) if nothing else is said, and gives back a tensor, or a tuple that begins
+with it:
+
+    a GAE      (rewards, values, mask, gamma, lam)      -> advantages (B, T)
+    a group    (rewards (B,), group)                    -> advantages (B,)
+    a ratio    (logp, old_logp, mask)                   -> ratios (B, T), (B, 1) or (B,)
+    a loss     (logp, old_logp, advantages, mask)       -> the loss, a number
+
+`ends` among them marks the last token of each segment: with it the unit is the segment, without
+it the token (of a ratio: whatever it likes). gamma, lam and mask may be missing; `lengths`, (B,),
+is there for who takes no mask, `response_advantages`, (B,), for a loss of whole responses. Further
+parameters keep their defaults. A function whose parameters have other names needs an adapter of a
+few lines:
+
+    def my_gae(rewards, values, mask, gamma, lam):
+        return their_gae(values, rewards, 1 - mask, discount=gamma, lmbda=lam)[1]
+
+Hypothesis looks for the smallest counterexample. Nobody has to satisfy every theorem: some are
+choices, and say so. B responses, T token positions, as in sapo.py; a group is B / group prompts of
+`group` responses each, side by side.
+"""
+
+import argparse
+import importlib
+import inspect
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, reject, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from torch import Tensor
+
+from lab.enumeration import world
+
+EXAMPLES = 100  # that Hypothesis tries for each theorem
+
+# ----------------------------------------------------------------------- what is put to the test
+
+# Which parameters a kind of function may have, and which it must have
+KINDS = {
+    "gae": (
+        {"rewards", "values", "mask", "lengths", "ends", "gamma", "lam"},
+        {"rewards", "values"},
+    ),
+    "group": ({"rewards", "group"}, {"rewards", "group"}),
+    "ratio": ({"logp", "old_logp", "mask", "lengths", "ends"}, {"logp", "old_logp"}),
+    "loss": (
+        {"logp", "old_logp", "advantages", "response_advantages", "mask", "lengths", "ends"},
+        {"logp", "old_logp"},
+    ),
+}
+FORMS = (
+    "(rewards, values, mask, gamma, lam), (rewards, group), (logp, old_logp, mask) or "
+    "(logp, old_logp, advantages, mask), with `ends` for segments"
+)
+
+
+class Refuted(AssertionError):
+    """A theorem does not hold: why, and in `calls` what the function was asked."""
+
+    calls: tuple = ()
+
+
+class Refused(Exception):
+    """The function raised an error: it takes no such batch. Only `any_batch` minds."""
+
+
+@dataclass
+class Claimant:
+    """A function under test, and what it was asked last.
+
+    function: see the head of this file. ValueError where its parameters tell no kind.
+    """
+
+    function: Callable
+    calls: list = field(default_factory=list)  # arguments of each call, as dictionaries
+
+    def __post_init__(self):
+        known = set().union(*(may for may, _ in KINDS.values()))
+        every = inspect.signature(self.function).parameters.values()
+        # Those of another name keep their defaults
+        self.parameters = tuple(
+            parameter.name
+            for parameter in every
+            if parameter.name in known or parameter.default is parameter.empty
+        )
+        names = set(self.parameters)
+        kinds = [kind for kind, (may, must) in KINDS.items() if must <= names <= may]
+        if not kinds:
+            raise ValueError(
+                f"{self.name} has the parameters ({', '.join(self.parameters)}); expected {FORMS}: "
+                "write an adapter, a function with those parameters that calls yours"
+            )
+        self.kind = kinds[0]
+
+    @property
+    def name(self):
+        return getattr(self.function, "__name__", repr(self.function))
+
+    def __call__(self, case, **changed) -> Tensor:
+        """The function's answer to a case, some of its fields changed. Refused where it raises;
+        Refuted where it answers in another shape."""
+        fields = vars(case) | changed
+        if "mask" in fields:
+            fields["lengths"] = fields["mask"].sum(1)
+        if "advantages" in fields:
+            fields["response_advantages"] = fields["advantages"][:, 0]
+        arguments = {name: fields[name] for name in self.parameters}
+        self.calls.append(arguments)
+        copies = {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        try:
+            answer = self.function(**copies)
+        except Exception as error:  # whatever it raises: `any_batch` tells
+            raise Refused(f"it raised {error!r}") from error
+        answer = answer[0] if isinstance(answer, tuple) else answer
+        answer = torch.as_tensor(answer)
+        expected = () if self.kind == "loss" else arguments[self.parameters[0]].shape
+        if self.kind == "ratio" and answer.shape in {expected[:1], (expected[0], 1)}:
+            answer = answer.view(-1, 1).expand(expected)
+        if answer.shape != expected:
+            raise Refuted(f"it gave {tuple(answer.shape)}, expected the shape {tuple(expected)}")
+        return answer
+
+
+# ---------------------------------------------------------------------------- what a theorem is
+
+
+@dataclass(frozen=True)
+class Theorem:
+    """A property of the functions of some kinds.
+
+    says: what holds.  otherwise: what it means for learning where it does not.
+    needs: parameters without which it says nothing.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    needs: tuple[str, ...]
+    says: str
+    otherwise: str
+    holds_of: Callable  # (claimant, draw) -> None, or raises Refuted
+
+    def applies_to(self, claimant) -> bool:
+        return claimant.kind in self.kinds and set(self.needs) <= set(claimant.parameters)
+
+    def check(self, function, examples: int = EXAMPLES) -> None:
+        """Refuted, with the smallest counterexample, where it does not hold of a function."""
+        claimant = function if isinstance(function, Claimant) else Claimant(function)
+
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            report_multiple_bugs=False,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.data())
+        def look(data):
+            claimant.calls.clear()
+            try:
+                self.holds_of(claimant, data.draw)
+            except Refused as refused:
+                refusals.append(str(refused))
+                reject()
+            except Refuted as refuted:
+                refuted.calls = tuple(claimant.calls)
+                raise
+
+        refusals = []
+        try:
+            look()
+        except Unsatisfiable as error:
+            raise Refuted(refusals[-1] if refusals else str(error)) from None
+
+
+THEOREMS: list[Theorem] = []
+
+
+def theorem(*kinds, needs=()):
+    """Make a theorem of a function: its docstring says what holds and, after "Otherwise", what it
+    means for learning where it does not."""
+
+    def register(holds_of):
+        says, otherwise = " ".join(holds_of.__doc__.split()).split(" Otherwise: ")
+        name = holds_of.__name__
+        THEOREMS.append(Theorem(name, kinds, needs, says, otherwise, holds_of))
+        return holds_of
+
+    return register
+
+
+def theorems_for(claimant) -> list[Theorem]:
+    """Those that say something about a function."""
+    return [theorem for theorem in THEOREMS if theorem.applies_to(claimant)]
+
+
+# --------------------------------------------------------------------------------------- cases
+#
+# Numbers are multiples of 1/2, so that a counterexample can be checked by hand.
+
+halves = st.integers(-6, 6).map(lambda n: n / 2)
+logps = st.integers(-6, 0).map(lambda n: n / 2)
+discounts = st.sampled_from([1.0, 0.5, 0.0, 0.9])
+
+
+MAX_ROWS, MAX_TOKENS = 3, 4
+
+
+def tensor(draw, rows, tokens, elements):
+    """(rows, tokens) of `elements`: float64, or bool if those are."""
+    # The largest is drawn and cut: so Hypothesis can take a row away and leave the others alone
+    size = MAX_ROWS * MAX_TOKENS
+    flat = draw(st.lists(elements, min_size=size, max_size=size))
+    dtype = torch.bool if isinstance(flat[0], bool) else torch.float64
+    return torch.tensor(flat, dtype=dtype).view(MAX_ROWS, MAX_TOKENS)[:rows, :tokens].clone()
+
+
+def responses(draw, claimant, holes=False, longest=MAX_TOKENS, **numbers):
+    """A case with a mask (B, T) whose rows have one token at least, a cut that closes each of them,
+    a tensor (B, T) for each name of `numbers`, drawn from the elements given there, and gamma and
+    lam. Without `holes` a response's tokens stand side by side, from the left."""
+    rows, tokens = draw(st.integers(1, MAX_ROWS)), draw(st.integers(1, longest))
+    lengths = draw(st.lists(st.integers(1, MAX_TOKENS), min_size=MAX_ROWS, max_size=MAX_ROWS))
+    mask = torch.arange(tokens) < torch.tensor(lengths[:rows])[:, None]
+    if holes:
+        kept = tensor(draw, rows, tokens, st.booleans())
+        kept[:, 0] = True
+        mask = mask & kept
+    case = SimpleNamespace(mask=mask, gamma=draw(discounts), lam=draw(discounts))
+    if "ends" in claimant.parameters:
+        case.ends = mask & (tensor(draw, rows, tokens, st.booleans()) | is_last(mask))
+    for name, elements in numbers.items():
+        setattr(case, name, tensor(draw, rows, tokens, elements))
+    return case
+
+
+def is_last(mask):
+    """The last token of each row, bool (B, T)."""
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+
+
+def units(case, row) -> list[list[int]]:
+    """The steps of a response, each a list of positions: its segments, or else its tokens."""
+    steps, open_one = [], []
+    for t in case.mask[row].nonzero().flatten().tolist():
+        open_one.append(t)
+        if not hasattr(case, "ends") or case.ends[row, t]:
+            steps.append(open_one)
+            open_one = []
+    return steps + [open_one] * bool(open_one)
+
+
+def rows_of(case, order):
+    """The case with these rows, in this order."""
+    tensors = {name: x[order] for name, x in vars(case).items() if isinstance(x, Tensor)}
+    return SimpleNamespace(**vars(case) | tensors)
+
+
+def padded(case, left, numbers):
+    """The case with another column of padding at the right (or the left), in which every number is
+    the one of `numbers`."""
+    wider = {}
+    for name, x in vars(case).items():
+        if isinstance(x, Tensor):
+            column = x.new_full((len(x), 1), False if x.dtype == torch.bool else numbers)
+            wider[name] = torch.cat([column, x] if left else [x, column], 1)
+    return SimpleNamespace(**vars(case) | wider)
+
+
+def is_equal(got, wanted, what, mask=None, tolerance=None):
+    """Refuted where two tensors differ by more than rounding, on the mask; it names the place."""
+    wanted = torch.as_tensor(wanted).expand(got.shape)
+    if tolerance is None:
+        tolerance = 1e-7 if got.dtype == torch.float64 else 1e-4
+    got, wanted = got.double(), wanted.double()
+    off = ~((got - wanted).abs() <= tolerance * (1 + wanted.abs()))  # NaN differs, too
+    off = off if mask is None else off & mask
+    if off.any():
+        place = tuple(off.nonzero()[0].tolist())
+        where = ", ".join(f"{name} {i}" for name, i in zip(("row", "token"), place, strict=False))
+        of = f" of {where}" if where else ""
+        raise Refuted(f"{what}{of} is {got[place].item():.6g}, not {wanted[place].item():.6g}")
+
+
+NUMBERS = {
+    "gae": {"rewards": halves, "values": halves},
+    "ratio": {"logp": logps, "old_logp": logps},
+    "loss": {"logp": logps, "old_logp": logps, "advantages": halves},
+}
+ANSWER = {
+    "gae": "the advantage",
+    "ratio": "the ratio",
+    "loss": "the loss",
+    "group": "the advantage",
+}
+
+
+def case_of(draw, claimant, **options):
+    """A case for a function that takes responses; advantages are the same all over a segment."""
+    case = responses(draw, claimant, **options, **NUMBERS[claimant.kind])
+    if "response_advantages" in claimant.parameters:
+        case.advantages = case.advantages[:, :1].expand(case.mask.shape)
+    elif claimant.kind == "loss":
+        case.advantages = alike_in_a_unit(case, case.advantages)
+    return case
+
+
+def alike_in_a_unit(case, x):
+    """x with the number of a segment's first token on all of its tokens."""
+    x = x.clone()
+    for row in range(len(x)):
+        for unit in units(case, row):
+            x[row, unit] = x[row, unit[0]].clone()
+    return x
+
+
+# -------------------------------------------------------------- theorems of responses, of any kind
+
+
+@theorem("gae", "ratio", "loss")
+def any_batch(claimant, draw):
+    """Every batch is accepted, were it a single token. Otherwise: a micro-batch of one short
+    response ends the run."""
+    try:
+        claimant(case_of(draw, claimant))
+    except Refused as refused:
+        raise Refuted(str(refused)) from refused
+
+
+@theorem("gae", "ratio")
+def padding(claimant, draw):
+    """Padding changes nothing: another column of it at the right, whatever stands there. Otherwise:
+    short responses are judged by how long the others are."""
+    case = case_of(draw, claimant)
+    longer = padded(case, left=False, numbers=draw(st.sampled_from([0.0, 1.0, -2.0])))
+    got, wanted = claimant(longer)[:, :-1], claimant(case)
+    is_equal(got, wanted, ANSWER[claimant.kind], case.mask)
+
+
+@theorem("loss")
+def padding_of_a_loss(claimant, draw):
+    """Padding changes nothing: another column of it at the right, whatever stands there. Otherwise:
+    the size of a step depends on the longest response of a batch. (Dr. GRPO's division by a
+    maximal length is a choice, if that length is a constant.)"""
+    case = case_of(draw, claimant)
+    longer = padded(case, left=False, numbers=draw(st.sampled_from([0.0, -1.0])))
+    is_equal(claimant(longer), claimant(case), "the loss")
+
+
+@theorem("gae", "ratio", "loss", needs=("mask",))
+def nan_off_the_mask(claimant, draw):
+    """What stands off the mask is not read, were it NaN, or a log-probability of -inf. Otherwise:
+    0 * NaN is NaN, and a banned token in the padding ends the run. It matters only where such
+    numbers come in."""
+    case = case_of(draw, claimant)
+    case = padded(case, left=False, numbers=0.0)
+    wild = SimpleNamespace(**vars(case))
+    for name in NUMBERS[claimant.kind]:
+        garbage = -math.inf if name.endswith("logp") else math.nan
+        setattr(wild, name, torch.where(case.mask, getattr(case, name), garbage))
+    mask = None if claimant.kind == "loss" else case.mask
+    is_equal(claimant(wild), claimant(case), ANSWER[claimant.kind], mask)
+
+
+@theorem("gae", "ratio", needs=("mask",))
+def holes(claimant, draw):
+    """Tokens that the policy did not write (a hole in the mask: a tool's output, a world's reply)
+    are as if they were not there. Otherwise: in an episode of several turns credit is passed on
+    wrongly across what the world said."""
+    case = case_of(draw, claimant, holes=True)
+    order = case.mask.long().argsort(dim=1, descending=True, stable=True)  # the written ones first
+    closed = {name: x.gather(1, order) for name, x in _tensors(case)}
+    got, wanted = claimant(case), claimant(SimpleNamespace(**vars(case) | closed))
+    is_equal(got.gather(1, order), wanted, ANSWER[claimant.kind], closed["mask"])
+
+
+def _tensors(case):
+    return [(name, x) for name, x in vars(case).items() if isinstance(x, Tensor)]
+
+
+@theorem("gae", "ratio", "loss")
+def order_of_the_batch(claimant, draw):
+    """The order of a batch does not matter. Otherwise: a response learns from its neighbours in
+    the batch."""
+    case = case_of(draw, claimant)
+    order = draw(st.permutations(range(len(case.mask))))
+    answer = claimant(case)
+    wanted, mask = (answer, None) if claimant.kind == "loss" else (answer[order], case.mask[order])
+    is_equal(claimant(rows_of(case, order)), wanted, ANSWER[claimant.kind], mask)
+
+
+@theorem("gae", "ratio")
+def company(claimant, draw):
+    """A response's numbers do not depend on which others are in its batch. Otherwise: the same
+    response is praised in one batch and blamed in another. Whitening over the batch does so on
+    purpose: a choice."""
+    case = case_of(draw, claimant)
+    together = claimant(case)
+    row = draw(st.integers(0, len(case.mask) - 1))
+    alone = claimant(rows_of(case, [row]))
+    is_equal(
+        together[[row]],
+        alone,
+        f"{ANSWER[claimant.kind]} (of row {row} in the batch)",
+        case.mask[[row]],
+    )
+
+
+@theorem("gae", "ratio", "loss", needs=("mask",))
+def an_empty_response(claimant, draw):
+    """A response without a token of the policy's leaves the others alone, and makes no NaN.
+    Otherwise: one empty answer in a batch ends the run."""
+    case = case_of(draw, claimant)
+    tensors = {name: torch.cat([x, torch.zeros_like(x[:1])]) for name, x in _tensors(case)}
+    answer = claimant(SimpleNamespace(**vars(case) | tensors))
+    if claimant.kind == "loss":
+        if not answer.isfinite():
+            raise Refuted(f"the loss is {answer.item()}")
+    else:
+        is_equal(answer[:-1], claimant(case), ANSWER[claimant.kind], case.mask)
+        if claimant.kind == "gae" and not answer[-1].isfinite().all():
+            raise Refuted(f"the empty response gets {answer[-1].tolist()}")
+
+
+# ------------------------------------------------------------------------------ theorems of GAE
+
+
+def to_go(case, row, m):
+    """The sum of all rewards from the m-th step of a response on."""
+    return sum(case.rewards[row, unit].sum() for unit in units(case, row)[m:])
+
+
+def gae_of(case):
+    """Eq. 6 and 7 step by step (with tokens for steps: Eq. 3 and 4), V read at a step's first token
+    and 0 after the last. (B, T), 0 off the mask."""
+    advantages = torch.zeros_like(case.values)
+    for row in range(len(case.mask)):
+        advantage = next_value = 0.0
+        for unit in reversed(units(case, row)):
+            value = case.values[row, unit[0]]
+            delta = case.rewards[row, unit].sum() + case.gamma * next_value - value
+            advantage = delta + case.gamma * case.lam * advantage
+            advantages[row, unit], next_value = advantage, value
+    return advantages
+
+
+@theorem("gae", needs=("gamma", "lam"))
+def telescoping(claimant, draw):
+    """At gamma = lambda = 1 the TD errors telescope: A_m = (rewards from step m on) - V(s_m), V
+    read where the step begins. Otherwise: what a response is praised for is not what it earned."""
+    case = case_of(draw, claimant)
+    case.gamma = case.lam = 1.0
+    is_equal(claimant(case), gae_of(case), "the advantage", case.mask)
+
+
+@theorem("gae", needs=("lam",))
+def td_error(claimant, draw):
+    """At lambda = 0, A_m is the TD error r_m + gamma V(s_{m+1}) - V(s_m), with V = 0 after the end.
+    Otherwise: a step is not judged by what it changed; at the end, a value of something that never
+    came is counted."""
+    case = case_of(draw, claimant)
+    case.lam, case.gamma = 0.0, case.gamma if "gamma" in claimant.parameters else 1.0
+    is_equal(claimant(case), gae_of(case), "the advantage", case.mask)
+
+
+@theorem("gae", needs=("gamma", "lam"))
+def the_sum(claimant, draw):
+    """A_m = sum over l of (gamma lambda)^l delta_{m+l}, at every gamma and lambda (Eq. 4; Eq. 6 for
+    segments: gamma counts steps, not tokens). Otherwise: lambda does not trade bias against
+    variance as it should."""
+    case = case_of(draw, claimant)
+    is_equal(claimant(case), gae_of(case), "the advantage", case.mask)
+
+
+@theorem("gae")
+def linear_in_the_rewards(claimant, draw):
+    """Twice the rewards and no values give twice the advantages, and the advantages of a sum of
+    rewards are the sum of theirs. Otherwise: the scale of a reward changes what is learned, not
+    only how fast. (Whitening takes the scale out: a choice.)"""
+    case = case_of(draw, claimant)
+    more = tensor(draw, *case.mask.shape, halves)
+    nothing = torch.zeros_like(case.values)
+    together = claimant(case, rewards=case.rewards + 2 * more, values=nothing)
+    first = claimant(case, values=nothing)
+    second = claimant(case, rewards=more, values=nothing)
+    is_equal(together, first + 2 * second, "the advantage of the sum", case.mask)
+
+
+@theorem("gae", needs=("gamma", "lam"))
+def a_constant_in_the_values(claimant, draw):
+    """At gamma = lambda = 1 a constant added to every V lowers every advantage by it, no more: it
+    is a baseline. Otherwise: a critic that is wrong by a constant favours early steps, or late
+    ones."""
+    case = case_of(draw, claimant)
+    case.gamma = case.lam = 1.0
+    constant = draw(st.sampled_from([1.0, -1.0, 2.5]))
+    lowered = claimant(case) - constant
+    is_equal(claimant(case, values=case.values + constant), lowered, "the advantage", case.mask)
+
+
+@theorem("gae", needs=("ends", "gamma", "lam"))
+def one_token_per_segment(claimant, draw):
+    """With one token per segment it is PPO's token GAE (Eq. 3 and 4). Otherwise: it is not the
+    generalisation that the paper describes."""
+    case = case_of(draw, claimant)
+    case.ends = case.mask.clone()
+    is_equal(claimant(case), gae_of(case), "the advantage", case.mask)
+
+
+@theorem("gae", needs=("ends",))
+def one_segment(claimant, draw):
+    """With one segment per response A = R - V(s_1), at every gamma and lambda. Otherwise: a method
+    of whole responses is no special case."""
+    case = case_of(draw, claimant)
+    case.ends = is_last(case.mask)
+    total = (case.rewards * case.mask).sum(1, keepdim=True)
+    is_equal(claimant(case), total - case.values[:, :1], "the advantage", case.mask)
+
+
+@theorem("gae", needs=("ends",))
+def shared_by_a_segment(claimant, draw):
+    """All tokens of a segment have the same advantage. Otherwise: the segment is not the unit of
+    credit."""
+    case = case_of(draw, claimant)
+    advantages = claimant(case)
+    is_equal(advantages, alike_in_a_unit(case, advantages), "the advantage", case.mask)
+
+
+@theorem("gae", needs=("gamma", "lam"))
+def unbiased(claimant, _):
+    """At gamma = lambda = 1 the expected policy gradient points where the true one does, under any
+    critic: exactly, summed over all 81 responses of a small world (three tokens, four steps; with
+    `ends`, segments of two tokens). Otherwise: the baseline depends on the very tokens it judges,
+    and the policy goes elsewhere even with endless samples."""
+    angles = []
+    for seed in WORLDS:
+        w = world(seed)
+        case = SimpleNamespace(mask=w.mask, gamma=1.0, lam=1.0, values=w.random_critic[w.prefix])
+        case.rewards = torch.where(is_last(w.mask), w.reward[:, None], 0.0)
+        case.ends = torch.tensor([False, True, False, True]).expand_as(w.mask)
+        advantages = claimant(case).double()
+        logits = w.logits.clone().requires_grad_()
+        per_response = (advantages * w.token_logp(logits)).sum(1)
+        (expected,) = torch.autograd.grad((w.probability(w.logits) * per_response).sum(), logits)
+        angles.append(degrees_between(expected, w.true_gradient()))
+    claimant.calls.clear()  # 81 responses are nothing to read
+    is_one_direction(angles)
+
+
+WORLDS = range(20)  # seeds of the worlds in which an expectation is taken
+
+
+def degrees_between(one, other):
+    """The angle between two gradients."""
+    cosine = (one * other).sum() / (one.norm() * other.norm()).clamp(min=1e-30)
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine.item()))))
+
+
+def is_one_direction(angles):
+    """Refuted unless all angles to the true gradient are 0."""
+    if max(angles) > 0.01:
+        mean = sum(angles) / len(angles)
+        raise Refuted(
+            f"the expected gradient is {mean:.1f} degrees off the true one, on average of "
+            f"{len(angles)} worlds, {max(angles):.1f} at most"
+        )
+
+
+# --------------------------------------------------------------------------- theorems of groups
+
+
+def group_case(draw, elements=halves):
+    """Rewards of one to three prompts with a group of two to four responses each."""
+    group, prompts = draw(st.integers(2, 4)), draw(st.integers(1, 3))
+    flat = draw(st.lists(elements, min_size=group * prompts, max_size=group * prompts))
+    return SimpleNamespace(rewards=torch.tensor(flat, dtype=torch.float64), group=group)
+
+
+@theorem("group")
+def sum_to_zero(claimant, draw):
+    """The advantages of a group add up to zero. Otherwise: all responses to a prompt together are
+    made likelier or less likely, which no policy can do."""
+    case = group_case(draw)
+    sums = claimant(case).view(-1, case.group).sum(1)
+    is_equal(sums, torch.zeros_like(sums), "the sum of the group")
+
+
+@theorem("group")
+def equal_rewards(claimant, draw):
+    """A group of equal rewards teaches nothing: zeros, never NaN. Otherwise: a prompt that is
+    always solved, or never, ends the run or pushes all of its responses."""
+    case = group_case(draw)
+    case.rewards[:] = draw(st.sampled_from([0.0, 1.0, -1.5, 0.1, 1000.1]))
+    is_equal(claimant(case), torch.zeros_like(case.rewards), "the advantage")
+
+
+@theorem("group")
+def origin_of_the_rewards(claimant, draw):
+    """A constant added to all rewards changes nothing. Otherwise: rewards of 0 and 1 teach
+    something else than -1 and 0."""
+    case = group_case(draw)
+    shifted = claimant(case, rewards=case.rewards + draw(st.sampled_from([1.0, -2.0])))
+    is_equal(shifted, claimant(case), "the advantage")
+
+
+@theorem("group")
+def better_is_better(claimant, draw):
+    """In a group, who earned more has the greater advantage, and who earned the same the same.
+    Otherwise: the worse response is preferred."""
+    case = group_case(draw)
+    advantages = claimant(case).double()
+    for first, second in itertools.product(range(case.group), repeat=2):
+        earned = case.rewards[first] - case.rewards[second]
+        gained = advantages[first] - advantages[second]
+        if (earned > 0) != (gained > 1e-6):
+            raise Refuted(
+                f"responses {first} and {second} earned {case.rewards[first]:g} and "
+                f"{case.rewards[second]:g}, and get {advantages[first]:.6g} and "
+                f"{advantages[second]:.6g}"
+            )
+
+
+@theorem("group")
+def other_groups(claimant, draw):
+    """A group's advantages do not depend on the other prompts of the batch. Otherwise: what a
+    response is worth depends on chance company. Scaling by the whole batch does so on purpose: a
+    choice."""
+    case = group_case(draw)
+    alone = claimant(case, rewards=case.rewards[: case.group])
+    is_equal(claimant(case)[: case.group], alone, "the advantage")
+
+
+@theorem("group")
+def nan_stays_in_its_group(claimant, draw):
+    """A reward that is NaN is refused, or harms its own group alone. Otherwise: one failed grader
+    spoils the whole batch."""
+    case = group_case(draw)
+    broken = case.rewards.clone()
+    broken[-1] = math.nan
+    wanted = claimant(case)
+    try:
+        got = claimant(case, rewards=broken)
+    except Refused:
+        return
+    others = slice(0, len(broken) - case.group)
+    if not torch.equal(got[others].isnan(), torch.zeros_like(got[others], dtype=torch.bool)):
+        raise Refuted(f"other groups get {got[others].tolist()}")
+    if other_groups_count(claimant, case):
+        return  # those change with any reward: `other_groups` says so
+    is_equal(got[others], wanted[others], "the advantage")
+
+
+def other_groups_count(claimant, case):
+    """Does a reward of the last group change the advantages of the others?"""
+    changed = case.rewards.clone()
+    changed[-1] += 1.0
+    others = slice(0, len(changed) - case.group)
+    difference = claimant(case, rewards=changed)[others] - claimant(case)[others]
+    return bool((difference.abs() > 1e-9).any())
+
+
+@theorem("group")
+def unbiased_in_a_group(claimant, _):
+    """The expected policy gradient points where the true one does: exactly, summed over all 27
+    groups of three from three responses that earn differently. Otherwise: the policy goes elsewhere
+    even with endless samples. Division by a group's own spread (GRPO) does so, as a choice: groups
+    that nearly agree count more."""
+    groups = torch.tensor(list(itertools.product(range(3), repeat=3)))  # (27, 3)
+    angles = []
+    for seed in WORLDS:
+        generator = torch.Generator().manual_seed(seed)
+        logits, reward = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+        logits.requires_grad_()
+        case = SimpleNamespace(rewards=reward[groups].flatten(), group=3)
+        advantages = claimant(case).double().view(groups.shape)
+        logp = logits.log_softmax(0)
+        probability = logp.detach()[groups].sum(1).exp()  # (27,)
+        surrogate = (probability * (advantages * logp[groups]).sum(1)).sum()
+        (expected,) = torch.autograd.grad(surrogate, logits, retain_graph=True)
+        (true,) = torch.autograd.grad((logp.exp() * reward).sum(), logits)
+        angles.append(degrees_between(expected, true))
+    claimant.calls.clear()
+    is_one_direction(angles)
+
+
+# --------------------------------------------------------------------------- theorems of ratios
+
+
+def ratio_units(claimant, case, row):
+    """The segments of a response; without `ends`, the response."""
+    if "ends" in claimant.parameters:
+        return units(case, row)
+    return [case.mask[row].nonzero().flatten().tolist()]
+
+
+@theorem("ratio")
+def one_on_policy(claimant, draw):
+    """Where pi = pi_old every ratio is exactly 1. Otherwise: the first step is clipped or scaled
+    before anything was learned."""
+    case = case_of(draw, claimant)
+    got = claimant(case, logp=case.old_logp)
+    is_equal(got, torch.ones_like(got), "the ratio", case.mask, tolerance=0.0)
+
+
+@theorem("ratio")
+def geometric(claimant, draw):
+    """Where all tokens of a segment (without `ends`: of a response) became likelier by one factor,
+    the ratio is that factor, however many they are (Eq. 8). Otherwise: a long segment's ratio
+    leaves the clip range sooner than a short one's. The product of the token ratios does so: it is
+    the true weight of a segment, and a choice."""
+    case = case_of(draw, claimant)
+    shift = tensor(draw, *case.mask.shape, st.sampled_from([0.5, -0.5, 0.0]))
+    for row in range(len(shift)):
+        for unit in ratio_units(claimant, case, row):
+            shift[row, unit] = shift[row, unit[0]].clone()
+    got = claimant(case, logp=case.old_logp + shift)
+    is_equal(got, shift.exp(), "the ratio", case.mask)
+
+
+@theorem("ratio", needs=("ends",))
+def token_ratio(claimant, draw):
+    """With one token per segment it is PPO's token ratio, pi / pi_old (Eq. 2). Otherwise: it is not
+    the generalisation that the paper describes."""
+    case = case_of(draw, claimant)
+    case.ends = case.mask.clone()
+    is_equal(claimant(case), (case.logp - case.old_logp).exp(), "the ratio", case.mask)
+
+
+@theorem("ratio")
+def between_its_tokens(claimant, draw):
+    """The ratio lies between the least and the greatest token ratio of its segment (without `ends`:
+    of its response). Otherwise: it can leave the clip range though no token did. The product does:
+    a choice."""
+    case = case_of(draw, claimant)
+    got = claimant(case).double()
+    tokens = (case.logp - case.old_logp).exp()
+    for row in range(len(got)):
+        for unit in ratio_units(claimant, case, row):
+            least, greatest = tokens[row, unit].min(), tokens[row, unit].max()
+            for t in unit:
+                if not least * (1 - 1e-6) <= got[row, t] <= greatest * (1 + 1e-6):
+                    raise Refuted(
+                        f"the ratio of row {row}, token {t} is {got[row, t]:.6g}; those of its "
+                        f"tokens lie from {least:.6g} to {greatest:.6g}"
+                    )
+
+
+@theorem("ratio")
+def reciprocal(claimant, draw):
+    """Swapping pi and pi_old inverts every ratio. Otherwise: moving away and coming back does not
+    end where it began."""
+    case = case_of(draw, claimant)
+    there, back = claimant(case), claimant(case, logp=case.old_logp, old_logp=case.logp)
+    is_equal(there * back, torch.ones_like(there), "ratio times reverse ratio", case.mask)
+
+
+@theorem("ratio", needs=("ends",))
+def bound_of_the_root(claimant, draw):
+    """|product - ratio| <= e^(L |mu|) (L - 1) |mu| for a segment of L tokens and mean log-ratio mu
+    (Eq. 26). Otherwise: the distance from the true weight is more than the paper allows."""
+    case = case_of(draw, claimant)
+    got, log_ratio = claimant(case).double(), case.logp - case.old_logp
+    for row in range(len(got)):
+        for unit in units(case, row):
+            size = log_ratio[row, unit].mean().abs().item()
+            bound = math.exp(len(unit) * size) * (len(unit) - 1) * size
+            distance = (log_ratio[row, unit].sum().exp() - got[row, unit[0]]).abs().item()
+            if distance > bound * (1 + 1e-6) + 1e-6:
+                raise Refuted(f"the distance is {distance:.6g}, the bound {bound:.6g} (row {row})")
+
+
+# --------------------------------------------------------------------------- theorems of losses
+
+
+def loss_gradient(claimant, case, **changed):
+    """The loss and its gradient by logp, (B, T)."""
+    logp = changed.pop("logp", case.logp).clone().requires_grad_()
+    loss = claimant(case, logp=logp, **changed)
+    try:
+        (gradient,) = torch.autograd.grad(loss, logp)
+    except RuntimeError as error:
+        raise Refuted(f"its loss has no gradient by logp: {error}") from error
+    return loss.detach(), gradient
+
+
+def token_weights(claimant, case):
+    """How much each token counts: -dL/dlogp at ratio 1 where every advantage is 1. (B, T)."""
+    ones = torch.ones_like(case.advantages)
+    _, gradient = loss_gradient(claimant, case, logp=case.old_logp, advantages=ones)
+    return -gradient
+
+
+@theorem("loss")
+def equation_13(claimant, draw):
+    """At ratio 1 the gradient is the policy gradient: each token of a response is pushed by its
+    advantage, and all with the same weight c > 0: dL/dlogp_t = -c A_t (Eq. 13: a segment's length
+    cancels). Otherwise: tokens of long segments are pushed harder, or not by their advantage."""
+    case = case_of(draw, claimant)
+    weights = token_weights(claimant, case)
+    _, gradient = loss_gradient(claimant, case, logp=case.old_logp)
+    first = weights[:, :1].expand_as(weights)
+    if not (weights[case.mask] > 0).all():
+        raise Refuted(f"the weights of the tokens are {weights.tolist()}")
+    is_equal(weights, first, "the weight", case.mask)
+    is_equal(-gradient, first * case.advantages, "the push", case.mask)
+
+
+@theorem("loss")
+def every_token_alike(claimant, draw):
+    """A token of a short response weighs as much as one of a long one. Otherwise: a long wrong
+    answer is punished less per token than a short one, and a short right one praised more. The mean
+    over each response first (GRPO, Eq. 9) does so: a choice."""
+    case = case_of(draw, claimant)
+    weights = token_weights(claimant, case)
+    is_equal(weights, weights[:1, :1].expand_as(weights), "the weight", case.mask)
+
+
+@theorem("loss")
+def pessimistic(claimant, draw):
+    """Clipping never promises more: the loss is at least that of the plain ratio,
+    -sum of c ratio A. (Responses of one token here: on them all kinds of ratio agree.) Otherwise:
+    the policy is paid for going too far. A bound on the loss of bad tokens (dual clip) does so for
+    ratios above it: a choice."""
+    case = case_of(draw, claimant, longest=1)
+    shift = tensor(draw, *case.mask.shape, st.sampled_from([0.0, 0.5, -0.5, 1.5, -1.5]))
+    weights = token_weights(claimant, case)
+    loss, _ = loss_gradient(claimant, case, logp=case.old_logp + shift)
+    plain = -(weights * shift.exp() * case.advantages).sum()
+    if loss < plain - 1e-6:
+        raise Refuted(f"the loss is {loss:.6g}, the unclipped one {plain:.6g}")
+
+
+@theorem("loss")
+def a_way_back(claimant, draw):
+    """A response that moved the wrong way (bad, and yet its tokens e^1.5 times as likely; good, and
+    yet e^-1.5) is still pulled back: its gradient is not 0. Otherwise: a mistake of the last step
+    stays. A bound on the loss of bad tokens (dual clip at 3) lets go of those far off: a choice."""
+    case = case_of(draw, claimant)
+    good = tensor(draw, len(case.mask), 1, st.booleans())
+    sign = good.double() * 2 - 1
+    case.advantages = torch.ones_like(case.advantages) * sign
+    _, gradient = loss_gradient(claimant, case, logp=case.old_logp - 1.5 * sign)
+    stuck = case.mask & ~(-gradient * sign > 1e-9)
+    if stuck.any():
+        row, t = stuck.nonzero()[0].tolist()
+        raise Refuted(f"the push of row {row}, token {t} is {-gradient[row, t].item():.6g}")
+
+
+@theorem("loss")
+def the_clip_works(claimant, draw):
+    """A response that moved far the right way (good, and e^3 times as likely; bad, and e^-3) is
+    pushed no further. Otherwise: nothing keeps the policy near the one that wrote the responses."""
+    case = case_of(draw, claimant)
+    good = tensor(draw, len(case.mask), 1, st.booleans())
+    sign = good.double() * 2 - 1
+    case.advantages = torch.ones_like(case.advantages) * sign
+    _, gradient = loss_gradient(claimant, case, logp=case.old_logp + 3 * sign)
+    is_equal(gradient, torch.zeros_like(gradient), "the push", case.mask)
+
+
+# ------------------------------------------------------------------------------------- reports
+
+
+@dataclass
+class Verdict:
+    """What became of a theorem: "holds", "fails" or "does not apply"."""
+
+    theorem: Theorem
+    outcome: str
+    reason: str = ""
+    calls: tuple = ()
+
+
+def verdicts(function, examples: int = EXAMPLES) -> list[Verdict]:
+    """Every theorem of the function's kind, held against it. ValueError for a function whose
+    parameters tell no kind."""
+    claimant = Claimant(function)
+    found = []
+    for theorem in THEOREMS:
+        if claimant.kind not in theorem.kinds:
+            continue
+        if not theorem.applies_to(claimant):
+            missing = ", ".join(sorted(set(theorem.needs) - set(claimant.parameters)))
+            found.append(Verdict(theorem, "does not apply", f"it takes no {missing}"))
+            continue
+        try:
+            theorem.check(claimant, examples)
+        except Refuted as refuted:
+            found.append(Verdict(theorem, "fails", str(refuted), refuted.calls))
+        else:
+            found.append(Verdict(theorem, "holds"))
+    return found
+
+
+def written(value) -> str:
+    """A number or a tensor, short."""
+    if not isinstance(value, Tensor):
+        return f"{value:g}"
+    if value.dtype == torch.bool:
+        value = value.long()
+    return str(value.tolist())
+
+
+def asked(calls) -> list[str]:
+    """What the function was asked, a line per call; of the later calls only what changed."""
+    lines, before = [], {}
+    for call in calls:
+        fresh = {
+            name: written(value)
+            for name, value in call.items()
+            if name not in before or written(value) != before[name]
+        }
+        lines.append(
+            ", ".join(f"{name} {text}" for name, text in fresh.items()) or "the same again"
+        )
+        before |= fresh
+    return lines
+
+
+def report(function, found) -> str:
+    """The verdicts in words."""
+    claimant = Claimant(function)
+    lines = [f"{claimant.name}({', '.join(claimant.parameters)}), a {claimant.kind}", ""]
+    for verdict in found:
+        heading = f"{verdict.outcome:15}{verdict.theorem.name}: {verdict.theorem.says}"
+        lines.append(heading)
+        if verdict.outcome == "fails":
+            lines.append(f"{'':17}found: {verdict.reason}")
+            lines += [f"{'':17}asked: {line}" for line in asked(verdict.calls)]
+            lines.append(f"{'':17}so:    {verdict.theorem.otherwise}")
+        elif verdict.reason:
+            lines.append(f"{'':17}{verdict.reason}")
+    failed = sum(verdict.outcome == "fails" for verdict in found)
+    held = sum(verdict.outcome == "holds" for verdict in found)
+    return "\n".join([*lines, "", f"{held} hold, {failed} fail"])
+
+
+def suite(function, except_for=(), examples: int = EXAMPLES) -> type:
+    """A class of tests for pytest, one for each theorem that applies to a function.
+
+    except_for: names of theorems that are not meant to hold.
+    """
+    found = [item for item in theorems_for(Claimant(function)) if item.name not in except_for]
+
+    class TheoremsHold:
+        @pytest.mark.parametrize("theorem", found, ids=lambda item: item.name)
+        def test_theorem(self, theorem):
+            theorem.check(function, examples)
+
+    return TheoremsHold
+
+
+def imported(name):
+    """The function that "module:function" names, also in the working directory. ValueError."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"{name!r}: expected module:function, such as sapo:segment_gae")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    return found
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line -> its arguments."""
+    parser = argparse.ArgumentParser("python -m lab.theorems", description=__doc__.split("\n")[0])
+    parser.add_argument("function", help="module:function; see docs/theorems.md")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="tried for each theorem")
+    arguments = parser.parse_args(argv)
+    if arguments.examples < 1:
+        parser.error(f"--examples {arguments.examples}: expected at least 1")
+    return arguments
+
+
+def main(argv=None):
+    """The command line. Exit status 1 where a theorem fails."""
+    arguments = parse(argv)
+    try:
+        function = imported(arguments.function)
+        found = verdicts(function, arguments.examples)
+    except ValueError as error:
+        raise SystemExit(f"python -m lab.theorems: {error}") from error
+    print(report(function, found))
+    sys.exit(any(verdict.outcome == "fails" for verdict in found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""lab/theorems.py: what holds of the project's own functions, and that each theorem refutes a
+function that is wrong in just that way."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import baselines
+import sapo
+from lab import estimators, theorems
+from lab.enumeration import world
+from lab.theorems import THEOREMS, Claimant, Refuted, suite
+
+FEW = 100  # examples: as many as the command tries by itself
+NAMES = [theorem.name for theorem in THEOREMS]
+
+
+def theorem_called(name):
+    return THEOREMS[NAMES.index(name)]
+
+
+# ------------------------------------------------------------------------------- what holds
+
+
+def token_loss(logp, old_logp, advantages, mask):
+    """PPO's, the mean over all tokens."""
+    ratio = sapo.importance_ratio(logp, old_logp, mask, mask, "token")
+    return sapo.policy_loss(ratio, advantages, mask, average="token")[0]
+
+
+TestSegmentGae = suite(sapo.segment_gae, examples=FEW)
+TestSegmentRatio = suite(sapo.segment_ratio, examples=FEW)
+TestGroupAdvantages = suite(
+    baselines.group_advantages, except_for=("unbiased_in_a_group",), examples=FEW
+)
+TestTokenLoss = suite(token_loss, examples=FEW)
+TestSapoLoss = suite(estimators.sapo_loss, except_for=("every_token_alike",), examples=FEW)
+
+
+# ------------------------------------------------------------------------------- what does not
+
+
+def gae_with(step, next_of=lambda values, mask, t: values[:, t]):
+    """Token GAE, one token at a time; `step` is given what a token's advantage is made of."""
+
+    def gae(rewards, values, mask, gamma, lam):
+        advantages = torch.zeros_like(values)
+        advantage = next_value = torch.zeros(len(values), dtype=values.dtype)
+        for t in reversed(range(values.shape[1])):
+            now = step(rewards[:, t], values[:, t], next_value, advantage, gamma, lam)
+            advantage = torch.where(mask[:, t], now, advantage)
+            next_value = torch.where(mask[:, t], next_of(values, mask, t), next_value)
+            advantages[:, t] = torch.where(mask[:, t], now, 0.0)
+        return advantages
+
+    return gae
+
+
+def right_step(reward, value, next_value, advantage, gamma, lam):
+    return reward + gamma * next_value - value + gamma * lam * advantage
+
+
+right = gae_with(right_step)
+
+
+def no_baseline(reward, value, next_value, advantage, gamma, lam):
+    return reward + gamma * next_value + gamma * lam * advantage
+
+
+def lambda_twice(reward, value, next_value, advantage, gamma, lam):
+    return reward + gamma * next_value - value + gamma * lam**2 * advantage
+
+
+def half_a_value(reward, value, next_value, advantage, gamma, lam):
+    return reward + 0.5 * (gamma * next_value - value) + gamma * lam * advantage
+
+
+def clipped_reward(reward, value, next_value, advantage, gamma, lam):
+    return right_step(reward.clamp(-1, 1), value, next_value, advantage, gamma, lam)
+
+
+def reads_the_padding(rewards, values, mask, gamma, lam):
+    """V after the last token is whatever stands there."""
+    after = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    delta = (rewards + gamma * after - values) * mask
+    return right(delta, torch.zeros_like(values), mask, gamma, lam)
+
+
+def bootstraps_at_the_end(rewards, values, mask, gamma, lam):
+    last = theorems.is_last(mask)
+    return right(rewards + gamma * torch.where(last, values, 0.0), values, mask, gamma, lam)
+
+
+def multiplies_by_the_mask(rewards, values, mask, gamma, lam):
+    return right(rewards * mask, values * mask, mask, gamma, lam) + 0 * (values * mask).sum()
+
+
+def knows_no_holes(rewards, values, mask, gamma, lam):
+    until_the_last = mask.flip(1).cumsum(1).flip(1) > 0
+    return right(rewards * mask, values * mask, until_the_last, gamma, lam) * mask
+
+
+def of_the_row_above(rewards, values, mask, gamma, lam):
+    return right(rewards, values, mask, gamma, lam) + rewards[:1, :1]
+
+
+def whitened(rewards, values, mask, gamma, lam):
+    return sapo.whiten(right(rewards, values, mask, gamma, lam), mask)
+
+
+def over_the_count(rewards, values, mask, gamma, lam):
+    return right(rewards, values, mask, gamma, lam) * (
+        mask.sum(1, keepdim=True) / mask.sum(1)[:, None]
+    )
+
+
+def judged_by_what_came_of_it(rewards, values, mask, gamma, lam):
+    """V after a token is the baseline of that token."""
+    after = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    return right(rewards, torch.zeros_like(values), mask, gamma, lam) - after
+
+
+def ignores_the_cut(rewards, values, ends, mask, gamma, lam):
+    return right(rewards, values, mask, gamma, lam)
+
+
+def of_whole_responses(rewards, values, ends, mask, gamma, lam):
+    total = torch.where(mask, rewards, 0.0).sum(1, keepdim=True)
+    return (total - values[:, :1]).expand(mask.shape)
+
+
+def refuses_one_token(rewards, values, mask, gamma, lam):
+    if mask.sum() == 1:
+        raise ValueError("one token has no variance")
+    return right(rewards, values, mask, gamma, lam)
+
+
+def grouped(function):
+    def advantages(rewards, group):
+        return function(rewards.view(-1, group)).flatten()
+
+    return advantages
+
+
+def over_the_batch(rewards, group):
+    centred = rewards.view(-1, group) - rewards.view(-1, group).mean(1, keepdim=True)
+    return centred.flatten() / (rewards.std() + 1e-6)
+
+
+def over_the_largest(rewards, group):
+    """Only a NaN shows it: the largest is 6 whatever the rewards of the theorems are."""
+    centred = rewards.view(-1, group) - rewards.view(-1, group).mean(1, keepdim=True)
+    return centred.flatten() + 0.0 * rewards.sum()
+
+
+def ratio_of(function):
+    """A ratio of a response's log-ratios (B, T), 0 off the mask."""
+
+    def ratio(logp, old_logp, mask):
+        return function(torch.where(mask, logp - old_logp, 0.0), mask)
+
+    return ratio
+
+
+def response_ratio(logp, old_logp, ends, mask):
+    return sapo.importance_ratio(logp, old_logp, ends, mask, "response")
+
+
+def cubed_ratio(logp, old_logp, ends, mask):
+    return sapo.segment_ratio(logp, old_logp, ends, mask) ** 3
+
+
+def loss_of(objective):
+    """-(the mean over all tokens of an objective of token ratio and advantage)."""
+
+    def loss(logp, old_logp, advantages, mask):
+        ratio = torch.where(mask, logp - old_logp, 0.0).exp()
+        per_token = torch.where(mask, objective(ratio, torch.where(mask, advantages, 0.0)), 0.0)
+        return -per_token.sum() / mask.sum()
+
+    return loss
+
+
+def clipped(ratio, advantages):
+    return torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+
+def over_all_positions(logp, old_logp, advantages, mask):
+    return token_loss(logp, old_logp, advantages, mask) * mask.sum() / mask.numel()
+
+
+def with_nan(logp, old_logp, advantages, mask):
+    ratio = (logp - old_logp).exp()
+    return -(clipped(ratio, advantages) * mask).sum() / mask.sum()
+
+
+def first_row_twice(logp, old_logp, advantages, mask):
+    once = token_loss(logp, old_logp, advantages, mask)
+    return once + token_loss(logp[:1], old_logp[:1], advantages[:1], mask[:1])
+
+
+def mean_of_means(logp, old_logp, advantages, mask):
+    ratio = torch.where(mask, logp - old_logp, 0.0).exp()
+    per_token = torch.where(mask, clipped(ratio, advantages), 0.0)
+    return -(per_token.sum(1) / mask.sum(1)).mean()
+
+
+def refuses_one_token_loss(logp, old_logp, advantages, mask):
+    if mask.sum() == 1:
+        raise ValueError("one token has no variance")
+    return token_loss(logp, old_logp, advantages, mask)
+
+
+WRONG = [
+    ("any_batch", refuses_one_token),
+    ("any_batch", refuses_one_token_loss),
+    ("padding", reads_the_padding),
+    ("padding", ratio_of(lambda d, mask: d.mean(1).exp())),
+    ("nan_off_the_mask", multiplies_by_the_mask),
+    ("nan_off_the_mask", with_nan),
+    ("holes", knows_no_holes),
+    ("holes", ratio_of(lambda d, mask: d[:, :1].exp() * torch.ones_like(d) + d.diff(dim=1).sum())),
+    ("order_of_the_batch", of_the_row_above),
+    ("order_of_the_batch", first_row_twice),
+    ("company", whitened),
+    ("company", ratio_of(lambda d, mask: (d.sum() / mask.sum()).exp().expand(len(d)))),
+    ("an_empty_response", over_the_count),
+    ("an_empty_response", mean_of_means),
+    ("telescoping", gae_with(no_baseline)),
+    ("td_error", bootstraps_at_the_end),
+    ("the_sum", gae_with(lambda_twice)),
+    ("linear_in_the_rewards", gae_with(clipped_reward)),
+    ("a_constant_in_the_values", gae_with(half_a_value)),
+    ("one_token_per_segment", of_whole_responses),
+    ("one_segment", ignores_the_cut),
+    ("shared_by_a_segment", ignores_the_cut),
+    ("unbiased", judged_by_what_came_of_it),
+    ("unbiased", estimators.sapo_value_at_end),
+    ("sum_to_zero", grouped(lambda r: r - 0.5)),
+    ("equal_rewards", grouped(lambda r: (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True))),
+    ("origin_of_the_rewards", grouped(lambda r: r / (r.mean(1, keepdim=True).abs() + 1))),
+    ("better_is_better", grouped(lambda r: r.mean(1, keepdim=True) - r)),
+    ("better_is_better", grouped(lambda r: r.sign() - r.sign().mean(1, keepdim=True))),
+    ("other_groups", over_the_batch),
+    ("nan_stays_in_its_group", over_the_largest),
+    ("unbiased_in_a_group", baselines.group_advantages),
+    ("one_on_policy", ratio_of(lambda d, mask: (d + 1e-9).exp())),
+    ("geometric", estimators.sapo_product),
+    ("token_ratio", response_ratio),
+    ("between_its_tokens", estimators.sapo_product),
+    ("reciprocal", ratio_of(lambda d, mask: d.exp().clamp(max=2.0))),
+    ("bound_of_the_root", cubed_ratio),
+    ("padding_of_a_loss", over_all_positions),
+    ("equation_13", estimators.sapo_product_loss),
+    ("equation_13", loss_of(lambda ratio, advantages: clipped(ratio, advantages.abs()))),
+    ("every_token_alike", estimators.sapo_loss),
+    ("pessimistic", loss_of(lambda r, a: torch.maximum(r * a, r.clamp(0.8, 1.2) * a))),
+    ("a_way_back", loss_of(lambda r, a: r.clamp(0.8, 1.2) * a)),
+    ("the_clip_works", loss_of(lambda r, a: r * a)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), WRONG, ids=[f"{n}-{i}" for i, (n, _) in enumerate(WRONG)]
+)
+def test_a_theorem_refutes_who_breaks_it(name, wrong):
+    assert theorem_called(name).applies_to(Claimant(wrong))
+    with pytest.raises(Refuted) as refuted:
+        theorem_called(name).check(wrong, FEW)
+    assert name == "any_batch" or "raised" not in str(refuted.value)  # by its answers
+
+
+def test_every_theorem_is_broken_above():
+    assert {name for name, _ in WRONG} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", [of.name for of in theorems.theorems_for(Claimant(right))])
+def test_the_plain_gae_that_the_wrong_ones_are_made_of_is_right(name):
+    theorem_called(name).check(right, FEW)
+
+
+def test_a_refusal_of_some_batches_refutes_nothing_else():
+    """It is `any_batch` alone that minds."""
+    theorem_called("telescoping").check(refuses_one_token, FEW)
+
+
+def test_who_refuses_every_batch_is_told_its_own_words():
+    def unusable(rewards, values, mask, gamma, lam):
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(Refuted, match="no such kernel"):
+        theorem_called("telescoping").check(unusable, FEW)
+
+
+# ----------------------------------------------------------------------- the counterexample
+
+
+def test_the_counterexample_is_small_and_shown_with_what_was_asked():
+    with pytest.raises(Refuted) as refuted:
+        theorem_called("padding").check(reads_the_padding, 100)
+    longer, plain = refuted.value.calls
+    assert plain["mask"].tolist() == [[True]]
+    assert longer["mask"].tolist() == [[True, False]]
+    assert theorems.asked(refuted.value.calls)[0].startswith("rewards [[0.0, ")
+    assert "the advantage of row 0, token 0 is" in str(refuted.value)
+
+
+def test_a_report_says_what_holds_what_fails_and_what_that_means():
+    text = theorems.report(reads_the_padding, theorems.verdicts(reads_the_padding, FEW))
+    assert "reads_the_padding(rewards, values, mask, gamma, lam), a gae" in text
+    assert "fails          padding: Padding changes nothing" in text
+    assert "so:    short responses are judged by how long the others are." in text
+    assert "does not apply one_segment" in text and "it takes no ends" in text
+
+
+def test_an_answer_of_another_shape_is_refuted():
+    with pytest.raises(Refuted, match=r"it gave \(\), expected the shape \(1, 1\)"):
+        theorem_called("telescoping").check(
+            lambda rewards, values, mask, gamma, lam: rewards.sum(), FEW
+        )
+
+
+def test_a_function_may_not_change_what_it_is_given():
+    """In place: the theorem goes on with its own tensors."""
+
+    def in_place(rewards, values, mask, gamma, lam):
+        advantages = right(rewards, values, mask, gamma, lam)
+        rewards.zero_()
+        return advantages
+
+    theorem_called("linear_in_the_rewards").check(in_place, FEW)
+
+
+# ---------------------------------------------------------------------------- kinds, adapters
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (sapo.segment_gae, "gae"),
+        (estimators.sb3_gae, "gae"),
+        (baselines.group_advantages, "group"),
+        (sapo.segment_ratio, "ratio"),
+        (token_loss, "loss"),
+    ],
+)
+def test_the_parameters_say_what_it_is(function, kind):
+    assert Claimant(function).kind == kind
+
+
+def test_parameters_of_another_name_keep_their_defaults():
+    assert "value_at" not in Claimant(sapo.segment_gae).parameters
+
+
+def test_who_needs_an_adapter_is_told_so():
+    def theirs(values, rewards, terminals):
+        return values
+
+    with pytest.raises(ValueError, match=r"\(values, rewards, terminals\).*write an adapter"):
+        Claimant(theirs)
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "lab.theorems", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=estimators.ROOT,
+    )
+
+
+def test_the_command_reports_and_exits_by_what_fails():
+    done = command("baselines:group_advantages", "--examples", "5")
+    assert done.returncode == 1  # GRPO's spread
+    assert "7 hold" not in done.stdout and "6 hold, 1 fail" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("sapo", "expected module:function"),
+        ("nowhere:gae", "No module named 'nowhere'"),
+        ("sapo:nothing", "has no attribute 'nothing'"),
+        ("sapo:policy_loss", "write an adapter"),
+    ],
+)
+def test_a_wrong_name_is_one_line(name, line):
+    done = command(name)
+    assert done.returncode == 1
+    assert line in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_without_examples_there_is_no_test():
+    with pytest.raises(SystemExit):
+        theorems.parse(["sapo:segment_gae", "--examples", "0"])
+
+
+# -------------------------------------------------------------------------------- the table
+
+
+def rows():
+    return json.loads(estimators.FILE.read_text())["rows"]
+
+
+def test_the_table_has_every_estimator_and_every_theorem_of_its_kind():
+    names = [name for functions in estimators.ESTIMATORS.values() for name in functions]
+    assert [row["name"] for row in rows()] == names
+    for row in rows():
+        kinds = [theorem.name for theorem in THEOREMS if row["kind"] in theorem.kinds]
+        assert list(row["verdicts"]) == kinds
+
+
+@pytest.mark.parametrize(
+    "name", ["`--method grpo`", "`--ratio product`", "SAPO's loss as released"]
+)
+def test_the_table_says_what_the_theorems_say_today(name):
+    function = estimators.ESTIMATORS[""][name]
+    fresh = estimators.row_of(name, function, "", FEW)["verdicts"]
+    (kept,) = (row["verdicts"] for row in rows() if row["name"] == name)
+    outcomes = {theorem: verdict["outcome"] for theorem, verdict in kept.items()}
+    assert {theorem: verdict["outcome"] for theorem, verdict in fresh.items()} == outcomes
+
+
+@pytest.mark.parametrize("package", [package for package in estimators.ESTIMATORS if package])
+def test_an_adapter_gives_what_its_library_gives(package):
+    """On a batch that all of them take."""
+    if estimators.version(package) is None:
+        pytest.skip(f"{package} is not installed")
+    for name, function in estimators.ESTIMATORS[package].items():
+        fresh = estimators.row_of(name, function, package, 10)["verdicts"]
+        raised = [theorem for theorem, of in fresh.items() if "it raised" in of.get("reason", "")]
+        assert set(raised) <= {"any_batch"}
+
+
+def test_a_library_that_is_missing_keeps_its_verdicts(monkeypatch, tmp_path):
+    monkeypatch.setattr(estimators, "FILE", tmp_path / "theorems.json")
+    kept = {"name": "theirs", "verdicts": {"kept": "as it was"}}
+    estimators.FILE.write_text(json.dumps({"rows": [kept]}))
+    monkeypatch.setattr(estimators, "ESTIMATORS", {"no-such-package": {"theirs": right}})
+    assert "no-such-package is not installed" in estimators.write_table(FEW)
+    assert json.loads(estimators.FILE.read_text())["rows"] == [kept]
+
+
+def test_the_world_of_the_exact_expectation_is_complete():
+    w = world(3)
+    assert w.probability(w.logits).sum().item() == pytest.approx(1)
