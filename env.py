@@ -200,7 +200,8 @@ class SegmentEnv(Episode):
 
     def step(self, action):
         """Append a segment, any string. Returns Gymnasium's five values; the reward is 0 until the
-        end. TypeError for what is no string, ResetNeeded after the end."""
+        end. TypeError for what is no string, ResetNeeded after the end, FloatingPointError for a
+        reward that is no finite number."""
         self._check_action(action)
         start = len(self.response)
         text = (self.response + action)[: self.max_chars]
@@ -210,7 +211,7 @@ class SegmentEnv(Episode):
         terminated = bool(self.end_reason)
         truncated = False
         if terminated:
-            self.reward_terms["answer"] = self.task.grade(self.example, self.response)
+            self.reward_terms["answer"] = self._graded()
             if re.fullmatch(self.task.form, self.response):
                 self.reward_terms["format"] = self.format_reward
         elif len(self.response) == self.max_chars:
@@ -221,6 +222,15 @@ class SegmentEnv(Episode):
             self.end_reason = "max_segments"
         observation, info = self._report()
         return observation, self._reward(), terminated, truncated, info
+
+    def _graded(self):
+        """The task's reward for the response. FloatingPointError where it is no finite number."""
+        reward = float(self.task.grade(self.example, self.response))
+        if not math.isfinite(reward):
+            raise FloatingPointError(
+                f"{self.task} gives {self.example_id} a reward of {reward}, expected a finite number"
+            )
+        return reward
 
     def _reward(self):
         return sum(self.reward_terms.values())

@@ -560,6 +560,11 @@ def run_to_its_end(run) -> None:
         raise SystemExit(f"iteration {run.progress.iteration}: {error}") from error
     except FloatingPointError as error:  # the last checkpoint is from before it
         raise SystemExit(f"iteration {run.progress.iteration}: {error}") from None
+    except sapo.NaNError as error:
+        raise SystemExit(
+            f"iteration {run.progress.iteration}: {error}; the weights are broken: lower the "
+            "learning rates and resume from the last checkpoint"
+        ) from None
     except RuntimeError as error:
         reason = models.explain_out_of_memory(
             run.models, run.settings, run.config, run.folder, error

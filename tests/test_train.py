@@ -182,6 +182,24 @@ def test_minibatches_that_are_never_finite_stop_the_run_and_leave_the_checkpoint
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_finite_number_ends_in_one_line(runs, monkeypatch, reward):
+    """Whose it is, and what it was: a task's own `grade` may be anybody's."""
+    run = built(runs, "--name", "nan-reward", "--iterations", "1")
+    monkeypatch.setattr(type(run.grading_env.unwrapped.task), "grade", lambda *_: reward)
+    said = f"^iteration 0: .*TextSum.* a reward of {reward}, expected a finite number$"
+    with pytest.raises(SystemExit, match=said):
+        train.run_to_its_end(run)
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_leaves_its_checkpoint(runs):
+    run = built(runs, "--name", "diverged", "--iterations", "9", "--actor_lr", "1e10")
+    with pytest.raises(SystemExit, match=r"^iteration \d: .*lower the learning rates and resume"):
+        train.run_to_its_end(run)
+    weights = vlm.load(checkpoint.newest(run.folder)).model.state_dict()
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
 # ------------------------------------------------------------------------------ one short run
 
 
