@@ -23,7 +23,7 @@ from lab.sweep import ROOT
 from tasks import Treasure
 from tasks.games import command_in
 
-SETTINGS = ("size", "sight", "shortest", "longest", "limit")  # that shape a game
+SETTINGS = ("size", "sight", "shortest", "longest", "limit", "walls")  # that shape a game
 
 
 def turn_starts(batch, row):

@@ -17,7 +17,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from tasks.base import MAX_DRAWS, check_habits, split_of
+from tasks.base import MAX_DRAWS, check_share, split_of
 from tasks.games import FIRST_EVAL_SEED
 
 # Our commands, in the order of minigrid's actions.
@@ -47,7 +47,7 @@ class BabyAI:
 
     def __init__(self, level="GoToLocal", picture=True, habits=0.0):
         self._made = _made(level)
-        check_habits(habits)
+        check_share("habits", habits)
         self.level, self.picture, self.habits = level, bool(picture), habits
 
     # ---- the game

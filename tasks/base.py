@@ -125,11 +125,11 @@ def check_integers(settings, ranges):
             )
 
 
-def check_habits(habits):
-    """ValueError unless it is a share from 0 to 1."""
-    is_number = isinstance(habits, (int, float)) and not isinstance(habits, bool)
-    if not is_number or not 0 <= habits <= 1:  # NaN, too, is refused
-        raise ValueError(f"habits={habits!r} is not valid; expected a share from 0 to 1")
+def check_share(name, share):
+    """ValueError, naming it, unless it is a number from 0 to 1."""
+    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not is_number or not 0 <= share <= 1:  # NaN, too, is refused
+        raise ValueError(f"{name}={share!r} is not valid; expected a share from 0 to 1")
 
 
 # ------------------------------------------------------------------------ the steps in a text
@@ -208,7 +208,7 @@ class Task:
 
     def __post_init__(self):
         check_integers(self, self.ranges)
-        check_habits(self.habits)
+        check_share("habits", self.habits)
 
     @property
     def room(self):

@@ -20,7 +20,7 @@ import re
 import zlib
 from pathlib import Path
 
-from tasks.base import MAX_DRAWS, check_habits, check_integers, split_of
+from tasks.base import MAX_DRAWS, check_integers, check_share, split_of
 from tasks.games import FIRST_EVAL_SEED
 
 THEMES = ("basic", "house")
@@ -86,7 +86,7 @@ class TextWorld:
         self.admissible, self.games, self.limit = bool(admissible), games, limit
         self.cache, self.habits = str(cache), habits
         check_integers(self, self.ranges)
-        check_habits(habits)
+        check_share("habits", habits)
         if theme not in THEMES:
             raise ValueError(f"theme={theme!r} is unknown; expected one of {THEMES}")
         _package()

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tasks.base import CELL, MAX_DRAWS, check_habits, check_integers, split_of
+from tasks.base import CELL, MAX_DRAWS, check_integers, check_share, split_of
 from tasks.games import FIRST_EVAL_SEED
 
 # Where a command leads: (columns, rows), with row 1 at the top.
@@ -85,6 +85,8 @@ class Treasure:
     shortest   the explorer needs so many turns at least,
     longest    and so many at most; after `limit` turns the game is over
     limit      two more than `longest`, if 0: one slip costs two turns
+    walls      the share of cells that become walls, 0 to 1, of those that are free to: not of start,
+               key, door and treasure. One wall more shuts the treasure's corner
     picture    whether observations have one; without it their text holds a map
     habits     how often a demonstration follows the explorer's bad habit, 0 to 1: to go south where
                he should go north, and can
@@ -99,13 +101,24 @@ class Treasure:
     )
     words = (*COMMANDS, *REPLIES, "treasure", "key", "door", "look")
 
-    def __init__(self, size=4, sight=1, shortest=6, longest=10, limit=0, picture=True, habits=0.0):
+    def __init__(
+        self,
+        size=4,
+        sight=1,
+        shortest=6,
+        longest=10,
+        limit=0,
+        walls=0.25,
+        picture=True,
+        habits=0.0,
+    ):
         self.size, self.sight, self.picture = size, sight, bool(picture)
         self.shortest, self.longest, self.limit = shortest, longest, limit
-        self.habits = habits
+        self.walls, self.habits = walls, habits
         check_integers(self, {"size": (3, 9), "sight": (1, 9), "shortest": (1, 99)})
         check_integers(self, {"longest": (shortest, 99), "limit": (0, 500)})
-        check_habits(habits)
+        check_share("walls", walls)
+        check_share("habits", habits)
         if limit and limit < shortest:
             raise ValueError(f"limit={limit}: expected 0, or at least shortest={shortest}")
         self.limit = limit or longest + 2
@@ -304,7 +317,7 @@ class Treasure:
         others = [cell for cell in self.cells if cell not in (corner, wall, door)]
         order = [others[i] for i in rng.permutation(len(others))]
         start, key, *rest = order
-        walls = frozenset([wall, *rest[: len(rest) // 4]])  # a quarter of the cells that are left
+        walls = frozenset([wall, *rest[: int(self.walls * len(rest))]])
         world = World(walls, start, key, door, corner)
         everything = frozenset(self.cells)
         without_key = _walked(self, world, start, everything, has_key=False)

@@ -285,6 +285,7 @@ def test_the_picture_shows_nothing_of_the_dark():
         ({"sight": 0}, "sight=0"),
         ({"shortest": 9, "longest": 8}, "longest=8"),
         ({"habits": 1.5}, "habits=1.5"),
+        ({"walls": -0.1}, "walls=-0.1"),
         ({"habits": float("nan")}, "habits=nan"),
         ({"limit": -1}, "limit=-1"),
     ],
@@ -292,6 +293,13 @@ def test_the_picture_shows_nothing_of_the_dark():
 def test_a_wrong_setting_is_named(settings, named):
     with pytest.raises(ValueError, match=named):
         Treasure(**settings)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0, 1), (0.1, 2), (0.25, 3)])
+def test_a_share_of_the_free_cells_are_walls(share, count):
+    """Of a 4 x 4 world 11 are free to be walls; one more shuts the corner."""
+    for seed in SEEDS:
+        assert len(begun(seed, walls=share).world.walls) == count
 
 
 def test_a_range_of_turns_that_no_world_has_is_named():
