@@ -201,7 +201,7 @@ class SegmentEnv(Episode):
     def step(self, action):
         """Append a segment, any string. Returns Gymnasium's five values; the reward is 0 until the
         end. TypeError for what is no string, ResetNeeded after the end, FloatingPointError for a
-        reward that is no finite number."""
+        reward that is not finite."""
         self._check_action(action)
         start = len(self.response)
         text = (self.response + action)[: self.max_chars]
@@ -228,7 +228,7 @@ class SegmentEnv(Episode):
         reward = float(self.task.grade(self.example, self.response))
         if not math.isfinite(reward):
             raise FloatingPointError(
-                f"{self.task} gives {self.example_id} a reward of {reward}, expected a finite number"
+                f"{self.task} gives {self.example_id} a reward of {reward}; expected a finite one"
             )
         return reward
 

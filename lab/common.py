@@ -32,11 +32,12 @@ def read_lines(path):
     for number, row in rows:
         try:
             line = json.loads(row)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also too many digits, too deep lists
             if number == rows[-1][0]:
                 break
+            reason = getattr(error, "msg", error)
             raise ValueError(
-                f"{path}, line {number} is not JSON ({error.msg}): repair or remove that line"
+                f"{path}, line {number} is not JSON ({reason}): repair or remove that line"
             ) from None
         if not isinstance(line, dict) or not isinstance(line.get("iteration"), int):
             raise ValueError(
@@ -46,6 +47,23 @@ def read_lines(path):
     if not lines:
         raise ValueError(f"{path} holds no complete line: let the run finish an iteration first")
     return lines
+
+
+def checked_steps(steps, length, where):
+    """The steps of a response of `length` tokens: [(first token, last token, right?), ...].
+
+    ValueError, saying where, for anything else. (A range of 10^12 tokens fits into a short line of
+    a file, and into no memory.)
+    """
+    for step in steps:
+        fits = isinstance(step, list) and len(step) == 3
+        fits = fits and all(type(token) is int for token in step[:2])
+        if not fits or not 0 <= step[0] <= step[1] < length or not isinstance(step[2], bool):
+            raise ValueError(
+                f"{where}: the step {step!r:.60}, expected [first token, last token, true or "
+                f"false] within {length} tokens"
+            )
+    return steps
 
 
 def run_title(run_folder):

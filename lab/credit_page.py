@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.common import FAINT, GREEN, INK, PURPLE, VERMILLION, read_lines, run_title
+from lab.common import FAINT, GREEN, INK, PURPLE, VERMILLION, checked_steps, read_lines, run_title
 
 # All in pixels. A letter's width is the advance of a 12-pixel monospace letter.
 PAGE_WIDTH = 1000
@@ -86,6 +86,7 @@ def _checked(sample, path):
             raise ValueError(
                 f"{where}: {len(sample[key])} {key} for {len(sample['tokens'])} tokens"
             )
+    checked_steps(sample.get("steps", []), len(sample["tokens"]), where)
     checked = dict(sample)
     for key in ("advantages", "entropy", "values"):
         if key in sample:

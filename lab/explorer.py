@@ -13,7 +13,7 @@ import math
 from itertools import zip_longest
 from pathlib import Path
 
-from lab.common import read_lines, run_title
+from lab.common import checked_steps, read_lines, run_title
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 CHECKPOINTS = 4  # that are kept, the first and the last among them
@@ -132,7 +132,7 @@ def _response(row, where):
         "values": row.get("token_values"),
         "rewards": row.get("rewards", [0.0] * (length - 1) + [row["reward"]]),
         "advantages": row["advantages"],
-        "steps": row.get("steps", []),
+        "steps": checked_steps(row.get("steps", []), length, f"{where}, example {name!r}"),
     }
     for key in ("written", "entropy", "values", "rewards", "advantages", "ends"):
         numbers = response[key]

@@ -20,6 +20,7 @@ of the model's processor.
 import functools
 import glob
 import io
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -160,7 +161,10 @@ class Rows:
         self.table = table.select_columns([column for column in self.columns.values() if column])
         self.max_pixels = max_pixels
         local = Path(path).expanduser()
-        self.folder = local if local.is_dir() else local.parent  # where paths of pictures begin
+        folder = local if local.is_dir() else local.parent
+        # Where paths of pictures begin, and what they may not leave; a source from the hub brings
+        # its own
+        self.folder = Path(os.path.abspath(folder)) if local.exists() else None
         self.parts = {"all": [], "train": [], "eval": []}
         self.skipped = {}
         self._sort_out()
@@ -228,10 +232,22 @@ class Rows:
     def _picture(self, source, decode):
         """RGB, or only the `_fingerprint`, of a picture given as bytes or by its path."""
         is_encoded = isinstance(source, bytes)
-        with io.BytesIO(source) if is_encoded else open(self.folder / source, "rb") as file:
+        with io.BytesIO(source) if is_encoded else open(self._file(source), "rb") as file:
             image = Image.open(file, formats=FORMATS)  # reads the header only
             self._check_size(*image.size)
             return to_rgb(image) if decode else _fingerprint(file)
+
+    def _file(self, source):
+        """The file that a path of a row names. ValueError for one outside the data's folder, and
+        for what is no file: a pipe would be waited for."""
+        if self.folder is None:
+            return source
+        file = Path(os.path.abspath(self.folder / source))
+        if not file.is_relative_to(self.folder):
+            raise ValueError(f"{source} lies outside the folder of the data, {self.folder}")
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{source} is no file")
+        return file
 
     def _check_size(self, width, height):
         fits = 0 < width * height <= self.max_pixels

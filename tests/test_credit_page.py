@@ -202,6 +202,14 @@ def test_lists_of_other_lengths_than_the_tokens_are_named(run):
         draw(run, [sample(list("abc"), ends=[True])])
 
 
+@pytest.mark.parametrize(
+    "step", [[0, 10**12, False], [-1, 1, False], [2, 1, False], [0, 1], [0, 1, "no"], 7]
+)
+def test_steps_that_are_none_are_named_before_they_are_drawn(run, step):
+    with pytest.raises(ValueError, match="example 7: the step .*within 3 tokens"):
+        draw(run, [sample(list("abc"), steps=[step])])
+
+
 def test_missing_keys_are_named(run):
     with pytest.raises(ValueError, match="example 7: no tokens, reward"):
         draw(run, [sample(list("abc")) | {"tokens": None, "reward": None}])

@@ -1,5 +1,6 @@
 """tasks/dataset.py: rows whose pictures or cells cannot be used, and what is read when."""
 
+import os
 import struct
 import warnings
 import zlib
@@ -99,7 +100,7 @@ def test_missing_and_odd_pictures_in_json(tmp_path, eval_path):
     with pytest.warns(UserWarning, match=message):
         task = DatasetTask(path, eval_path=eval_path)
     assert task.size("train") == 1 and "UnidentifiedImageError" in skipped(task)[3]
-    assert "directory" in skipped(task)[2]
+    assert skipped(task)[2] == "picture: ValueError, . is no file"
 
 
 def test_a_picture_that_is_neither_bytes_nor_a_path(tmp_path):
@@ -194,3 +195,25 @@ def test_when_all_rows_of_a_split_turn_out_to_be_damaged(tmp_path, eval_path):
     task = DatasetTask(path, eval_path=eval_path)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="the 'train' split has no row"):
         task.example_at(1)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "pipe"])
+def test_a_path_that_leaves_the_data_or_names_no_file_is_skipped(tmp_path, eval_path, name):
+    """A pipe, opened, would be waited for without end."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    DICE[0].image.save(tmp_path / "secret.png")
+    DICE[0].image.save(folder / "fine.png")
+    os.mkfifo(folder / "pipe")
+    rows = [{"image": path, "question": "q", "answer": "1"} for path in ("fine.png", name)]
+    path = jsonl(folder / "rows.jsonl", rows)
+    message = "1 of 2 rows cannot be used: row 1: picture: ValueError, .*(outside|no file)"
+    with pytest.warns(UserWarning, match=message):
+        DatasetTask(path, eval_path=eval_path)
+
+
+def test_an_absolute_path_within_the_data_is_read(tmp_path, eval_path):
+    DICE[0].image.save(tmp_path / "dice.png")
+    rows = [{"image": str(tmp_path / "dice.png"), "question": "q", "answer": "1"}]
+    task = DatasetTask(jsonl(tmp_path / "rows.jsonl", rows), eval_path=eval_path)
+    assert task.example_at(0).image.size == DICE[0].image.size

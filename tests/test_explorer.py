@@ -395,3 +395,17 @@ def test_lists_that_do_not_fit_are_named(run):
     write_lines(run, "samples.jsonl", [response(entropy=[0.1])[0]])
     with pytest.raises(ValueError, match="1 entropy for 12 tokens"):
         explorer(run)
+
+
+def test_a_step_that_is_none_is_named(run):
+    write_lines(run, "samples.jsonl", [response(steps=[[0, 10**12, False]])[0]])
+    with pytest.raises(ValueError, match="example '7': the step .*within 12 tokens"):
+        explorer(run)
+
+
+@pytest.mark.parametrize("line", ['{"iteration": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_a_line_that_json_cannot_read_is_named(run, line):
+    row = json.dumps(response()[0])
+    (run / "samples.jsonl").write_text(f"{row}\n{line}\n{row}\n")
+    with pytest.raises(ValueError, match="samples.jsonl, line 2 is not JSON"):
+        explorer(run)

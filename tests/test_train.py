@@ -187,7 +187,7 @@ def test_a_reward_that_is_no_finite_number_ends_in_one_line(runs, monkeypatch, r
     """Whose it is, and what it was: a task's own `grade` may be anybody's."""
     run = built(runs, "--name", "nan-reward", "--iterations", "1")
     monkeypatch.setattr(type(run.grading_env.unwrapped.task), "grade", lambda *_: reward)
-    said = f"^iteration 0: .*TextSum.* a reward of {reward}, expected a finite number$"
+    said = f"^iteration 0: .*TextSum.* a reward of {reward}; expected a finite one$"
     with pytest.raises(SystemExit, match=said):
         train.run_to_its_end(run)
 
