@@ -675,14 +675,21 @@ def test_what_reuse_shows_is_what_its_runs_hold():
 
 def test_what_the_shares_of_cuts_show_is_what_their_runs_hold():
     runs, page = result("topk-DiceSum.json")["runs"], prose("docs/results.md")
-    assert {run["seed"] for run in runs} == {0, 1} and "two seeds so far of five" in page
+    assert {run["seed"] for run in runs} == set(range(5))
     of_label = {}
     for run in runs:
         of_label.setdefault(run["label"], []).append(run["accuracy"])
-    middle = {label: interval(of_seeds)[0] for label, of_seeds in of_label.items()}
-    first, second, *_ = sorted(middle, key=middle.get, reverse=True)
-    assert (first, second) == ("50%", "30%")
-    assert middle[first] - middle[second] == pytest.approx(0.01, abs=0.005)
+    spread = {label: interval(of_seeds) for label, of_seeds in of_label.items()}
+    middle = {label: iqm for label, (iqm, _, _) in spread.items()}
+    assert "50% comes first, by one point before the paper's 30%" in page
+    assert max(middle, key=middle.get) == "50%"
+    assert middle["50%"] - middle["30%"] == pytest.approx(0.01, abs=0.005)
+    rising = ["5%", "10%", "20%", "30%", "50%"]
+    assert "The order rises up to there" in page and sorted(rising, key=middle.get) == rising
+    assert "5% of the tokens as ends lose four points against 30%, and scatter most" in page
+    assert middle["30%"] - middle["5%"] == pytest.approx(0.04, abs=0.005)
+    widths = {label: high - low for label, (_, low, high) in spread.items()}
+    assert max(widths, key=widths.get) == "5%"
 
 
 def test_what_the_comparison_shows_is_what_its_runs_hold():
