@@ -1,6 +1,6 @@
 """The advantage estimators, ratios and losses that people use, held against the theorems.
 
-    python -m lab.estimators             # -> results/theorems.json, the tables of docs/theorems.md
+    python -m lab.estimators     # -> results/theorems.json, from which lab/tables.py makes tables
 
 Each is an adapter of a few lines around a library's own function. One whose library is not
 installed keeps the verdicts that stand in results/ already. None of these is a dependency of this
@@ -232,7 +232,7 @@ ESTIMATORS = {
         "SAPO, Eq. 9": sapo_loss,
         "SAPO's loss as released": sapo_released_loss,
         "Eq. 9 with the product": sapo_product_loss,
-        "PPO's loss": ppo_loss,
+        "token ratio, Eq. 9": ppo_loss,
     },
     "verl": {
         "verl, returns - V": verl_gae,
@@ -281,6 +281,9 @@ def row_of(name, function, package, examples) -> dict:
         "package": package,
         "version": version(package) if package else None,
         "kind": Claimant(function).kind,
+        "examples": examples,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
         "verdicts": found,
     }
 
@@ -303,13 +306,7 @@ def write_table(examples: int = EXAMPLES) -> str:
             ]
             said.append(f"{name}: {', '.join(failing) or 'none'} fail")
             rows.append(row)
-    content = {
-        "command": "python -m lab.estimators",
-        "examples": examples,
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
+    content = {"command": "python -m lab.estimators", "rows": rows}
     FILE.write_text(json.dumps(content, indent=1) + "\n")
     return "\n".join(said)
 

@@ -134,7 +134,10 @@ class Claimant:
         except Exception as error:  # whatever it raises: `any_batch` tells
             raise Refused(f"it raised {error!r}") from error
         answer = answer[0] if isinstance(answer, tuple) else answer
-        answer = torch.as_tensor(answer)
+        try:
+            answer = torch.as_tensor(answer)
+        except (TypeError, ValueError, RuntimeError):
+            raise Refuted(f"it gave {answer!r:.60}, expected a tensor") from None
         expected = () if self.kind == "loss" else arguments[self.parameters[0]].shape
         if self.kind == "ratio" and answer.shape in {expected[:1], (expected[0], 1)}:
             answer = answer.view(-1, 1).expand(expected)
@@ -151,7 +154,7 @@ class Theorem:
     """A property of the functions of some kinds.
 
     says: what holds.  otherwise: what it means for learning where it does not.
-    needs: parameters without which it says nothing.
+    needs: parameters without which it says nothing; "mask or lengths" is one of the two.
     """
 
     name: str
@@ -162,7 +165,12 @@ class Theorem:
     holds_of: Callable  # (claimant, draw) -> None, or raises Refuted
 
     def applies_to(self, claimant) -> bool:
-        return claimant.kind in self.kinds and set(self.needs) <= set(claimant.parameters)
+        return claimant.kind in self.kinds and not self.missing_in(claimant)
+
+    def missing_in(self, claimant) -> list[str]:
+        """Which of its `needs` a function does not take."""
+        taken = set(claimant.parameters)
+        return [need for need in self.needs if not taken & set(need.split(" or "))]
 
     def check(self, function, examples: int = EXAMPLES) -> None:
         """Refuted, with the smallest counterexample, where it does not hold of a function."""
@@ -214,7 +222,7 @@ def theorem(*kinds, needs=()):
 
 def theorems_for(claimant) -> list[Theorem]:
     """Those that say something about a function."""
-    return [theorem for theorem in THEOREMS if theorem.applies_to(claimant)]
+    return [one for one in THEOREMS if one.applies_to(claimant)]
 
 
 # --------------------------------------------------------------------------------------- cases
@@ -241,9 +249,12 @@ def tensor(draw, rows, tokens, elements):
 def responses(draw, claimant, holes=False, longest=MAX_TOKENS, **numbers):
     """A case with a mask (B, T) whose rows have one token at least, a cut that closes each of them,
     a tensor (B, T) for each name of `numbers`, drawn from the elements given there, and gamma and
-    lam. Without `holes` a response's tokens stand side by side, from the left."""
+    lam. Without `holes` a response's tokens stand side by side, from the left; for a function that
+    takes neither mask nor lengths all are of one length."""
     rows, tokens = draw(st.integers(1, MAX_ROWS)), draw(st.integers(1, longest))
     lengths = draw(st.lists(st.integers(1, MAX_TOKENS), min_size=MAX_ROWS, max_size=MAX_ROWS))
+    if not {"mask", "lengths"} & set(claimant.parameters):
+        lengths = [tokens] * MAX_ROWS
     mask = torch.arange(tokens) < torch.tensor(lengths[:rows])[:, None]
     if holes:
         kept = tensor(draw, rows, tokens, st.booleans())
@@ -279,14 +290,13 @@ def rows_of(case, order):
     return SimpleNamespace(**vars(case) | tensors)
 
 
-def padded(case, left, numbers):
-    """The case with another column of padding at the right (or the left), in which every number is
-    the one of `numbers`."""
+def padded(case, numbers):
+    """The case with another column of padding, in which every number is the one of `numbers`."""
     wider = {}
     for name, x in vars(case).items():
         if isinstance(x, Tensor):
             column = x.new_full((len(x), 1), False if x.dtype == torch.bool else numbers)
-            wider[name] = torch.cat([column, x] if left else [x, column], 1)
+            wider[name] = torch.cat([x, column], 1)
     return SimpleNamespace(**vars(case) | wider)
 
 
@@ -340,33 +350,34 @@ def alike_in_a_unit(case, x):
 # -------------------------------------------------------------- theorems of responses, of any kind
 
 
-@theorem("gae", "ratio", "loss")
+@theorem("gae", "group", "ratio", "loss")
 def any_batch(claimant, draw):
-    """Every batch is accepted, were it a single token. Otherwise: a micro-batch of one short
-    response ends the run."""
+    """Every batch is accepted, were it a single token, and so are gamma and lambda of 0. Otherwise:
+    a run ends on a batch, or with a setting, that means something."""
+    case = group_case(draw) if claimant.kind == "group" else case_of(draw, claimant)
     try:
-        claimant(case_of(draw, claimant))
+        claimant(case)
     except Refused as refused:
         raise Refuted(str(refused)) from refused
 
 
-@theorem("gae", "ratio")
+@theorem("gae", "ratio", needs=("mask or lengths",))
 def padding(claimant, draw):
     """Padding changes nothing: another column of it at the right, whatever stands there. Otherwise:
     short responses are judged by how long the others are."""
     case = case_of(draw, claimant)
-    longer = padded(case, left=False, numbers=draw(st.sampled_from([0.0, 1.0, -2.0])))
+    longer = padded(case, draw(st.sampled_from([0.0, 1.0, -2.0])))
     got, wanted = claimant(longer)[:, :-1], claimant(case)
     is_equal(got, wanted, ANSWER[claimant.kind], case.mask)
 
 
-@theorem("loss")
+@theorem("loss", needs=("mask or lengths",))
 def padding_of_a_loss(claimant, draw):
     """Padding changes nothing: another column of it at the right, whatever stands there. Otherwise:
     the size of a step depends on the longest response of a batch. (Dr. GRPO's division by a
     maximal length is a choice, if that length is a constant.)"""
     case = case_of(draw, claimant)
-    longer = padded(case, left=False, numbers=draw(st.sampled_from([0.0, -1.0])))
+    longer = padded(case, draw(st.sampled_from([0.0, -1.0])))
     is_equal(claimant(longer), claimant(case), "the loss")
 
 
@@ -376,13 +387,18 @@ def nan_off_the_mask(claimant, draw):
     0 * NaN is NaN, and a banned token in the padding ends the run. It matters only where such
     numbers come in."""
     case = case_of(draw, claimant)
-    case = padded(case, left=False, numbers=0.0)
+    case = padded(case, 0.0)
     wild = SimpleNamespace(**vars(case))
     for name in NUMBERS[claimant.kind]:
         garbage = -math.inf if name.endswith("logp") else math.nan
         setattr(wild, name, torch.where(case.mask, getattr(case, name), garbage))
-    mask = None if claimant.kind == "loss" else case.mask
-    is_equal(claimant(wild), claimant(case), ANSWER[claimant.kind], mask)
+    if claimant.kind == "loss":
+        loss, gradient = loss_gradient(claimant, wild)
+        plain_loss, plain_gradient = loss_gradient(claimant, case)
+        is_equal(loss, plain_loss, "the loss")
+        is_equal(gradient, plain_gradient, "its gradient")
+    else:
+        is_equal(claimant(wild), claimant(case), ANSWER[claimant.kind], case.mask)
 
 
 @theorem("gae", "ratio", needs=("mask",))
@@ -431,40 +447,41 @@ def company(claimant, draw):
 
 @theorem("gae", "ratio", "loss", needs=("mask",))
 def an_empty_response(claimant, draw):
-    """A response without a token of the policy's leaves the others alone, and makes no NaN.
-    Otherwise: one empty answer in a batch ends the run."""
+    """A response without a token of the policy's makes no NaN, and changes no other response's
+    advantage or ratio. (A loss may count it as a response that lost nothing.) Otherwise: one empty
+    answer in a batch ends the run."""
     case = case_of(draw, claimant)
     tensors = {name: torch.cat([x, torch.zeros_like(x[:1])]) for name, x in _tensors(case)}
-    answer = claimant(SimpleNamespace(**vars(case) | tensors))
+    case_with_it = SimpleNamespace(**vars(case) | tensors)
     if claimant.kind == "loss":
-        if not answer.isfinite():
-            raise Refuted(f"the loss is {answer.item()}")
-    else:
-        is_equal(answer[:-1], claimant(case), ANSWER[claimant.kind], case.mask)
-        if claimant.kind == "gae" and not answer[-1].isfinite().all():
-            raise Refuted(f"the empty response gets {answer[-1].tolist()}")
+        for number in loss_gradient(claimant, case_with_it):
+            if not number.isfinite().all():
+                raise Refuted(f"the loss or its gradient is {written(number)}")
+        return
+    answer = claimant(case_with_it)
+    is_equal(answer[:-1], claimant(case), ANSWER[claimant.kind], case.mask)
+    if claimant.kind == "gae" and not answer[-1].isfinite().all():
+        raise Refuted(f"the empty response gets {answer[-1].tolist()}")
 
 
 # ------------------------------------------------------------------------------ theorems of GAE
 
 
-def to_go(case, row, m):
-    """The sum of all rewards from the m-th step of a response on."""
-    return sum(case.rewards[row, unit].sum() for unit in units(case, row)[m:])
-
-
-def gae_of(case):
-    """Eq. 6 and 7 step by step (with tokens for steps: Eq. 3 and 4), V read at a step's first token
-    and 0 after the last. (B, T), 0 off the mask."""
-    advantages = torch.zeros_like(case.values)
+def on_tokens(case, of_step):
+    """(B, T): on each token of a response's m-th step the number of_step(row, its steps, m)."""
+    tokens = torch.zeros_like(case.values)
     for row in range(len(case.mask)):
-        advantage = next_value = 0.0
-        for unit in reversed(units(case, row)):
-            value = case.values[row, unit[0]]
-            delta = case.rewards[row, unit].sum() + case.gamma * next_value - value
-            advantage = delta + case.gamma * case.lam * advantage
-            advantages[row, unit], next_value = advantage, value
-    return advantages
+        steps = units(case, row)
+        for m, step in enumerate(steps):
+            tokens[row, step] = of_step(row, steps, m)
+    return tokens
+
+
+def td_error_of(case, row, steps, m):
+    """delta_m = r_m + gamma V(s_{m+1}) - V(s_m): V at a step's first token, 0 after the last."""
+    after = case.values[row, steps[m + 1][0]] if m + 1 < len(steps) else 0.0
+    reward = case.rewards[row, steps[m]].sum()
+    return reward + case.gamma * after - case.values[row, steps[m][0]]
 
 
 @theorem("gae", needs=("gamma", "lam"))
@@ -473,7 +490,12 @@ def telescoping(claimant, draw):
     read where the step begins. Otherwise: what a response is praised for is not what it earned."""
     case = case_of(draw, claimant)
     case.gamma = case.lam = 1.0
-    is_equal(claimant(case), gae_of(case), "the advantage", case.mask)
+
+    def advantage(row, steps, m):
+        to_go = sum(case.rewards[row, step].sum() for step in steps[m:])
+        return to_go - case.values[row, steps[m][0]]
+
+    is_equal(claimant(case), on_tokens(case, advantage), "the advantage", case.mask)
 
 
 @theorem("gae", needs=("lam",))
@@ -483,7 +505,8 @@ def td_error(claimant, draw):
     came is counted."""
     case = case_of(draw, claimant)
     case.lam, case.gamma = 0.0, case.gamma if "gamma" in claimant.parameters else 1.0
-    is_equal(claimant(case), gae_of(case), "the advantage", case.mask)
+    wanted = on_tokens(case, lambda *place: td_error_of(case, *place))
+    is_equal(claimant(case), wanted, "the advantage", case.mask)
 
 
 @theorem("gae", needs=("gamma", "lam"))
@@ -492,14 +515,20 @@ def the_sum(claimant, draw):
     segments: gamma counts steps, not tokens). Otherwise: lambda does not trade bias against
     variance as it should."""
     case = case_of(draw, claimant)
-    is_equal(claimant(case), gae_of(case), "the advantage", case.mask)
+
+    def advantage(row, steps, m):
+        discount = case.gamma * case.lam
+        later = range(len(steps) - m)
+        return sum(discount**k * td_error_of(case, row, steps, m + k) for k in later)
+
+    is_equal(claimant(case), on_tokens(case, advantage), "the advantage", case.mask)
 
 
 @theorem("gae")
 def linear_in_the_rewards(claimant, draw):
     """Twice the rewards and no values give twice the advantages, and the advantages of a sum of
-    rewards are the sum of theirs. Otherwise: the scale of a reward changes what is learned, not
-    only how fast. (Whitening takes the scale out: a choice.)"""
+    rewards are the sum of theirs. Otherwise: a reward that is split in two, or scaled, teaches
+    something else. (Whitening takes the scale out: a choice.)"""
     case = case_of(draw, claimant)
     more = tensor(draw, *case.mask.shape, halves)
     nothing = torch.zeros_like(case.values)
@@ -527,7 +556,14 @@ def one_token_per_segment(claimant, draw):
     generalisation that the paper describes."""
     case = case_of(draw, claimant)
     case.ends = case.mask.clone()
-    is_equal(claimant(case), gae_of(case), "the advantage", case.mask)
+    wanted = torch.zeros_like(case.values)
+    advantage = next_value = torch.zeros(len(wanted), dtype=wanted.dtype)
+    for t in reversed(range(wanted.shape[1])):  # with no word of segments
+        delta = case.rewards[:, t] + case.gamma * next_value - case.values[:, t]
+        advantage = torch.where(case.mask[:, t], delta + case.gamma * case.lam * advantage, 0.0)
+        next_value = torch.where(case.mask[:, t], case.values[:, t], 0.0)
+        wanted[:, t] = advantage
+    is_equal(claimant(case), wanted, "the advantage", case.mask)
 
 
 @theorem("gae", needs=("ends",))
@@ -552,18 +588,22 @@ def shared_by_a_segment(claimant, draw):
 @theorem("gae", needs=("gamma", "lam"))
 def unbiased(claimant, _):
     """At gamma = lambda = 1 the expected policy gradient points where the true one does, under any
-    critic: exactly, summed over all 81 responses of a small world (three tokens, four steps; with
-    `ends`, segments of two tokens). Otherwise: the baseline depends on the very tokens it judges,
-    and the policy goes elsewhere even with endless samples."""
+    critic: exactly, summed over all responses of a small world (three tokens, at most four steps;
+    one of the tokens may end a response). With `ends`, a segment ends after every second token: a
+    cut that does not look ahead. Otherwise: the baseline depends on the very tokens it judges, or a
+    response's length changes its weight, and the policy goes elsewhere even with endless
+    samples."""
     angles = []
-    for seed in WORLDS:
-        w = world(seed)
+    for seed, stops in itertools.product(WORLDS, (False, True)):
+        if stops and not {"mask", "lengths"} & set(claimant.parameters):
+            continue
+        w = world(seed, stops)
         case = SimpleNamespace(mask=w.mask, gamma=1.0, lam=1.0, values=w.random_critic[w.prefix])
         case.rewards = torch.where(is_last(w.mask), w.reward[:, None], 0.0)
-        case.ends = torch.tensor([False, True, False, True]).expand_as(w.mask)
-        advantages = claimant(case).double()
+        case.ends = w.mask & torch.tensor([False, True] * 2) | is_last(w.mask)
+        advantages = torch.where(w.mask, claimant(case).double(), 0.0)
         logits = w.logits.clone().requires_grad_()
-        per_response = (advantages * w.token_logp(logits)).sum(1)
+        per_response = torch.where(w.mask, advantages * w.token_logp(logits), 0.0).sum(1)
         (expected,) = torch.autograd.grad((w.probability(w.logits) * per_response).sum(), logits)
         angles.append(degrees_between(expected, w.true_gradient()))
     claimant.calls.clear()  # 81 responses are nothing to read
@@ -601,8 +641,8 @@ def group_case(draw, elements=halves):
 
 @theorem("group")
 def sum_to_zero(claimant, draw):
-    """The advantages of a group add up to zero. Otherwise: all responses to a prompt together are
-    made likelier or less likely, which no policy can do."""
+    """The advantages of a group add up to zero. Otherwise: the baseline is not the group's mean.
+    That is no bias, but noise: whatever is added to all rewards pushes all responses."""
     case = group_case(draw)
     sums = claimant(case).view(-1, case.group).sum(1)
     is_equal(sums, torch.zeros_like(sums), "the sum of the group")
@@ -631,14 +671,16 @@ def better_is_better(claimant, draw):
     """In a group, who earned more has the greater advantage, and who earned the same the same.
     Otherwise: the worse response is preferred."""
     case = group_case(draw)
-    advantages = claimant(case).double()
-    for first, second in itertools.product(range(case.group), repeat=2):
-        earned = case.rewards[first] - case.rewards[second]
+    rewards, advantages = case.rewards.tolist(), claimant(case).tolist()
+    for first, second in itertools.permutations(range(len(rewards)), 2):
+        if first // case.group != second // case.group:
+            continue
         gained = advantages[first] - advantages[second]
-        if (earned > 0) != (gained > 1e-6):
+        is_better = rewards[first] > rewards[second]
+        if is_better != (gained > 1e-6):
             raise Refuted(
-                f"responses {first} and {second} earned {case.rewards[first]:g} and "
-                f"{case.rewards[second]:g}, and get {advantages[first]:.6g} and "
+                f"responses {first} and {second} earned {rewards[first]:g} and "
+                f"{rewards[second]:g}, and get {advantages[first]:.6g} and "
                 f"{advantages[second]:.6g}"
             )
 
@@ -649,8 +691,9 @@ def other_groups(claimant, draw):
     response is worth depends on chance company. Scaling by the whole batch does so on purpose: a
     choice."""
     case = group_case(draw)
-    alone = claimant(case, rewards=case.rewards[: case.group])
-    is_equal(claimant(case)[: case.group], alone, "the advantage")
+    together = claimant(case).view(-1, case.group)
+    for group, rewards in zip(together, case.rewards.view(-1, case.group), strict=True):
+        is_equal(group, claimant(case, rewards=rewards), "the advantage")
 
 
 @theorem("group")
@@ -658,28 +701,16 @@ def nan_stays_in_its_group(claimant, draw):
     """A reward that is NaN is refused, or harms its own group alone. Otherwise: one failed grader
     spoils the whole batch."""
     case = group_case(draw)
+    place = draw(st.integers(0, len(case.rewards) - 1))
     broken = case.rewards.clone()
-    broken[-1] = math.nan
-    wanted = claimant(case)
+    broken[place] = math.nan
     try:
-        got = claimant(case, rewards=broken)
+        got = claimant(case, rewards=broken).view(-1, case.group)
     except Refused:
         return
-    others = slice(0, len(broken) - case.group)
-    if not torch.equal(got[others].isnan(), torch.zeros_like(got[others], dtype=torch.bool)):
-        raise Refuted(f"other groups get {got[others].tolist()}")
-    if other_groups_count(claimant, case):
-        return  # those change with any reward: `other_groups` says so
-    is_equal(got[others], wanted[others], "the advantage")
-
-
-def other_groups_count(claimant, case):
-    """Does a reward of the last group change the advantages of the others?"""
-    changed = case.rewards.clone()
-    changed[-1] += 1.0
-    others = slice(0, len(changed) - case.group)
-    difference = claimant(case, rewards=changed)[others] - claimant(case)[others]
-    return bool((difference.abs() > 1e-9).any())
+    for number, advantages in enumerate(got):
+        if number != place // case.group and advantages.isnan().any():
+            raise Refuted(f"group {number} gets {advantages.tolist()}")
 
 
 @theorem("group")
@@ -714,6 +745,25 @@ def ratio_units(claimant, case, row):
     if "ends" in claimant.parameters:
         return units(case, row)
     return [case.mask[row].nonzero().flatten().tolist()]
+
+
+@theorem("ratio")
+def equation_8(claimant, draw):
+    """A segment's ratio is the geometric mean of its token ratios, and stands on all of its tokens
+    (Eq. 8). Without `ends` it is that of the response (GSPO), or else each token's own (Eq. 2).
+    Otherwise: it is another ratio. The product is the true weight of a segment: a choice."""
+    case = case_of(draw, claimant)
+    log_ratio = case.logp - case.old_logp
+    means = torch.zeros_like(log_ratio)
+    for row in range(len(means)):
+        for unit in ratio_units(claimant, case, row):
+            means[row, unit] = log_ratio[row, unit].mean()
+    got = claimant(case)
+    if "ends" not in claimant.parameters:
+        own = torch.where(case.mask, got - log_ratio.exp(), 0.0)
+        if own.abs().max() < 1e-4:
+            return
+    is_equal(got, means.exp(), "the ratio", case.mask)
 
 
 @theorem("ratio")
@@ -899,19 +949,19 @@ def verdicts(function, examples: int = EXAMPLES) -> list[Verdict]:
     parameters tell no kind."""
     claimant = Claimant(function)
     found = []
-    for theorem in THEOREMS:
-        if claimant.kind not in theorem.kinds:
+    for one in THEOREMS:
+        if claimant.kind not in one.kinds:
             continue
-        if not theorem.applies_to(claimant):
-            missing = ", ".join(sorted(set(theorem.needs) - set(claimant.parameters)))
-            found.append(Verdict(theorem, "does not apply", f"it takes no {missing}"))
+        if not one.applies_to(claimant):
+            missing = ", ".join(one.missing_in(claimant))
+            found.append(Verdict(one, "does not apply", f"it takes no {missing}"))
             continue
         try:
-            theorem.check(claimant, examples)
+            one.check(claimant, examples)
         except Refuted as refuted:
-            found.append(Verdict(theorem, "fails", str(refuted), refuted.calls))
+            found.append(Verdict(one, "fails", str(refuted), refuted.calls))
         else:
-            found.append(Verdict(theorem, "holds"))
+            found.append(Verdict(one, "holds"))
     return found
 
 
@@ -949,7 +999,9 @@ def report(function, found) -> str:
         lines.append(heading)
         if verdict.outcome == "fails":
             lines.append(f"{'':17}found: {verdict.reason}")
-            lines += [f"{'':17}asked: {line}" for line in asked(verdict.calls)]
+            labels = itertools.chain(["asked:"], itertools.repeat("then: "))
+            for label, line in zip(labels, asked(verdict.calls), strict=False):
+                lines.append(f"{'':17}{label} {line}")
             lines.append(f"{'':17}so:    {verdict.theorem.otherwise}")
         elif verdict.reason:
             lines.append(f"{'':17}{verdict.reason}")
@@ -963,12 +1015,12 @@ def suite(function, except_for=(), examples: int = EXAMPLES) -> type:
 
     except_for: names of theorems that are not meant to hold.
     """
-    found = [item for item in theorems_for(Claimant(function)) if item.name not in except_for]
+    found = [one for one in theorems_for(Claimant(function)) if one.name not in except_for]
 
     class TheoremsHold:
-        @pytest.mark.parametrize("theorem", found, ids=lambda item: item.name)
-        def test_theorem(self, theorem):
-            theorem.check(function, examples)
+        @pytest.mark.parametrize("one", found, ids=lambda one: one.name)
+        def test_theorem(self, one):
+            one.check(function, examples)
 
     return TheoremsHold
 

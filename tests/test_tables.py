@@ -96,7 +96,7 @@ def reuse():
 
 
 def theorems():
-    """What `lab.theorems --table` writes: two functions of one kind."""
+    """What `python -m lab.estimators` writes: two functions of one kind."""
     holds, none = {"outcome": "holds"}, {"outcome": "does not apply", "reason": "it takes no mask"}
     fails = {"outcome": "fails", "reason": "it is 1, not 0", "asked": ["mask [[1]]", "lam 0"]}
     rows = [
