@@ -94,13 +94,16 @@ class Claimant:
     calls: list = field(default_factory=list)  # arguments of each call, as dictionaries
 
     def __post_init__(self):
+        if not callable(self.function):
+            raise ValueError(f"{self.function!r:.60}: expected a function")
         known = set().union(*(may for may, _ in KINDS.values()))
         every = inspect.signature(self.function).parameters.values()
-        # Those of another name keep their defaults
+        # Those of another name keep their defaults, and *args and **kwargs get nothing
         self.parameters = tuple(
-            parameter.name
-            for parameter in every
-            if parameter.name in known or parameter.default is parameter.empty
+            one.name
+            for one in every
+            if one.name in known
+            or (one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD))
         )
         names = set(self.parameters)
         kinds = [kind for kind, (may, must) in KINDS.items() if must <= names <= may]
@@ -138,7 +141,8 @@ class Claimant:
             answer = torch.as_tensor(answer)
         except (TypeError, ValueError, RuntimeError):
             raise Refuted(f"it gave {answer!r:.60}, expected a tensor") from None
-        expected = () if self.kind == "loss" else arguments[self.parameters[0]].shape
+        expected = {"gae": "rewards", "group": "rewards", "ratio": "logp"}.get(self.kind)
+        expected = arguments[expected].shape if expected else ()  # a loss is a number
         if self.kind == "ratio" and answer.shape in {expected[:1], (expected[0], 1)}:
             answer = answer.view(-1, 1).expand(expected)
         if answer.shape != expected:

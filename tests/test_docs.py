@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import re
 import shlex
 from dataclasses import asdict
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import train
-from lab import compare, critic, figures, sweep, tables, theorems
+from lab import compare, critic, figures, kills, sweep, tables, theorems
 from lab.stats import interval, probability_of_improvement
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +105,7 @@ TRAINING = beginning_with("python train.py", without=("--help", "--resume"))
 COMPARING = beginning_with("python -m lab.compare", without=("--help",))
 MEASURING = beginning_with("python -m lab.bench", "python -m lab.figures")
 LOOKING = beginning_with(
-    *(f"python -m lab.{name}" for name in ("critic", "tables", "theorems", "estimators"))
+    *(f"python -m lab.{name}" for name in ("critic", "tables", "theorems", "estimators", "kills"))
 )
 TESTING = beginning_with("python -m pytest", "python tests/")
 
@@ -190,6 +191,8 @@ def test_the_other_commands_of_the_laboratory_take_these_words(command):
         critic.parse(arguments(command, "python -m lab.critic"))
     elif "lab.theorems" in command:
         theorems.parse(arguments(command, "python -m lab.theorems"))
+    elif "lab.kills" in command:
+        kills.parse(arguments(command, "python -m lab.kills"))
     else:
         assert command in ("python -m lab.tables", "python -m lab.estimators")
 
@@ -801,6 +804,27 @@ def test_what_the_worlds_show_is_what_their_runs_hold():
     assert before["eval_high"] < after["eval_low"], "it has learned"
     said = f"from {before['eval_accuracy']:.3f} to {after['eval_accuracy']:.3f} of the games"
     assert said in page
+    texts = [result(f"worlds-Treasure-text-seed{seed}.json") for seed in range(3)]
+    shares = {
+        when: [run[when]["temperature 1"]["eval_accuracy"] for run in texts]
+        for when in ("evaluations_before", "evaluations")
+    }
+    minutes = max(run["warm_start_seconds"] + run["seconds"] for run in texts) / 60
+    assert max(shares["evaluations_before"]) < 0.5 and min(shares["evaluations"]) > 0.85
+    said = "{:.3f}, {:.3f} and {:.3f} of the games before, ".format(*shares["evaluations_before"])
+    said += "{:.3f}, {:.3f} and {:.3f} after, ".format(*shares["evaluations"])
+    assert f"{said}in at most {math.ceil(minutes)} minutes" in page and minutes < 15
     digits = [result(f"worlds-DigitSum-seed{seed}.json")["evaluations"] for seed in range(3)]
     assert all(run["temperature 1"]["eval_accuracy"] > 0.86 for run in digits)
     assert all(run["greedy"]["eval_accuracy"] > 0.9 for run in digits)
+
+
+def test_what_is_said_of_the_kills_is_what_they_showed():
+    found, page = result("kills.json"), prose("docs/models.md")
+    assert found["command"] in commands_of("docs/models.md")
+    assert f"a short run of {found['seconds_uncut']:.0f} seconds" in page
+    assert f"{len(found['kills'])} times in all" in page
+    assert min(kill["rows"] for kill in found["kills"]) == 0  # in the imports, or the warm start
+    assert f"All {found['runs_ended']} runs that came to their end" in page and found["all_equal"]
+    assert {kill["signal"] for kill in found["kills"]} == {"SIGKILL", "SIGTERM"}
+    assert f"(`results/kills.json`, {found['date']})" in page
