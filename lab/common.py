@@ -55,6 +55,8 @@ def checked_steps(steps, length, where):
     ValueError, saying where, for anything else. (A range of 10^12 tokens fits into a short line of
     a file, and into no memory.)
     """
+    if not isinstance(steps, list):
+        raise ValueError(f"{where}: steps {steps!r:.60}, expected a list")
     for step in steps:
         fits = isinstance(step, list) and len(step) == 3
         fits = fits and all(type(token) is int for token in step[:2])

@@ -4,10 +4,10 @@
     python -m lab.kills --kills 5
 
 A short run of SAPO is started, killed (SIGKILL, and by turns SIGTERM, which lets it save) after a
-random time, and resumed, until it has come to its end; then the next one begins, until there were
-as many kills as asked for. Whatever was killed (imports, warm start, rollout, update, save,
-evaluation), each ended run must equal the uncut one bit for bit: its weights, its optimizers, its
-metrics and samples, without the times in them.
+random time, and resumed (or begun again, where it has no checkpoint yet), until it has come to its
+end; then the next one begins, until there were as many kills as asked for. Whatever was killed
+(imports, warm start, rollout, update, save, evaluation), each ended run must equal the uncut one
+bit for bit: its weights, its optimizers, its metrics and samples, without the times in them.
 """
 
 import argparse
@@ -108,6 +108,8 @@ def kill_at_random(runs, kills, seed, say=print) -> dict:
                 kind = (signal.SIGKILL, signal.SIGTERM)[len(killed) % 2]
                 process.send_signal(kind)
                 _, said = process.communicate()
+                if process.returncode == 0 and kind is signal.SIGKILL:
+                    break  # it came to its end first
                 if process.returncode not in (-kind, 0):
                     raise RuntimeError(f"{name}: {said.strip()}") from None
                 folder = Path(runs) / name
@@ -117,8 +119,9 @@ def kill_at_random(runs, kills, seed, say=print) -> dict:
                 killed.append({"signal": kind.name, "after": round(delay, 1), "rows": rows})
                 say(f"kill {len(killed)}: {kind.name} after {delay:.1f} s, {rows} rows of metrics")
         ended += 1
-        equal = equal and outcome(Path(runs) / name) == uncut
-        say(f"{name} ended: {'equal' if equal else 'NOT equal'}")
+        is_equal = outcome(Path(runs) / name) == uncut
+        equal = equal and is_equal
+        say(f"{name} ended: {'equal' if is_equal else 'NOT equal'}")
     return {"kills": killed, "runs_ended": ended, "all_equal": equal, "seconds_uncut": length}
 
 

@@ -80,7 +80,8 @@ class Refuted(AssertionError):
 
 
 class Refused(Exception):
-    """The function raised an error: it takes no such batch. Only `any_batch` minds."""
+    """The function raised an error: it takes no such batch. Only `any_batch` minds, unless none is
+    taken at all."""
 
 
 @dataclass
@@ -288,19 +289,23 @@ def units(case, row) -> list[list[int]]:
     return steps + [open_one] * bool(open_one)
 
 
+def tensors_of(case):
+    """[(name, tensor), ...] of a case."""
+    return [(name, x) for name, x in vars(case).items() if isinstance(x, Tensor)]
+
+
 def rows_of(case, order):
     """The case with these rows, in this order."""
-    tensors = {name: x[order] for name, x in vars(case).items() if isinstance(x, Tensor)}
+    tensors = {name: x[order] for name, x in tensors_of(case)}
     return SimpleNamespace(**vars(case) | tensors)
 
 
-def padded(case, numbers):
-    """The case with another column of padding, in which every number is the one of `numbers`."""
+def padded(case, number):
+    """The case with another column of padding, in which every number is `number`."""
     wider = {}
-    for name, x in vars(case).items():
-        if isinstance(x, Tensor):
-            column = x.new_full((len(x), 1), False if x.dtype == torch.bool else numbers)
-            wider[name] = torch.cat([x, column], 1)
+    for name, x in tensors_of(case):
+        column = x.new_full((len(x), 1), False if x.dtype == torch.bool else number)
+        wider[name] = torch.cat([x, column], 1)
     return SimpleNamespace(**vars(case) | wider)
 
 
@@ -412,13 +417,9 @@ def holes(claimant, draw):
     wrongly across what the world said."""
     case = case_of(draw, claimant, holes=True)
     order = case.mask.long().argsort(dim=1, descending=True, stable=True)  # the written ones first
-    closed = {name: x.gather(1, order) for name, x in _tensors(case)}
+    closed = {name: x.gather(1, order) for name, x in tensors_of(case)}
     got, wanted = claimant(case), claimant(SimpleNamespace(**vars(case) | closed))
     is_equal(got.gather(1, order), wanted, ANSWER[claimant.kind], closed["mask"])
-
-
-def _tensors(case):
-    return [(name, x) for name, x in vars(case).items() if isinstance(x, Tensor)]
 
 
 @theorem("gae", "ratio", "loss")
@@ -455,7 +456,7 @@ def an_empty_response(claimant, draw):
     advantage or ratio. (A loss may count it as a response that lost nothing.) Otherwise: one empty
     answer in a batch ends the run."""
     case = case_of(draw, claimant)
-    tensors = {name: torch.cat([x, torch.zeros_like(x[:1])]) for name, x in _tensors(case)}
+    tensors = {name: torch.cat([x, torch.zeros_like(x[:1])]) for name, x in tensors_of(case)}
     case_with_it = SimpleNamespace(**vars(case) | tensors)
     if claimant.kind == "loss":
         for number in loss_gradient(claimant, case_with_it):
@@ -619,8 +620,10 @@ WORLDS = range(20)  # seeds of the worlds in which an expectation is taken
 
 def degrees_between(one, other):
     """The angle between two gradients."""
-    cosine = (one * other).sum() / (one.norm() * other.norm()).clamp(min=1e-30)
-    return math.degrees(math.acos(max(-1.0, min(1.0, cosine.item()))))
+    cosine = ((one * other).sum() / (one.norm() * other.norm()).clamp(min=1e-30)).item()
+    if not math.isfinite(cosine):
+        raise Refuted(f"the expected gradient has the length {one.norm().item()}")
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 def is_one_direction(angles):
@@ -842,7 +845,7 @@ def bound_of_the_root(claimant, draw):
             size = log_ratio[row, unit].mean().abs().item()
             bound = math.exp(len(unit) * size) * (len(unit) - 1) * size
             distance = (log_ratio[row, unit].sum().exp() - got[row, unit[0]]).abs().item()
-            if distance > bound * (1 + 1e-6) + 1e-6:
+            if not distance <= bound * (1 + 1e-6) + 1e-6:  # NaN, too, is refuted
                 raise Refuted(f"the distance is {distance:.6g}, the bound {bound:.6g} (row {row})")
 
 
@@ -903,7 +906,7 @@ def pessimistic(claimant, draw):
     weights = token_weights(claimant, case)
     loss, _ = loss_gradient(claimant, case, logp=case.old_logp + shift)
     plain = -(weights * shift.exp() * case.advantages).sum()
-    if loss < plain - 1e-6:
+    if not loss >= plain - 1e-6:  # NaN, too, is refuted
         raise Refuted(f"the loss is {loss:.6g}, the unclipped one {plain:.6g}")
 
 

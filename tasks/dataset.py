@@ -238,12 +238,10 @@ class Rows:
             return to_rgb(image) if decode else _fingerprint(file)
 
     def _file(self, source):
-        """The file that a path of a row names. ValueError for one outside the data's folder, and
-        for what is no file: a pipe would be waited for."""
-        if self.folder is None:
-            return source
-        file = Path(os.path.abspath(self.folder / source))
-        if not file.is_relative_to(self.folder):
+        """The file that a path of a row names. ValueError for what is no file (a pipe would be
+        waited for) and, of local data, for a path that leaves their folder; links are followed."""
+        file = Path(os.path.abspath((self.folder or Path()) / source))
+        if self.folder and not file.is_relative_to(self.folder):
             raise ValueError(f"{source} lies outside the folder of the data, {self.folder}")
         if file.exists() and not file.is_file():
             raise ValueError(f"{source} is no file")

@@ -85,8 +85,8 @@ class Treasure:
     shortest   the explorer needs so many turns at least,
     longest    and so many at most; after `limit` turns the game is over
     limit      two more than `longest`, if 0: one slip costs two turns
-    walls      the share of the free cells that become walls, 0 to 1: free of start, key, door and
-               treasure. One wall more shuts the treasure's corner
+    walls      the share of the cells without start, key, door or treasure that become walls, 0 to
+               1. One wall more shuts the treasure's corner
     picture    whether observations have one; without it their text holds a map
     habits     how often a demonstration follows the explorer's bad habit, 0 to 1: to go south where
                he should go north, and can

@@ -210,6 +210,11 @@ def test_steps_that_are_none_are_named_before_they_are_drawn(run, step):
         draw(run, [sample(list("abc"), steps=[step])])
 
 
+def test_steps_that_are_no_list_are_named(run):
+    with pytest.raises(ValueError, match="example 7: steps 5, expected a list"):
+        draw(run, [sample(list("abc"), steps=5)])
+
+
 def test_missing_keys_are_named(run):
     with pytest.raises(ValueError, match="example 7: no tokens, reward"):
         draw(run, [sample(list("abc")) | {"tokens": None, "reward": None}])

@@ -2,6 +2,7 @@
 function that is wrong."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -328,6 +329,28 @@ def test_a_function_without_a_mask_is_asked_for_responses_of_one_length():
     found = {verdict.theorem.name: verdict.outcome for verdict in theorems.verdicts(unpadded, FEW)}
     assert found["padding"] == found["holes"] == "does not apply"
     assert found["telescoping"] == found["the_sum"] == found["unbiased"] == "holds"
+
+
+def nan_gae(rewards, values, ends, mask, gamma, lam):
+    return values * math.nan
+
+
+def nan_group(rewards, group):
+    return rewards * math.nan
+
+
+def nan_ratio(logp, old_logp, ends, mask):
+    return logp * math.nan
+
+
+def nan_loss(logp, old_logp, advantages, mask):
+    return (logp * math.nan).sum()
+
+
+@pytest.mark.parametrize("broken", [nan_gae, nan_group, nan_ratio, nan_loss])
+def test_nan_satisfies_no_theorem_but_that_it_is_an_answer(broken):
+    found = {verdict.theorem.name: verdict.outcome for verdict in theorems.verdicts(broken, 50)}
+    assert [name for name, outcome in found.items() if outcome == "holds"] == ["any_batch"]
 
 
 def test_who_gives_nothing_back_is_told_so():
