@@ -13,6 +13,7 @@ bit for bit: its weights, its optimizers, its metrics and samples, without the t
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,7 @@ def start(runs, name):
     return subprocess.Popen(
         [sys.executable, "train.py", *words],
         cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # two threads would wait for each other's cores
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
