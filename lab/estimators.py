@@ -28,56 +28,68 @@ FILE = ROOT / "results" / "theorems.json"
 
 
 def sapo_gae(rewards, values, ends, mask, gamma, lam):
+    """Segment GAE (Eq. 6 and 7), V at a segment's start."""
     return sapo.segment_gae(rewards, values, ends, mask, gamma, lam)
 
 
 def sapo_released(rewards, values, ends, mask, gamma, lam):
+    """As the released code hands its advantages to the loss: V at the end, whitened, clamped."""
     # Equal to what their code gives: tests/test_sapo_released.py
     advantages, _ = sapo.segment_gae(rewards, values, ends, mask, gamma, lam, value_at="end")
     return sapo.whiten(advantages, mask).clamp(-5, 5)
 
 
 def sapo_value_at_end(rewards, values, ends, mask, gamma, lam):
+    """The same, with V read before a segment's last token."""
     return sapo.segment_gae(rewards, values, ends, mask, gamma, lam, value_at="end")
 
 
 def sapo_token_gae(rewards, values, mask, gamma, lam):
+    """Every token a segment: PPO's GAE (Eq. 4)."""
     return sapo.segment_gae(rewards, values, sapo.token_ends(mask), mask, gamma, lam)
 
 
 def sapo_ratio(logp, old_logp, ends, mask):
+    """The geometric mean over a segment (Eq. 8)."""
     return sapo.segment_ratio(logp, old_logp, ends, mask)
 
 
 def sapo_product(logp, old_logp, ends, mask):
+    """A segment's true weight, the product of its token ratios (Eq. 19)."""
     return sapo.importance_ratio(logp, old_logp, ends, mask, "product")
 
 
 def sapo_response_ratio(logp, old_logp, mask):
+    """The geometric mean over a response (GSPO)."""
     return sapo.importance_ratio(logp, old_logp, mask, mask, "response")
 
 
 def sapo_loss(logp, old_logp, advantages, ends, mask):
+    """The clipped objective with the segment ratio (Eq. 9)."""
     ratio = sapo.segment_ratio(logp, old_logp, ends, mask)
     return sapo.policy_loss(ratio, advantages, mask)
 
 
 def sapo_released_loss(logp, old_logp, advantages, ends, mask):
+    """As released: the mean over all tokens, clipped at 0.2 and 0.28, dual clip 3."""
     ratio = sapo.segment_ratio(logp, old_logp, ends, mask)
     return sapo.policy_loss(ratio, advantages, mask, 0.2, 0.28, dual_clip=3.0, average="token")
 
 
 def sapo_product_loss(logp, old_logp, advantages, ends, mask):
+    """Eq. 9 with the product in the ratio's place."""
     ratio = sapo.importance_ratio(logp, old_logp, ends, mask, "product")
     return sapo.policy_loss(ratio, advantages, mask)
 
 
 def ppo_loss(logp, old_logp, advantages, mask):
+    """Eq. 9 with the token ratio (Eq. 2)."""
     ratio = sapo.importance_ratio(logp, old_logp, mask, mask, "token")
     return sapo.policy_loss(ratio, advantages, mask)
 
 
 def group_advantages(rewards, group):
+    """GRPO's: less the group's mean, over its spread."""
     return baselines.group_advantages(rewards, group)
 
 
@@ -85,6 +97,7 @@ def group_advantages(rewards, group):
 
 
 def verl_gae(rewards, values, mask, gamma, lam):
+    """verl's GAE before it is whitened."""
     from verl.trainer.ppo import core_algos
 
     weights = mask.to(values.dtype)  # verl's masks are numbers
@@ -93,6 +106,7 @@ def verl_gae(rewards, values, mask, gamma, lam):
 
 
 def verl_whitened(rewards, values, mask, gamma, lam):
+    """verl's GAE, as its loss gets it."""
     from verl.trainer.ppo import core_algos
 
     weights = mask.to(values.dtype)
@@ -201,6 +215,7 @@ def torchrl_gae(name):
 
 
 def sb3_gae(rewards, values, lengths, gamma, lam):
+    """stable-baselines3's rollout buffer, a response at a time: it has no padding."""
     from gymnasium.spaces import Box
     from stable_baselines3.common.buffers import RolloutBuffer
 

@@ -11,7 +11,6 @@ bit for bit: its weights, its optimizers, its metrics and samples, without the t
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from lab.sweep import ROOT
 
@@ -52,39 +52,29 @@ def start(runs, name):
 
 
 def outcome(folder) -> dict:
-    """What a finished run left, without its times: hashes of its state, and its logs."""
-    trainer = torch.load(folder / "checkpoint" / "trainer.pt", weights_only=True)
-    for name in ("seconds", "warm_start_seconds"):
-        trainer["progress"].pop(name)
-    left = {"trainer": _hash(trainer)}
-    weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
-    left["weights"] = hashlib.sha256(weights).hexdigest()
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        left[name] = [{key: row[key] for key in row if key != "seconds"} for row in rows]
+    """Everything that a run left but the times: its checkpoint, its metrics and its samples."""
+    left = torch.load(folder / "checkpoint" / "trainer.pt", weights_only=True)
+    left["progress"] = _without_times(left["progress"])
+    left["policy"] = load_file(folder / "checkpoint" / "model.safetensors")
+    for name in ("metrics", "samples"):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        left[name] = [_without_times(json.loads(line)) for line in lines]
     return left
 
 
-def _hash(nested):
-    """A hash of nested dictionaries and lists of tensors and numbers, bit for bit."""
-    sha = hashlib.sha256()
+def _without_times(row):
+    return {key: value for key, value in row.items() if not key.endswith("seconds")}
 
-    def feed(part):
-        if isinstance(part, torch.Tensor):
-            sha.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            sha.update(part.numpy().tobytes())
-        elif isinstance(part, dict):
-            for key in part:
-                sha.update(repr(key).encode())
-                feed(part[key])
-        elif isinstance(part, list | tuple):
-            for item in part:
-                feed(item)
-        else:
-            sha.update(repr(part).encode())
 
-    feed(nested)
-    return sha.hexdigest()
+def equal(a, b) -> bool:
+    """Bit for bit, through dicts and lists of tensors and numbers."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
 
 
 def kill_at_random(runs, kills, seed, say=print) -> dict:
@@ -96,7 +86,7 @@ def kill_at_random(runs, kills, seed, say=print) -> dict:
     length = time.time() - began
     uncut = outcome(Path(runs) / "uncut")
 
-    killed, ended, equal = [], 0, True
+    killed, ended, all_equal = [], 0, True
     while len(killed) < kills:
         name = f"killed-{ended}"
         shutil.rmtree(Path(runs) / "cache")  # the warm start is among what is killed
@@ -121,10 +111,10 @@ def kill_at_random(runs, kills, seed, say=print) -> dict:
                 killed.append({"signal": kind.name, "after": round(delay, 1), "rows": rows})
                 say(f"kill {len(killed)}: {kind.name} after {delay:.1f} s, {rows} rows of metrics")
         ended += 1
-        is_equal = outcome(Path(runs) / name) == uncut
-        equal = equal and is_equal
+        is_equal = equal(outcome(Path(runs) / name), uncut)
+        all_equal = all_equal and is_equal
         say(f"{name} ended: {'equal' if is_equal else 'NOT equal'}")
-    return {"kills": killed, "runs_ended": ended, "all_equal": equal, "seconds_uncut": length}
+    return {"kills": killed, "runs_ended": ended, "all_equal": all_equal, "seconds_uncut": length}
 
 
 def finish(process, seconds=None):

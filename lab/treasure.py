@@ -9,6 +9,7 @@ errs more where it sees badly, so even a perfect critic would differ; the outcom
 """
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -23,8 +24,6 @@ from lab.sweep import ROOT
 from tasks import Treasure
 from tasks.games import command_in
 
-SETTINGS = ("size", "sight", "shortest", "longest", "limit", "walls")  # that shape a game
-
 
 def turn_starts(batch, row):
     """The position of the first token of each turn of a response."""
@@ -34,8 +33,7 @@ def turn_starts(batch, row):
 
 def states_of(environment):
     """A played game, and [(world, state, turns left, was the command right?), ...] of its turns."""
-    game = environment.unwrapped.task.game
-    replayed = Treasure(**{name: getattr(game, name) for name in SETTINGS})
+    replayed = copy.copy(environment.unwrapped.task.game)
     replayed.reset(environment.unwrapped.example.content[0])
     states = []
     for turn, _ in environment.unwrapped.turns:

@@ -5,12 +5,11 @@ import re
 
 import gymnasium as gym
 import numpy as np
-import torch
 
 import env
 import tasks
 import train
-import vlm
+from lab.kills import equal, outcome
 
 # One number to copy, "Add 37." -> "<think></think><answer>37</answer>", and half the demonstrations
 # are wrong: the cheapest task that a tiny model learns in seconds, with room left for RL.
@@ -52,35 +51,11 @@ def without_times(rows):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def equal(a, b):
-    """Bit for bit, through dicts and lists of tensors and numbers."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
-def state(folder):
-    """Everything in a run's checkpoint that is not a time."""
-    saved = torch.load(folder / "checkpoint" / "trainer.pt", weights_only=True)
-    progress = saved["progress"]
-    saved["progress"] = {
-        key: value for key, value in progress.items() if not key.endswith("seconds")
-    }
-    return {**saved, "policy": vlm.load(folder / "checkpoint").model.state_dict()}
-
-
 def assert_same_run(one, other):
     """The two folders hold the same checkpoint, metrics and samples, to the last bit."""
-    a, b = state(one), state(other)
+    a, b = outcome(one), outcome(other)
     for part in a.keys() | b.keys():
         assert equal(a[part], b[part]), part
-    metrics = [without_times(rows_of(folder / "metrics.jsonl")) for folder in (one, other)]
-    assert metrics[0] == metrics[1]
-    assert rows_of(one / "samples.jsonl") == rows_of(other / "samples.jsonl")
 
 
 def tokens_of(text):

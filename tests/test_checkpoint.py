@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import SHORT, SMALL, assert_same_run, built, equal, resumed, rows_of, state
+from safetensors.torch import load_file
+from small_runs import SHORT, SMALL, assert_same_run, built, equal, outcome, resumed, rows_of
 
 import checkpoint
 import tiny
 import train
-import vlm
 
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -55,9 +55,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(runs, which):
     # something was learned, so the test means something
     assert max(row["policy_grad_norm"] for row in metrics[1:]) > 0
     task = whole.grading_env.unwrapped.task
-    start = vlm.load(tiny.cached_warm_start(task, whole.settings)).model.state_dict()
-    ended = state(whole.folder)
-    assert not equal(start, ended["policy"])
+    start = load_file(tiny.cached_warm_start(task, whole.settings) / "model.safetensors")
+    ended = outcome(whole.folder)
+    assert start.keys() == ended["policy"].keys() and not equal(start, ended["policy"])
     if which == "topk":  # its critic hears
         assert ended["critic"]["per_nat"] != 0
     elif which == "causal":
@@ -263,7 +263,7 @@ def test_a_resumed_run_imports_no_module_that_its_folder_names(runs, tmp_path, m
 def test_a_kill_between_the_two_renames_costs_nothing(runs):
     run = built(runs, "--name", "renames", "--iterations", "1", "--eval_every", "2")
     assert train.train(run)
-    folder, saved = run.folder, state(run.folder)
+    folder, saved = run.folder, outcome(run.folder)
     # the whole new one, not yet in its place
     shutil.copytree(folder / "checkpoint", folder / "checkpoint.new")
     (folder / "checkpoint").rename(folder / "checkpoint.old")
@@ -271,7 +271,7 @@ def test_a_kill_between_the_two_renames_costs_nothing(runs):
     again = resumed(folder, "--iterations", "1")
     assert again.progress.iteration == 1
     checkpoint.save(again)
-    assert equal(state(folder), saved)
+    assert equal(outcome(folder), saved)
     assert sorted(file.name for file in folder.glob("checkpoint*")) == ["checkpoint"]
     # killed a moment later, while the old one is removed: the new one counts
     shutil.copytree(folder / "checkpoint", folder / "checkpoint.old")

@@ -443,6 +443,11 @@ def test_whatever_else_it_takes_may_stay_away_and_the_order_is_free():
     theorem_called("telescoping").check(mine, FEW)
 
 
+def test_an_exception_for_a_theorem_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="no theorem is called holse"):
+        suite(right, except_for=("padding", "holse"))
+
+
 def test_what_is_no_function_is_told_so():
     with pytest.raises(ValueError, match="expected a function"):
         Claimant(sapo.RATIOS)
