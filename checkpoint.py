@@ -154,6 +154,9 @@ def restore(run_models, stored) -> dict:
         parameters = models.trained_parameters(run_models)
         for parameter, kept in zip(parameters, state["weights"], strict=True):
             parameter.data.copy_(kept)
+        for optimizer in (run_models.actor_optimizer, run_models.critic_optimizer):
+            if optimizer is not None:
+                optimizer.write_back()
     torch.set_rng_state(state["rng"])
     torch.cuda.set_rng_state_all(state["cuda_rng"])
     return state["progress"]

@@ -38,9 +38,9 @@ class Models:
     """values every prefix of a response; None where the method's credit needs no critic"""
     reference: VLM | None
     """the model that the policy is kept close to by a KL penalty; None without one (kl_coef 0)"""
-    actor_optimizer: torch.optim.Adam
+    actor_optimizer: "Adam"
     """moves the policy's trainable parameters"""
-    critic_optimizer: torch.optim.Adam | None
+    critic_optimizer: "Adam | None"
     """moves the critic's; None where there is no critic"""
 
 
@@ -70,7 +70,7 @@ def build(settings, config: SAPOConfig, start: str | Path, stored: Path | None =
         reference = opened(start) if config.kl_coef else None
 
     trainable = [p for p in policy.enter().parameters() if p.requires_grad]
-    actor_optimizer = adam(trainable, config.actor_lr)
+    actor_optimizer = Adam(trainable, config.actor_lr)
     if settings.credit != "critic":
         return Models(policy, None, reference, actor_optimizer, None)
 
@@ -82,7 +82,7 @@ def build(settings, config: SAPOConfig, start: str | Path, stored: Path | None =
         backbone = copy.deepcopy(policy.model.base_model)
     hears = settings.critic_hears == "logp"
     critic = SegmentCritic(backbone, policy.hidden_size, hears).to(settings.device)
-    critic_optimizer = adam(critic.parameters(), config.critic_lr)
+    critic_optimizer = Adam(critic.parameters(), config.critic_lr)
     return Models(policy, critic, reference, actor_optimizer, critic_optimizer)
 
 
@@ -90,7 +90,7 @@ def trained_parameters(models: Models) -> list[Tensor]:
     """The parameters that the optimizers move, the actor's first.
 
     They are not all in the policy's own files: LoRA's adapters of the critic are not, nor are the
-    float32 copies behind weights of lower precision (`adam`).
+    float32 copies behind weights of lower precision (`Adam`).
     """
     parameters = list(_parameters_of(models.actor_optimizer))
     if models.critic_optimizer is not None:
@@ -99,7 +99,7 @@ def trained_parameters(models: Models) -> list[Tensor]:
 
 
 def _parameters_of(optimizer):
-    return optimizer.param_groups[0]["params"]  # `adam` makes one group
+    return optimizer.param_groups[0]["params"]  # `Adam` makes one group
 
 
 # ------------------------------------------------------------------ one backbone, three views
@@ -129,9 +129,10 @@ class Backbone(torch.nn.Module):
 def lora(opened: VLM, rank: int) -> tuple[VLM, VLM, VLM]:
     """Put low-rank adapters on a model. -> (policy, critic, reference), views of one backbone.
 
-    Low-rank adaptation (arXiv:2106.09685) of the text model's linear layers, in float32 and with
-    alpha = 2 rank. The backbone is frozen; policy and critic have an adapter each, which adds
-    nothing before training, and the reference has none.
+    Low-rank adaptation (arXiv:2106.09685) of the text model's linear layers, with alpha = 2 rank.
+    The backbone is frozen; policy and critic have an adapter each, which adds nothing before
+    training, and the reference has none. Adapters have the dtype of the weights, since float32 ones
+    would make the layers' activations float32, too; `Adam` keeps float32 copies of them.
     Raises ImportError where peft is not installed.
     """
     try:
@@ -150,7 +151,7 @@ def lora(opened: VLM, rank: int) -> tuple[VLM, VLM, VLM]:
         opened.model.add_adapter(adapter_config, adapter)
     for name, parameter in opened.model.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(opened.model.dtype)
     return (
         replace(opened, adapter="policy"),
         replace(opened, adapter="critic"),
@@ -161,34 +162,35 @@ def lora(opened: VLM, rank: int) -> tuple[VLM, VLM, VLM]:
 # ------------------------------------------------------------------------------ the optimizer
 
 
-def adam(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Adam:
+class Adam(torch.optim.Adam):
     """Adam, for weights of any dtype.
 
     Weights of lower precision learn through float32 copies, because a step of 1e-6 would vanish in
     bfloat16. Their gradients are summed in float32, so that micro-batches lose nothing. The copies
     are what the optimizer holds, clips and saves.
     """
-    parameters = list(parameters)
-    copies = []
-    for parameter in parameters:
-        if parameter.dtype == torch.float32:
-            copies.append(parameter)
-        else:
-            copies.append(torch.nn.Parameter(parameter.detach().float()))
-    # At PyTorch's eps of 1e-8, gradients that are noise would get steps of full size.
-    optimizer = torch.optim.Adam(copies, lr, eps=1e-5, fused=True)
 
-    pairs = list(zip(parameters, copies, strict=True))
-    low_precision = [pair for pair in pairs if pair[0] is not pair[1]]
-    for parameter, float_copy in low_precision:
-        _move_gradients(parameter, float_copy)
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float):
+        copies, self.low_precision = [], []  # the latter: (parameter, its copy)
+        for parameter in parameters:
+            if parameter.dtype == torch.float32:
+                copies.append(parameter)
+            else:
+                copies.append(torch.nn.Parameter(parameter.detach().float()))
+                self.low_precision.append((parameter, copies[-1]))
+                _move_gradients(parameter, copies[-1])
+        # At PyTorch's eps of 1e-8, gradients that are noise would get steps of full size.
+        super().__init__(copies, lr, eps=1e-5, fused=True)
 
-    def write_back(*_):
-        for parameter, float_copy in low_precision:
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.write_back()
+        return loss
+
+    def write_back(self):
+        """Round the float32 copies to the weights that the models compute with."""
+        for parameter, float_copy in self.low_precision:
             parameter.data.copy_(float_copy)
-
-    optimizer.register_step_post_hook(write_back)
-    return optimizer
 
 
 def _move_gradients(parameter, float_copy):
@@ -201,6 +203,7 @@ def _move_gradients(parameter, float_copy):
             float_copy.grad.add_(parameter.grad)
         parameter.grad = None
 
+    parameter.requires_grad_()  # off in an adapter that is not its model's active one just now
     parameter.register_post_accumulate_grad_hook(move)
 
 
@@ -220,10 +223,7 @@ def explain_out_of_memory(
 
     Any error that is not about memory is raised again.
     """
-    is_cuda_refusal = isinstance(error, torch.OutOfMemoryError)
-    is_cpu_refusal = "t allocate memory" in str(error)  # "can't" from PyTorch, "Cannot" from Linux
-    if not is_cuda_refusal and not is_cpu_refusal:
-        raise error
+    _raise_unless_memory(error)
     fixed = _fixed_bytes(models) / 2**30
     if "cuda" in settings.device:
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -234,12 +234,35 @@ def explain_out_of_memory(
     return (
         f"out of memory beyond {peak:.2f} GiB. Measured: weights, gradients and Adam take "
         f"{fixed:.2f}, and {size} responses at once at least {each:.3f} each. "
-        f"Lower --micro_batch to {max(size // 2, 1)} or less, then --batch (all {settings.batch} "
-        "are written at once) or --max_new_tokens; or add --gradient_checkpointing, "
+        f"Lower --micro_batch to {max(size // 2, 1)} or less, then --generate_batch "
+        f"({settings.generate_batch or settings.batch} are written at once) or "
+        "--max_new_tokens; or add --gradient_checkpointing, "
         "--dtype bfloat16, --lora 16. "
         f"`python train.py --resume {folder}` goes on from the last checkpoint. "
         f"({str(error).splitlines()[0]})"
     )
+
+
+def explain_out_of_memory_at_start(settings, error: Exception) -> str:
+    """What to do where memory ran out while the models were made: one line.
+
+    Any error that is not about memory is raised again.
+    """
+    _raise_unless_memory(error)
+    return (
+        f"out of memory while the models were made, before any work: --model {settings.model} in "
+        f"{settings.dtype}, --lora {settings.lora}, --critic {settings.critic}. Add --dtype "
+        "bfloat16, or --lora 16 (one backbone for policy, critic and reference), or --critic "
+        f"shared; or take a smaller model. ({str(error).splitlines()[0]})"
+    )
+
+
+def _raise_unless_memory(error):
+    """Raise an error again that is not about memory."""
+    is_cuda_refusal = isinstance(error, torch.OutOfMemoryError)
+    is_cpu_refusal = "t allocate memory" in str(error)  # "can't" from PyTorch, "Cannot" from Linux
+    if not is_cuda_refusal and not is_cpu_refusal:
+        raise error
 
 
 def _fixed_bytes(models):

@@ -148,9 +148,14 @@ def write(run, inputs, temperature, top_p=1.0, limit=None):
 
     -> (tokens (B, T), written (B, T) bool, what each token reads).
     """
-    stop = run.grading_env.unwrapped.task.stop
     tokens, written = vlm.generate(
-        run.models.policy, inputs, limit or run.settings.max_new_tokens, temperature, top_p, stop
+        run.models.policy,
+        inputs,
+        limit or run.settings.max_new_tokens,
+        temperature,
+        top_p,
+        run.grading_env.unwrapped.task.stop,
+        at_once=0 if "past_key_values" in inputs else run.settings.generate_batch,
     )
     run.tokens_written += int(written.sum())
     return tokens, written, vlm.token_texts(run.models.policy, tokens, written, env.END)
@@ -190,18 +195,26 @@ def play(run, indices, split, temperature, top_p=1.0) -> Responses:
 
 
 def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[str]], list[float]]:
-    """Play games on from where they stand, turn by turn, until none goes on; the transcripts grow.
+    """Play games on from where they stand until none goes on, --generate_batch of them at a time.
+
+    The transcripts grow. -> (what each new token reads, the reward from here on) of each episode.
+    """
+    texts, rewards = [[] for _ in envs], [0.0] * len(envs)
+    for rows in torch.arange(len(envs)).split(run.settings.generate_batch or len(envs)):
+        play_turns(run, envs, transcripts, rows.tolist(), texts, rewards, temperature, top_p)
+    return texts, rewards
+
+
+def play_turns(run, envs, transcripts, live, texts, rewards, temperature, top_p):
+    """Play the games of the rows `live` on, turn by turn, side by side, until none goes on.
 
     A game that could go on stops all the same where a turn was cut off at --max_new_tokens, and
-    where reply and next turn would not fit into what the model can read.
-
-    -> (what each new token reads, the reward from here on) of each episode.
+    where reply and next turn would not fit into what the model can read. Transcripts, texts and
+    rewards of these rows grow.
     """
     policy, longest = run.models.policy, run.settings.max_new_tokens
     context = vlm.context_tokens(policy)
     read = functools.cache(lambda token: policy.tokenizer.decode([token]))
-    texts, rewards = [[] for _ in envs], [0.0] * len(envs)
-    live = list(range(len(envs)))  # the rows whose game goes on
     in_turn = [transcripts.open_turn(row) for row in live]  # tokens of its turn that it has already
     inputs = transcripts.prompts(live)
     if vlm.can_keep_cache(inputs):
@@ -227,7 +240,7 @@ def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[s
             if transcripts.length(row) + len(reply[0]) + longest <= context
         }
         if not encoded:
-            return texts, rewards
+            return
         for row, (of_row, of_pictures) in encoded.items():
             transcripts.hear(row, of_row, of_pictures)
             texts[row] += [read(token) for token in of_row.tolist()]
@@ -347,11 +360,16 @@ def role_signal(run, batch) -> Tensor:
     """
     perceives = baselines.perception(batch.texts, batch.written)
     temperature, policy = run.settings.temperature, run.models.policy
-    noised, _ = vlm.score(
-        policy, vlm.noised(batch.inputs), batch.tokens, batch.written, temperature
+
+    def score_part(inputs, tokens, mask):
+        return vlm.score(policy, inputs, tokens, mask, temperature)
+
+    size = _at_once(run)
+    noised, _ = vlm.in_parts(
+        score_part, size, vlm.noised(batch.inputs), batch.tokens, batch.written
     )
-    without_perception, _ = vlm.score(
-        policy, batch.inputs, batch.tokens, batch.written & ~perceives, temperature
+    without_perception, _ = vlm.in_parts(
+        score_part, size, batch.inputs, batch.tokens, batch.written & ~perceives
     )
     return batch.rollout.logp - torch.where(perceives, noised, without_perception)
 

@@ -279,8 +279,9 @@ def entropy_ends(entropy: Tensor, mask: Tensor, top_k: float = 0.30) -> Tensor:
     # point: without the 1e-9 it would count as 8
     wanted = (top_k * mask.sum(1).double() - 1e-9).ceil().clamp(min=1)  # (B,)
     by_entropy = entropy.masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)
-    rank = by_entropy.argsort(dim=1)  # (B, T): 0 for the highest entropy of its row
-    return mask & (rank < wanted[:, None]) | response_ends(mask)
+    is_wanted = torch.arange(mask.shape[1], device=mask.device) < wanted[:, None]  # in that order
+    chosen = torch.zeros_like(mask).scatter(1, by_entropy, is_wanted)
+    return mask & chosen | response_ends(mask)
 
 
 def threshold_ends(entropy: Tensor, mask: Tensor, threshold: float) -> Tensor:

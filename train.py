@@ -100,7 +100,13 @@ class Settings(baselines.Method):
         "stop also when so many tokens were generated, continuations and trees included; 0: never",
         "[0, inf)",
     )
-    batch: int = setting(128, "responses per rollout, all written at once", "[1, inf)")
+    batch: int = setting(128, "responses per rollout", "[1, inf)")
+    generate_batch: int = setting(
+        0,
+        "responses that are written at a time, 0: all of a rollout; bounds the memory of keys and "
+        "values; another split draws other samples",
+        "[0, inf)",
+    )
     max_new_tokens: int = setting(64, "longest response, in tokens", "[1, inf)")
     temperature: float = setting(1.0, "of sampling and scoring in training", "(0, inf)")
     warm_start_steps: int = setting(
@@ -549,6 +555,9 @@ def main(argv=None) -> None:
             run = build(settings, config, command)
         except (ValueError, OSError, ImportError) as error:
             raise SystemExit(f"train.py: {error}") from error
+        except RuntimeError as error:
+            reason = models.explain_out_of_memory_at_start(settings, error)
+            raise SystemExit(f"train.py: {reason}") from None
         run_to_its_end(run)
 
 

@@ -43,7 +43,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCri
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-PIECE = 2**24  # logits that `score` holds at once: 64 MiB in float32
+# Logits that `score` holds at once: 64 MiB in float32. A card is fast enough to need larger pieces:
+# below some 400 rows, reading a vocabulary of 150,000 takes it longer than the product does.
+PIECE = 2**24
+PIECE_ON_CARD = 2**26
 
 
 # -------------------------------------------------------------- a loaded model and its inputs
@@ -150,6 +153,7 @@ def load(
     that is missing (torchvision, for the Qwen-VL families), and ValueError when its head is not its
     last layer.
     """
+    prepare(device)
     processor = _open_processor(name_or_directory)
     model = AutoModelForImageTextToText.from_pretrained(  # with PyTorch's own (sdpa) attention
         name_or_directory, dtype=getattr(torch, dtype)
@@ -171,6 +175,17 @@ def load(
             f"{name_or_directory}: its logits are capped or scaled behind its head: not supported"
         )
     return VLM(model, processor, banned.to(device), eos_ids)
+
+
+def prepare(device) -> None:
+    """Switch off cuDNN's attention where a card is used.
+
+    In PyTorch 2.13 its gradients can be NaN on H100 and H200, with an explicit mask and a length
+    that is 64 modulo 128 (pytorch issue 196678); prompts padded on the left make our masks
+    explicit. Flash, memory-efficient and plain attention stay. To look at again with PyTorch 2.14.
+    """
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def idefics3_image_processor() -> type:
@@ -224,7 +239,9 @@ def _head_is_last(model, token_ids):
     """Are the model's logits its head's output? `score` applies the head itself, and no more."""
     logits = model(input_ids=token_ids).logits
     hidden = model.base_model(input_ids=token_ids).last_hidden_state
-    return torch.allclose(logits, model.get_output_embeddings()(hidden), 1e-3, 1e-5)
+    # bfloat16 tells numbers apart that differ by 0.8%
+    tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
+    return torch.allclose(logits, model.get_output_embeddings()(hidden), tolerance, 1e-5)
 
 
 # ------------------------------------------------------------------------------------- encode
@@ -642,6 +659,7 @@ def generate(
     top_p: float = 1.0,
     stop: str | None = None,
     return_logp: bool = False,
+    at_once: int = 0,
 ):
     """Sample one response per prompt. -> tokens (B, T) long, mask (B, T) bool [, logp (B, T)].
 
@@ -650,7 +668,24 @@ def generate(
     temperature: 0 is greedy. Otherwise the draws come from torch's global random stream.
     return_logp: return also the log-probability of each token under the distribution that it was
         sampled from. Only for small vocabularies, since it keeps (T, B, V) scores.
+    at_once: prompts that are answered at a time, which bounds the memory of keys, values and
+        pictures; 0: all. Each part draws in its turn, so another split gives other samples of the
+        same distribution; greedy, it gives the same ones. ValueError for kept keys and values.
     """
+    B = len(inputs["input_ids"])
+    if 0 < at_once < B:
+        if "past_key_values" in inputs:
+            raise ValueError(f"at_once: {at_once} of {B} prompts whose keys and values are kept")
+        parts = [
+            generate(vlm, take(inputs, rows), max_new_tokens, temperature, top_p, stop, return_logp)
+            for rows in torch.arange(B).split(at_once)
+        ]
+        fillings = (vlm.eos_ids[0], 0, 0)  # of tokens, mask, logp
+        columns = zip(*parts, strict=True)
+        return tuple(
+            _stacked(list(column), left=False, filling=filling)
+            for column, filling in zip(columns, fillings, strict=False)
+        )
     P = inputs["input_ids"].shape[1]
     stopping = _Stop(vlm, P, stop)
     sampling = {}
@@ -764,15 +799,18 @@ def score(
     measurement and is not. A banned token inside the mask scores -inf.
 
     Logits are made for the N tokens under the mask alone, PIECE numbers at a time, and made again
-    for the gradient, so that (B, T, V) is never in memory.
+    for the gradient, so that (B, T, V) is never in memory. What the pieces say about the head's
+    weights is summed in float32.
     """
     P = inputs["input_ids"].shape[1]
     T = _used_columns(mask)
     hidden = vlm.hidden(joined(inputs, tokens[:, :T], mask[:, :T]))  # (B, P + T, H)
     hidden = hidden[:, P - 1 : -1][mask[:, :T]]  # (N, H): position p predicts token p + 1
     head = vlm.model.get_output_embeddings()
-    size = max(1, PIECE // len(vlm.banned))
+    size = max(1, (PIECE_ON_CARD if hidden.is_cuda else PIECE) // len(vlm.banned))
     pieces = list(zip(hidden.split(size), tokens[mask].split(size), strict=True))
+    if len(pieces) > 1:
+        head = _summing_gradients_in_float32(head)
     logps, entropies = [], []
     for piece in pieces:
         arguments = (head, *piece, vlm.banned, temperature)
@@ -786,6 +824,25 @@ def score(
     logp = zeros.masked_scatter(mask, torch.cat(logps))  # (N,) -> (B, T)
     entropy = zeros.masked_scatter(mask, torch.cat(entropies))  # (N,) -> (B, T)
     return logp, entropy
+
+
+def _summing_gradients_in_float32(head):
+    """The same head, whose uses send their gradients to its weights through float32.
+
+    Autograd sums the gradients of a weight's uses in the weight's dtype. Of many pieces in bfloat16
+    the later ones would be rounded away: one more of 256 equal terms is below half of a step.
+    """
+    wide = {name: parameter.float() for name, parameter in head.named_parameters()}
+
+    def apply(hidden):
+        narrow = {name: parameter.to(hidden.dtype) for name, parameter in wide.items()}
+        return torch.func.functional_call(head, narrow, (hidden,))
+
+    trains_low_precision = any(
+        parameter.requires_grad and parameter.dtype != torch.float32
+        for parameter in head.parameters()
+    )
+    return apply if trains_low_precision and torch.is_grad_enabled() else head
 
 
 def _used_columns(mask):

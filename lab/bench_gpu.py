@@ -207,8 +207,8 @@ def random_learners(size, model, device, lora) -> models.Models:
         backbone = copy.deepcopy(model.base_model)
     critic = sapo.SegmentCritic(backbone, text.hidden_size).to(device)
     trainable = [p for p in policy.enter().parameters() if p.requires_grad]
-    actor_optimizer = models.adam(trainable, 1e-6)
-    critic_optimizer = models.adam(critic.parameters(), 2e-6)
+    actor_optimizer = models.Adam(trainable, 1e-6)
+    critic_optimizer = models.Adam(critic.parameters(), 2e-6)
     return models.Models(policy, critic, None, actor_optimizer, critic_optimizer)
 
 

@@ -1,6 +1,6 @@
 """How fast is the mathematics? sapo.py against the same in loops over responses and segments.
 
-The contest: advantages, returns and ratios of ragged responses, cut at the 30% of highest entropy.
+The contest: cut ragged responses at the 30% of highest entropy; then advantages, returns, ratios.
 Three kinds of loop: on slices of torch tensors, as one would write it in a trainer (of the loops
 only this one can carry the ratio's gradient, or stay on a GPU); on slices of NumPy arrays; on lists
 of Python floats, conversion from and to tensors included. All must give the same numbers.
@@ -19,13 +19,13 @@ import torch
 
 import sapo
 
-GAMMA, LAM = 1.0, 0.99
+GAMMA, LAM, TOP_K = 1.0, 0.99, 0.3
 
 
 def make_batch(rows, tokens, seed, dtype=torch.float32):
     """Ragged responses with a reward each: the six tensors (B, T) of the contest.
 
-    -> (rewards, values, logp, old_logp, ends, mask), the arguments of every contestant.
+    -> (rewards, values, logp, old_logp, entropy, mask), the arguments of every contestant.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -34,26 +34,35 @@ def make_batch(rows, tokens, seed, dtype=torch.float32):
 
     lengths = torch.randint(1, tokens + 1, (rows,), generator=generator)
     mask = torch.arange(tokens) < lengths[:, None]
-    ends = sapo.entropy_ends(uniform(), mask, 0.3)
+    entropy = uniform()
     rewards = torch.where(sapo.response_ends(mask), uniform().round(), 0.0)
     old_logp = -2 * uniform()
     values = uniform()
     logp = old_logp + 0.2 * (uniform() - 0.5)
-    return rewards, values, logp, old_logp, ends, mask
+    return rewards, values, logp, old_logp, entropy, mask
 
 
 # ---------------------------------------------------------------------------- the contestants
 # Each takes a batch and returns (advantages, returns, ratio), (B, T) each.
 
 
-def by_sapo(rewards, values, logp, old_logp, ends, mask):
-    """The functions of sapo.py: Eq. 6 to 8."""
+def by_sapo(rewards, values, logp, old_logp, entropy, mask):
+    """The functions of sapo.py: Eq. 6 to 8 and 11."""
+    ends = sapo.entropy_ends(entropy, mask, TOP_K)
     advantages, returns = sapo.segment_gae(rewards, values, ends, mask, GAMMA, LAM)
     return advantages, returns, sapo.segment_ratio(logp, old_logp, ends, mask)
 
 
+def wanted(length):
+    """How many of `length` tokens the cut takes."""
+    return max(1, math.ceil(TOP_K * length - 1e-9))
+
+
 def segments_backwards(ends):
-    """The first and the last position of each segment of a response, the last segment first."""
+    """The first and the last position of each segment of a response, the last segment first.
+
+    ends: the positions that end one, in their order.
+    """
     first, segments = 0, []
     for last in ends:
         segments.append((first, last))
@@ -61,14 +70,16 @@ def segments_backwards(ends):
     return reversed(segments)
 
 
-def by_torch_slices(rewards, values, logp, old_logp, ends, mask):
+def by_torch_slices(rewards, values, logp, old_logp, entropy, mask):
     """The same by loops over responses and segments, on slices of torch tensors."""
     advantages = torch.zeros_like(values)
     returns = torch.zeros_like(values)
     ratio = torch.ones_like(values)
-    for b in range(len(mask)):
+    for b, length in enumerate(mask.sum(1).tolist()):
+        by_entropy = entropy[b, :length].argsort(descending=True, stable=True)
+        ends = sorted({*by_entropy[: wanted(length)].tolist(), length - 1})
         advantage = next_value = 0.0
-        for first, last in segments_backwards(ends[b].nonzero()[:, 0].tolist()):
+        for first, last in segments_backwards(ends):
             z = slice(first, last + 1)
             value = values[b, first]
             delta = rewards[b, z].sum() + GAMMA * next_value - value
@@ -82,13 +93,15 @@ def by_torch_slices(rewards, values, logp, old_logp, ends, mask):
 
 def by_numpy_slices(*batch):
     """The same loops on slices of NumPy arrays."""
-    rewards, values, logp, old_logp, ends, mask = (tensor.numpy() for tensor in batch)
+    rewards, values, logp, old_logp, entropy, mask = (tensor.numpy() for tensor in batch)
     advantages = np.zeros_like(values)
     returns = np.zeros_like(values)
     ratio = np.ones_like(values)
-    for b in range(len(mask)):
+    for b, length in enumerate(mask.sum(1)):
+        by_entropy = (-entropy[b, :length]).argsort(kind="stable")
+        ends = np.union1d(by_entropy[: wanted(length)], length - 1).tolist()
         advantage = next_value = 0.0
-        for first, last in segments_backwards(np.flatnonzero(ends[b]).tolist()):
+        for first, last in segments_backwards(ends):
             z = slice(first, last + 1)
             value = values[b, first]
             delta = rewards[b, z].sum() + GAMMA * next_value - value
@@ -108,11 +121,14 @@ def by_python_floats(*batch):
     return tuple(torch.tensor(rows, dtype=batch[0].dtype) for rows in columns)
 
 
-def _one_response_in_floats(rewards, values, logp, old_logp, ends, mask):
+def _one_response_in_floats(rewards, values, logp, old_logp, entropy, mask):
     """(advantages, returns, ratio) of one response, lists of T floats each."""
+    length = sum(mask)
+    by_entropy = sorted(range(length), key=lambda t: -entropy[t])  # sorting is stable
+    ends = sorted({*by_entropy[: wanted(length)], length - 1})
     advantages, returns, ratio = [0.0] * len(mask), [0.0] * len(mask), [1.0] * len(mask)
     advantage = next_value = 0.0
-    for first, last in segments_backwards([t for t, is_end in enumerate(ends) if is_end]):
+    for first, last in segments_backwards(ends):
         segment = range(first, last + 1)
         value = values[first]
         delta = sum(rewards[first : last + 1]) + GAMMA * next_value - value
@@ -169,7 +185,7 @@ def measure(rows=512, tokens=2048, repeats=3, seed=0) -> dict:
     """Race and print. -> what results/bench_math.json holds."""
     times, differences = race(rows, tokens, repeats, seed)
     ratios = {name: times[name] / times["sapo.py"] for name in LOOPS}
-    print(f"segment_gae and segment_ratio, ({rows}, {tokens}), 30% cut: processor time, one thread")
+    print(f"cut, segment_gae and segment_ratio, ({rows}, {tokens}): processor time, one thread")
     print(f"{'sapo.py':14} {1000 * times['sapo.py']:10.1f} ms")
     for name in LOOPS:
         print(
@@ -177,9 +193,9 @@ def measure(rows=512, tokens=2048, repeats=3, seed=0) -> dict:
             f"largest difference {differences[name]:.1g}"
         )
     return {
-        "what": "Processor seconds on one thread (best of several) for advantages, returns and "
-        "ratios, by sapo.py and by loops over responses and segments, and how much slower the "
-        "loops are.",
+        "what": "Processor seconds on one thread (best of several) for the cut, advantages, "
+        "returns and ratios, by sapo.py and by loops over responses and segments, and how much "
+        "slower the loops are.",
         "seeds": [seed],
         "seconds": times,
         "ratio": ratios,

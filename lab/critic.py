@@ -199,7 +199,7 @@ def learned(run, variant, batches, held_out):
     policy = run.models.policy
     backbone = copy.deepcopy(policy.model.base_model)
     critic = sapo.SegmentCritic(backbone, policy.hidden_size, variant.hears)
-    optimizer = models.adam(critic.parameters(), variant.lr)
+    optimizer = models.Adam(critic.parameters(), variant.lr)
     if variant.at_the_mean:
         rewards = torch.cat([batch.rollout.rewards.sum(1) for batch in batches])
         torch.nn.init.constant_(critic.head.bias, rewards.mean().item())

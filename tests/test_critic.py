@@ -37,7 +37,7 @@ def made(run, variant):
     policy = run.models.policy
     backbone = copy.deepcopy(policy.model.base_model)
     new = sapo.SegmentCritic(backbone, policy.hidden_size, variant.hears)
-    return new, models.adam(new.parameters(), variant.lr)
+    return new, models.Adam(new.parameters(), variant.lr)
 
 
 def uneven(batch):

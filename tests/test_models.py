@@ -12,6 +12,7 @@ from small_runs import equal
 import models
 import sapo
 import tiny
+import train
 import vlm
 
 close = torch.testing.assert_close
@@ -57,7 +58,7 @@ def test_lora_is_one_backbone_and_three_views(open_family, family):
     assert policy.model is critic.model is reference.model is model.model
     adapters = adapters_of(policy)
     assert parameter_count(model.model.parameters()) == count + parameter_count(adapters.values())
-    assert all(p.dtype == torch.float32 for p in adapters.values())
+    assert all(p.dtype == torch.bfloat16 for p in adapters.values())  # Adam has float32 copies
     assert not [name for name in adapters if "vision" in name or "visual" in name]
 
 
@@ -73,8 +74,8 @@ def test_policy_and_critic_train_an_adapter_each_and_nothing_else(views, family)
     logp, (policy, critic, reference), answers = views(family)
     value = sapo.SegmentCritic(models.Backbone(critic), policy.hidden_size)
     optimizers = [
-        models.adam([p for p in policy.enter().parameters() if p.requires_grad], 1e-2),
-        models.adam(value.parameters(), 1e-2),
+        models.Adam([p for p in policy.enter().parameters() if p.requires_grad], 1e-2),
+        models.Adam(value.parameters(), 1e-2),
     ]
     adapters = adapters_of(policy)
     half = parameter_count(adapters.values()) // 2
@@ -155,7 +156,7 @@ def test_bfloat16_weights_learn_through_float32_copies():
     full.weight.data.copy_(half.weight.data)
     start = half.weight.detach().float().clone()
     layers = (half, full)
-    optimizers = [models.adam(layer.parameters(), 1e-5) for layer in layers]
+    optimizers = [models.Adam(layer.parameters(), 1e-5) for layer in layers]
     for _ in range(200):
         for layer, optimizer in zip(layers, optimizers, strict=True):
             for part in (3.0, -1.0):  # two micro-batches; their sum points against the second
@@ -167,9 +168,18 @@ def test_bfloat16_weights_learn_through_float32_copies():
     close(half.weight.detach(), full.weight.detach().bfloat16())
 
 
+def test_what_is_restored_into_the_copies_reaches_the_weights():
+    layer = torch.nn.Linear(2, 1, dtype=torch.bfloat16)
+    optimizer = models.Adam(layer.parameters(), 1e-3)
+    for float_copy in optimizer.param_groups[0]["params"]:
+        float_copy.data.fill_(0.5)
+    optimizer.write_back()
+    assert all((parameter == 0.5).all() for parameter in layer.parameters())
+
+
 def test_float32_weights_are_moved_themselves():
     layer = torch.nn.Linear(2, 1)
-    optimizer = models.adam(layer.parameters(), 1e-3)
+    optimizer = models.Adam(layer.parameters(), 1e-3)
     parameters = optimizer.param_groups[0]["params"]
     assert parameters[0] is layer.weight and parameters[1] is layer.bias
 
@@ -178,7 +188,7 @@ def test_a_gradient_that_is_noise_hardly_moves_a_weight():
     """Adam divides a gradient by its own size, and would make a full step of any."""
     weights = {gradient: torch.nn.Parameter(torch.zeros(1)) for gradient in (1e-8, 1.0)}
     for gradient, weight in weights.items():
-        optimizer = models.adam([weight], 1e-3)
+        optimizer = models.Adam([weight], 1e-3)
         weight.grad = torch.full_like(weight, gradient)
         optimizer.step()
     assert abs(weights[1e-8].item()) < 1e-5
@@ -319,7 +329,7 @@ def large():
 
 
 def said_of(made, error):
-    settings = SimpleNamespace(device="cpu", batch=8)
+    settings = SimpleNamespace(device="cpu", batch=8, generate_batch=0)
     config = sapo.SAPOConfig(micro_batch=2)
     return models.explain_out_of_memory(made, settings, config, "runs/x", error)
 
@@ -338,7 +348,7 @@ def test_out_of_memory_counts_a_shared_backbone_once(large):
 def test_out_of_memory_is_one_line_with_what_to_lower(large):
     said = said_of(large, RuntimeError("can't allocate memory: you tried\nat line 7"))
     assert "\n" not in said and "you tried" in said
-    assert "--micro_batch to 1 or less" in said and "all 8 are written at once" in said
+    assert "--micro_batch to 1 or less" in said and "(8 are written at once)" in said
     assert "--resume runs/x" in said
 
 
@@ -347,6 +357,21 @@ def test_an_error_that_is_not_about_memory_is_raised_again(large):
     with pytest.raises(RuntimeError, match="size mismatch") as caught:
         said_of(large, error)
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_before_any_work_is_one_line_too(monkeypatch, tmp_path, error):
+    def refused(*_):
+        raise error
+
+    monkeypatch.setattr(models, "build", refused)
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--warm_start_steps", "1", "--batch", "8", "--runs", str(tmp_path)])
+    said = str(caught.value)
+    assert "\n" not in said and str(error) in said
+    assert "while the models were made" in said and "--lora 16" in said
 
 
 def test_the_peak_of_memory_is_in_megabytes():

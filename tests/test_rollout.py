@@ -1,5 +1,7 @@
 """rollout.py: replaying responses through real environments, and what a collected batch holds."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -400,6 +402,58 @@ def test_a_rollout_is_scored_and_valued_in_micro_batches(runs, monkeypatch):
         monkeypatch.setattr(vlm, name, counted)
     rollout.collect(run, np.arange(16))
     assert sizes == [4] * 8
+
+
+def test_srpos_second_scoring_is_in_micro_batches_too(tmp_path, monkeypatch):
+    run, batch = seen_dice(tmp_path, "--method", "srpo", "--micro_batch", "2")
+    sizes, whole = [], vlm.score
+    torch.manual_seed(0)
+    signal = rollout.role_signal(run, batch)
+
+    def counted(model, inputs, tokens, *more):
+        sizes.append(len(tokens))
+        return whole(model, inputs, tokens, *more)
+
+    monkeypatch.setattr(vlm, "score", counted)
+    run.config.micro_batch = 8
+    torch.manual_seed(0)
+    torch.testing.assert_close(rollout.role_signal(run, batch), signal, rtol=0, atol=1e-4)
+    run.config.micro_batch = 2
+    rollout.role_signal(run, batch)
+    assert sizes == [8] * 2 + [2] * 8
+
+
+@pytest.mark.parametrize("credit", ["critic", "continuations", "tree"])
+def test_no_more_responses_are_written_at_a_time_than_generate_batch(runs, monkeypatch, credit):
+    run = built(runs, "--name", "few", *SMALL, "--credit", credit, "--generate_batch", "3")
+    sizes, whole = [], vlm.VLM.enter
+
+    def counted(policy):
+        model = whole(policy)
+        generate = model.generate
+
+        def few(input_ids, **more):
+            sizes.append(len(input_ids))
+            return generate(input_ids=input_ids, **more)
+
+        return SimpleNamespace(generate=few, base_model=model.base_model)
+
+    monkeypatch.setattr(vlm.VLM, "enter", counted)
+    batch = rollout.collect(run, rollout.train_indices(run.settings, 1))
+    assert max(sizes) == 3 and len(batch.tokens) == 16
+
+
+def test_games_are_the_same_however_few_are_played_at_a_time(tmp_path):
+    """Greedy, of an untrained model."""
+    flags = ["--env", "SAPO/Treasure-v0", "--env_args", "picture=false", "--warm_start_steps", "2"]
+    flags += ["--warm_start_batch", "2", "--batch", "6", "--max_new_tokens", "8"]
+    run = train.build(*train.parse([*flags, "--runs", str(tmp_path)]))
+    indices = np.arange(6)
+    whole = rollout.play(run, indices, "train", temperature=0)
+    run.settings.generate_batch = 4
+    parts = rollout.play(run, indices, "train", temperature=0)
+    assert torch.equal(parts.tokens, whole.tokens) and torch.equal(parts.written, whole.written)
+    assert parts.texts == whole.texts
 
 
 def test_a_response_without_a_segment_is_refused():
