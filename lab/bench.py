@@ -6,6 +6,7 @@
     python -m lab.bench iteration                # SAPO, GRPO and TRL's GRPO
     python -m lab.bench turns                    # worlds that answer, in 1, 5 and 20 turns
     python -m lab.bench gpu                      # true sizes, random weights, a CUDA card
+    python -m lab.bench gpu --small              # narrow models, with or without one, printed only
 
 They write results/bench_<what>.json, and gpu.json. What each measures, and how, stands at the head
 of lab/bench_<what>.py.
@@ -37,6 +38,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--batch", type=int, default=512, help="math: responses")
     parser.add_argument("--tokens", type=int, default=2048, help="math: tokens of the longest one")
     parser.add_argument("--repeats", type=int, default=3, help="math: rounds; the best times count")
+    parser.add_argument("--small", action="store_true", help="gpu: narrow models, on a CPU too")
     parser.add_argument("--seed", type=int, default=0, help="math: of the batch")
     parser.add_argument(
         "--out",
@@ -49,21 +51,26 @@ def main(argv=None) -> dict:
         command += f" --batch {args.batch} --tokens {args.tokens}"
         command += f" --repeats {args.repeats} --seed {args.seed}"
     else:
-        command += f" {args.what}"
+        command += f" {args.what}" + " --small" * args.small
+    is_usual = (args.batch, args.tokens) == (512, 2048) or args.what != "math"
+    file = args.out
+    if file is None and is_usual and not args.small:
+        file = RESULTS / FILES[args.what]
     try:
-        outcome = measure(args)
+        outcome = measure(args, lambda so_far: file and save(file, so_far, command))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"{command}: {error}") from None
-    is_usual_size = (args.batch, args.tokens) == (512, 2048)
-    if args.out:
-        save(args.out, outcome, command)
-    elif args.what != "math" or is_usual_size:
-        save(RESULTS / FILES[args.what], outcome, command)
+    if file:
+        save(file, outcome, command)
+        print(f"written to {file}")
     return outcome
 
 
-def measure(args) -> dict:
-    """Take the measurement called `args.what`. Each module is imported only when it is wanted."""
+def measure(args, keep) -> dict:
+    """Take the measurement called `args.what`. Each module is imported only when it is wanted.
+
+    keep(outcome): called with what there is so far, by the measurement that takes long.
+    """
     if args.what == "math":
         from lab import bench_math
 
@@ -82,7 +89,7 @@ def measure(args) -> dict:
         return bench_turns.measure()
     from lab import bench_gpu
 
-    return bench_gpu.measure()
+    return bench_gpu.small() if args.small else bench_gpu.measure(keep=keep)
 
 
 def save(file, outcome, command):
@@ -96,7 +103,6 @@ def save(file, outcome, command):
     made = {"command": command, "date": date.today().isoformat()}
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(made | outcome | {"versions": versions}, indent=1) + "\n")
-    print(f"written to {file}")
 
 
 if __name__ == "__main__":

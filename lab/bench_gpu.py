@@ -1,11 +1,15 @@
 """What does an iteration cost on a real card? True sizes, random weights: nothing is downloaded.
 
-Peak memory, tokens per second, and the share of the card's matrix rate: 2 x parameters x positions
-over the seconds of a scoring pass, against a large matrix product.
+Seconds and peak memory of each phase, tokens per second, and the share of the card's matrix rate:
+2 x parameters x positions over the seconds of a scoring pass, against a large matrix product.
+
+`--small` runs two narrow models through the same lines, without a card too, to see that they work.
 """
 
 import contextlib
 import copy
+import functools
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -153,6 +157,31 @@ SIZES = {
 }
 
 
+# Narrow models of the same two families, whose numbers mean nothing
+SMALL = {
+    "small SmolVLM": smolvlm(
+        hidden=64,
+        layers=2,
+        heads=4,
+        kv_heads=4,
+        inner=128,
+        vision=_vision(hidden=32, layers=2, heads=2, inner=64, patch=8),
+        side=32,
+        scale=2,
+    ),
+    "small Qwen": qwen(
+        hidden=128,
+        layers=1,
+        heads=1,
+        kv_heads=1,
+        inner=32,
+        vocabulary=152_000,
+        tied=True,
+        vision={"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2},
+    ),
+}
+
+
 # ----------------------------------------------------------------------------------- one size
 def one_size(size, device, lora, rows, new_tokens, prompt=64, micro_batch=4) -> dict:
     """One SAPO iteration with random weights, bfloat16, gradient checkpointing.
@@ -167,15 +196,12 @@ def one_size(size, device, lora, rows, new_tokens, prompt=64, micro_batch=4) -> 
     learners = random_learners(size, model, device, lora)
     inputs = random_prompts(size, device, rows, prompt)
     one_iteration(learners, inputs, new_tokens, micro_batch, device)  # warms up
-    seconds = one_iteration(learners, inputs, new_tokens, micro_batch, device)
+    seconds, peaks = one_iteration(learners, inputs, new_tokens, micro_batch, device)
     positions = inputs["input_ids"].numel() + rows * new_tokens
-    if "cuda" in str(device):
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = models.peak_megabytes() / 2**10
     return {
         "parameters": parameters,
-        "peak_gib": peak,
+        "peak_gib": max(peaks.values()),
+        "peak_gib_of": peaks,
         "seconds": seconds,
         "seconds_per_iteration": sum(seconds.values()),
         "trained": sum(p.numel() for p in models.trained_parameters(learners)),
@@ -187,6 +213,7 @@ def one_size(size, device, lora, rows, new_tokens, prompt=64, micro_batch=4) -> 
 
 def random_model(size, device):
     """A model of this size with random weights, made on the device: the CPU may lack the memory."""
+    vlm.prepare(device)
     with torch.device(device):
         model = size.kind._from_config(size.config, dtype=torch.bfloat16).eval()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -226,11 +253,12 @@ def random_prompts(size, device, rows, prompt) -> vlm.Inputs:
 
 
 def one_iteration(learners, inputs, new_tokens, micro_batch, device) -> dict:
-    """Generate, score, value, update. -> the seconds of each."""
+    """Generate, score, value, update. -> (the seconds of each, the most GiB that each held)."""
     policy, critic = learners.policy, learners.critic
-    seconds = {}
+    seconds, peaks = {}, {}
+    phase = functools.partial(measured, seconds, peaks, device=device)
     torch.manual_seed(1)
-    with timed(seconds, "generate", device):
+    with phase("generate"):
         tokens, mask = vlm.generate(policy, inputs, new_tokens)
 
     def score_part(*part):
@@ -245,19 +273,19 @@ def one_iteration(learners, inputs, new_tokens, micro_batch, device) -> dict:
     def value(rows):
         return value_part(vlm.take(inputs, rows), tokens[rows], mask[rows])
 
-    with torch.no_grad(), timed(seconds, "score", device):
+    with torch.no_grad(), phase("score"):
         logp, entropy = vlm.in_parts(score_part, micro_batch, inputs, tokens, mask)
-    with torch.no_grad(), timed(seconds, "values", device):
+    with torch.no_grad(), phase("values"):
         values = vlm.in_parts(value_part, micro_batch, inputs, tokens, mask)
     luck = torch.rand(mask.shape, device=device).round()
     rewards = torch.where(sapo.response_ends(mask), luck, 0.0)
     rollout = sapo.Rollout(mask, sapo.entropy_ends(entropy, mask), logp, rewards, values)
     config = sapo.SAPOConfig(epochs=1, minibatch=len(mask), micro_batch=micro_batch)
     optimizers = learners.actor_optimizer, learners.critic_optimizer
-    with timed(seconds, "update", device):
+    with phase("update"):
         advantages, returns = sapo.credit(rollout, config)
         sapo.sapo_update(rollout, advantages, returns, score, value, optimizers, config)
-    return seconds
+    return seconds, peaks
 
 
 # ---------------------------------------------------------------------------------- the clock
@@ -269,6 +297,19 @@ def timed(seconds, part, device):
     yield
     synchronize(device)
     seconds[part] = time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def measured(seconds, peaks, part, device):
+    """`timed`, and the most that the card held meanwhile, in GiB, into peaks[part]. Of a CPU it is
+    the most that the process ever held."""
+    on_card = "cuda" in str(device)
+    if on_card:
+        torch.cuda.reset_peak_memory_stats()
+    with timed(seconds, part, device):
+        yield
+    held = torch.cuda.max_memory_allocated() / 2**20 if on_card else models.peak_megabytes()
+    peaks[part] = held / 2**10
 
 
 def synchronize(device):
@@ -288,35 +329,53 @@ def matrix_rate(device, dtype, side):
     return 4 * 2 * side**3 / min(seconds.values())
 
 
-def measure(device="cuda", sizes=SIZES, rank=16, rows=16, new_tokens=256) -> dict:
+def small() -> dict:
+    """The narrow models, on the card where there is one. -> the same as `measure`, less precise."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return measure(device, SMALL, rank=2, rows=2, new_tokens=3)
+
+
+def measure(device="cuda", sizes=SIZES, rank=16, rows=16, new_tokens=256, keep=None) -> dict:
     """Every size with all its weights trained and with LoRA. -> results/gpu.json.
 
-    A size that does not fit says so. Raises ValueError where torch sees no card.
+    A size that does not fit, or fails otherwise, says so in its row. keep(outcome) is called after
+    each row, so that nothing is lost. Raises ValueError where torch sees no card.
     """
     on_card = "cuda" in device
     if on_card and not torch.cuda.is_available():
         raise ValueError("needs a CUDA card, and torch sees none here; nothing was written")
     best = matrix_rate(device, torch.bfloat16, 8192 if on_card else 64)
-    measured = []
-    for name, size in sizes.items():
-        for lora in (0, rank):
-            if on_card:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                row = one_size(size, device, lora, rows, new_tokens)
-                row["share_of_matrix_rate"] = row["scoring_rate"] / best
-            except torch.OutOfMemoryError as error:
-                row = {"out_of_memory": str(error).splitlines()[0]}
-            measured.append({"model": name, "lora": lora, **row})
-            print(json.dumps(measured[-1]))
-    return {
-        "what": "Random weights at true sizes on one card: peak memory, tokens per second, share "
-        "of the card's matrix rate (2 x parameters x positions over the seconds of a scoring "
-        "pass). A size that does not fit says so.",
+    outcome = {
+        "what": "Random weights at true sizes on one card: seconds and peak memory of each phase, "
+        "tokens per second, share of the card's matrix rate (2 x parameters x positions over the "
+        "seconds of a scoring pass). A size that does not fit says so.",
         "card": torch.cuda.get_device_name() if on_card else "cpu",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "matrix_rate": best,
         "responses": rows,
         "tokens": new_tokens,
-        "rows": measured,
+        "rows": [],
     }
+    for name, size in sizes.items():
+        for lora in (0, rank):
+            row = row_of(size, device, lora, rows, new_tokens, best)
+            outcome["rows"].append({"model": name, "lora": lora} | row)
+            print(json.dumps(outcome["rows"][-1]), flush=True)
+            if keep is not None:
+                keep(outcome)
+    return outcome
+
+
+def row_of(size, device, lora, rows, new_tokens, best) -> dict:
+    """`one_size`, or what went wrong with it; and no memory of an earlier size in its numbers."""
+    gc.collect()  # models hold each other in circles, which only this opens
+    if "cuda" in device:
+        torch.cuda.empty_cache()
+    try:
+        row = one_size(size, device, lora, rows, new_tokens)
+        return row | {"share_of_matrix_rate": row["scoring_rate"] / best}
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).splitlines()[0]}
+    except Exception as error:  # whatever it is: the other sizes are worth measuring
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}

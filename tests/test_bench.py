@@ -42,7 +42,7 @@ def test_other_sizes_leave_the_results_alone(tmp_path, monkeypatch):
 def test_the_usual_measurements_go_to_results(tmp_path, monkeypatch):
     """Each kind to its file, with its own versions beside ours."""
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench, "measure", lambda args: {"versions": {"trl": "1"}})
+    monkeypatch.setattr(bench, "measure", lambda *_: {"versions": {"trl": "1"}})
     for what, name in bench.FILES.items():
         bench.main([what])
         stored = json.loads((tmp_path / name).read_text())
@@ -89,36 +89,31 @@ def test_the_true_sizes_are_those_of_the_published_models(name, millions):
     assert size.config.image_token_id in size.picture_tokens
 
 
-def small_smolvlm():
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"intermediate_size": 64, "patch_size": 8}
-    return bench_gpu.smolvlm(64, 2, 4, 4, 128, vision, side=32, scale=2)
-
-
-def small_qwen():
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
-    return bench_gpu.qwen(128, 1, 1, 1, 32, 152_000, tied=True, vision=vision)
-
-
 def check_row(row):
     assert row["seconds"].keys() == {"generate", "score", "values", "update"}
     assert row["generated_per_second"] > 0 and row["peak_gib"] > 0
+    assert row["peak_gib_of"].keys() == row["seconds"].keys()
     assert row["seconds_per_iteration"] == pytest.approx(sum(row["seconds"].values()))
 
 
-def test_the_gpu_measurement_runs_whole_on_a_small_smolvlm():
-    row = bench_gpu.one_size(
-        small_smolvlm(), "cpu", 0, rows=2, new_tokens=3, prompt=4, micro_batch=1
-    )
-    check_row(row)
-    assert row["trained"] >= row["parameters"] / 2  # all weights
-
-
-def test_the_gpu_measurement_runs_whole_on_a_small_qwen_with_lora():
+def test_the_gpu_measurement_runs_whole_on_narrow_models(capsys, tmp_path):
     pytest.importorskip("peft", reason="LoRA needs peft")
-    row = bench_gpu.one_size(small_qwen(), "cpu", 2, rows=2, new_tokens=3, prompt=4, micro_batch=1)
-    check_row(row)
-    assert row["trained"] < row["parameters"] / 2
+    outcome = bench.main(["gpu", "--small", "--out", str(tmp_path / "gpu.json")])
+    assert [row["lora"] for row in outcome["rows"]] == [0, 2, 0, 2]
+    for row in outcome["rows"]:
+        check_row(row)
+        trains_all = row["trained"] > row["parameters"] / 2
+        assert trains_all == (row["lora"] == 0)
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["rows"] == outcome["rows"] and kept["command"] == "python -m lab.bench gpu --small"
+    assert {"card", "cuda", "cudnn"} < kept.keys()
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_the_narrow_models_of_the_gpu_measurement_leave_results_alone(monkeypatch):
+    monkeypatch.setattr(bench_gpu, "small", lambda: {"rows": []})
+    monkeypatch.setattr(bench, "save", None)
+    assert bench.main(["gpu", "--small"]) == {"rows": []}
 
 
 def test_every_size_is_measured_with_and_without_lora(monkeypatch, capsys):
@@ -128,15 +123,27 @@ def test_every_size_is_measured_with_and_without_lora(monkeypatch, capsys):
         measured.append((size, lora))
         if size == "large":
             raise torch.OutOfMemoryError("no room\nfor it")
+        if size == "odd":
+            raise KeyError("no kernel")
         return {"scoring_rate": 5.0}
 
     monkeypatch.setattr(bench_gpu, "one_size", one_size)
-    outcome = bench_gpu.measure("cpu", {"a": "small", "b": "large"}, rank=2, rows=1, new_tokens=1)
-    assert measured == [("small", 0), ("small", 2), ("large", 0), ("large", 2)]
-    small, _, large, _ = outcome["rows"]
+    kept = []
+    outcome = bench_gpu.measure(
+        "cpu",
+        {"a": "small", "b": "large", "c": "odd"},
+        rank=2,
+        rows=1,
+        new_tokens=1,
+        keep=lambda so_far: kept.append(len(so_far["rows"])),
+    )
+    assert measured == [(size, lora) for size in ("small", "large", "odd") for lora in (0, 2)]
+    assert kept == [1, 2, 3, 4, 5, 6]
+    small, _, large, _, odd, _ = outcome["rows"]
+    assert odd == {"model": "c", "lora": 0, "error": "KeyError: 'no kernel'"}
     assert small["share_of_matrix_rate"] == 5.0 / outcome["matrix_rate"]
     assert large == {"model": "b", "lora": 0, "out_of_memory": "no room"}
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def test_without_a_card_the_gpu_measurement_says_so(monkeypatch, tmp_path):

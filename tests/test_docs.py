@@ -105,7 +105,10 @@ TRAINING = beginning_with("python train.py", without=("--help", "--resume"))
 COMPARING = beginning_with("python -m lab.compare", without=("--help",))
 MEASURING = beginning_with("python -m lab.bench", "python -m lab.figures")
 LOOKING = beginning_with(
-    *(f"python -m lab.{name}" for name in ("critic", "tables", "theorems", "estimators", "kills"))
+    *(
+        f"python -m lab.{name}"
+        for name in ("critic", "tables", "theorems", "estimators", "kills", "memory", "ratio_noise")
+    )
 )
 TESTING = beginning_with("python -m pytest", "python tests/")
 
@@ -194,7 +197,8 @@ def test_the_other_commands_of_the_laboratory_take_these_words(command):
     elif "lab.kills" in command:
         kills.parse(arguments(command, "python -m lab.kills"))
     else:
-        assert command in ("python -m lab.tables", "python -m lab.estimators")
+        takes_no_words = ("tables", "estimators", "memory", "ratio_noise")
+        assert command.removeprefix("python -m lab.") in takes_no_words
 
 
 @pytest.mark.parametrize("command", TESTING)

@@ -1,0 +1,37 @@
+"""lab/ratio_noise.py: scoring twice in other company."""
+
+import json
+
+import pytest
+import torch
+from helpers import pictures
+
+import vlm
+from lab import ratio_noise
+from lab.bench import RESULTS
+
+
+def noise_in(folder, dtype):
+    opened = vlm.load(folder, dtype=dtype)
+    inputs = vlm.encode(opened, ["Sum the dice.", "?"] * 12, pictures(24))
+    torch.manual_seed(0)
+    tokens, mask = vlm.generate(opened, inputs, 24, stop="e")
+    return ratio_noise.noise(opened, inputs, tokens, mask, part=16, minibatch=5)
+
+
+def test_a_response_scored_again_in_other_company_is_as_likely(sharp_folder):
+    """To float32's precision; to bfloat16's it is not."""
+    full, half = (noise_in(sharp_folder, dtype) for dtype in ("float32", "bfloat16"))
+    assert full["token_largest"] < 1e-4 and full["beyond_clip"] == 0
+    assert 1e-3 < half["token_largest"] < 1 and half["responses"] == 24
+    assert half["response_rms"] <= half["response_largest"] <= half["token_largest"]
+
+
+@pytest.mark.skipif(not (RESULTS / "ratio_noise.json").is_file(), reason="not measured yet")
+def test_the_page_says_what_was_measured():
+    rows = json.loads((RESULTS / "ratio_noise.json").read_text())["rows"]
+    page = (RESULTS.parent / "docs" / "models.md").read_text()
+    for row in rows:
+        assert f"{row['response_rms']:.1e}" in page
+        if row["dtype"] == "bfloat16":
+            assert f"{row['beyond_clip']:.0%}" in page
