@@ -68,7 +68,8 @@ def measure_at(commit) -> dict:
         code = "import json, count_syncs; print(json.dumps(count_syncs.measure()))"
         ran = subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([folder, f"{folder}/tests"])},
+            cwd=folder,  # from where -c imports first
+            env={**os.environ, "PYTHONPATH": f"{folder}/tests"},
             check=True,
             stdout=subprocess.PIPE,
             text=True,
@@ -83,15 +84,17 @@ def main(argv=None):
     parser.add_argument("--before", help="a commit to compare with")
     commit = parser.parse_args(argv).before
     file = ROOT / "results" / "pretended_card.json"
-    before = json.loads(file.read_text())["before"] if file.exists() else None
     if commit:
-        before = {"commit": commit, **measure_at(commit)}
+        before = {"before_commit": commit, "before": measure_at(commit)}
+    else:
+        stored = json.loads(file.read_text())
+        before = {name: stored[name] for name in ("before_commit", "before")}
     outcome = {
         "command": shlex.join(["python", "tests/count_syncs.py", *argv]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "flags": shlex.join(FLAGS),
-        "before": before,
+        **before,
         "after": measure(),
     }
     file.write_text(json.dumps(outcome, indent=1) + "\n")
