@@ -90,7 +90,7 @@ def main(argv=None):
         stored = json.loads(file.read_text())
         before = {name: stored[name] for name in ("before_commit", "before")}
     outcome = {
-        "command": shlex.join(["python", "tests/count_syncs.py", *argv]),
+        "command": "PYTHONPATH=. " + shlex.join(["python", "tests/count_syncs.py", *argv]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "flags": shlex.join(FLAGS),
