@@ -160,11 +160,11 @@ def fixed_ends(mask: Tensor, tokens: int) -> Tensor:
 
 def is_delimiter(texts: list[list[str]], mask: Tensor) -> Tensor:
     """The tokens whose text holds one of DELIMITERS. -> bool (B, T)."""
-    marked = torch.zeros_like(mask)
+    marked = torch.zeros(mask.shape, dtype=torch.bool)
     for row, pieces in enumerate(texts):
         has_delimiter = [any(mark in piece for mark in DELIMITERS) for piece in pieces]
         marked[row, : len(pieces)] = torch.tensor(has_delimiter)
-    return marked
+    return marked.to(mask.device)
 
 
 def cut(

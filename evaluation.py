@@ -9,6 +9,7 @@ import io
 import json
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -63,6 +64,7 @@ def sample_indices(settings, count=64) -> np.ndarray:
 
 def samples(run, batch, advantages) -> list[dict]:
     """The rows of samples.jsonl: the first response to each prompt of a batch, token by token."""
+    batch, advantages = _on_cpu(batch), advantages.cpu()  # once, not once a number
     episodes = batch.rollout
     values = None
     if episodes.values is not None:  # V is neither read nor trained but at the boundaries
@@ -70,6 +72,13 @@ def samples(run, batch, advantages) -> list[dict]:
         values = sapo.segment_sum(episodes.values * reads, episodes.ends, episodes.mask)
     _, first_of_each_prompt = np.unique(batch.indices, return_index=True)
     return [sample(run, batch, row, advantages, values) for row in first_of_each_prompt]
+
+
+def _on_cpu(batch):
+    """A batch whose numbers of each token are on the CPU."""
+    tensors = vars(batch.rollout).items()
+    episodes = {name: None if tensor is None else tensor.cpu() for name, tensor in tensors}
+    return replace(batch, rollout=sapo.Rollout(**episodes), entropy=batch.entropy.cpu())
 
 
 def sample(run, batch, row, advantages, values) -> dict:

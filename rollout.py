@@ -176,6 +176,8 @@ def respond(run, indices, split) -> Responses:
 
     prompt, tokens, written, tree = baselines.grow(len(indices), run.settings, write_on, ended)
     indices = indices[prompt.numpy()]  # one row per leaf
+    device = run.models.policy.model.device
+    tokens, written = tokens.to(device), written.to(device)  # a tree grows on the CPU
     texts = vlm.token_texts(run.models.policy, tokens, written, env.END)
     envs, inputs = ask(run, indices, split)
     return Responses(indices, envs, inputs, tokens, written, texts, tree, transcripts=None)
@@ -264,7 +266,8 @@ def _replies(policy, observations):
 
 def continue_responses(run, inputs, rows, prefix, lengths, limit):
     """Continue answers to the prompts `rows` after the first lengths[k] tokens of prefix[k]."""
-    prompts = vlm.extended(vlm.take(inputs, rows), prefix, lengths)
+    device = run.models.policy.model.device  # a tree's branches come from the CPU
+    prompts = vlm.extended(vlm.take(inputs, rows), prefix.to(device), lengths.to(device))
     return write(run, prompts, run.settings.temperature, limit=limit)
 
 
@@ -400,10 +403,10 @@ def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
     without a segment.
     """
     rewards = np.zeros(mask.shape, np.float32)
-    used = mask.cpu().clone()
+    used = mask.to("cpu", copy=True)
     infos = []
     for row, (episode, pieces, ends_segment, was_written) in enumerate(
-        zip(envs, texts, ends.tolist(), mask.tolist(), strict=True)
+        zip(envs, texts, ends.tolist(), used.tolist(), strict=True)
     ):
         if not any(ends_segment[: len(pieces)]):
             raise ValueError(f"ends: response {row} has no segment, expected at least one")

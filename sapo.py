@@ -212,11 +212,16 @@ def _check(mask, called="mask", /, **tensors):
         )
         if name in ("ends", "is_delimiter"):
             _require(tensor.dtype == torch.bool, name, tensor.dtype, "torch.bool")
-        if torch.isnan(tensor.sum()):  # one sum is quicker than a search, and nearly always enough
-            where = (torch.isnan(tensor) & mask).nonzero()
-            if len(where):
-                row, position = where[0].tolist()
-                raise NaNError(f"{name}: NaN on a policy token (row {row}, position {position})")
+    numbers = {name: x for name, x in tensors.items() if x.is_floating_point()}
+    # One sum is quicker than a search, and nearly always enough. Of all tensors together: the CPU
+    # waits for a card once
+    if not numbers or not torch.isnan(sum(x.sum() for x in numbers.values())):
+        return
+    for name, x in numbers.items():
+        where = (torch.isnan(x) & mask).nonzero()
+        if len(where):
+            row, position = where[0].tolist()
+            raise NaNError(f"{name}: NaN on a policy token (row {row}, position {position})")
 
 
 def _wide(x):
@@ -368,10 +373,13 @@ def boundaries(ends: Tensor, mask: Tensor, value_at: str = "start") -> Tensor:
     return mask & (neighbour != index)
 
 
-def _sums(x, index, mask):
-    """Sums of x over each segment's policy tokens: x, index (B, T) -> (B, M)."""
+def _sums(x, index, mask, segments=None):
+    """Sums of x over each segment's policy tokens: x, index (B, T) -> (B, segments).
+
+    None: room for T segments, since to ask a card how many there are is to wait for it.
+    """
     kept = torch.where(mask, _wide(x), 0.0)  # not x * mask: a NaN off the mask must not survive
-    segments = int(index.max()) + 1
+    segments = segments or mask.shape[1]
     return kept.new_zeros(len(kept), segments).scatter_add(1, index, kept)
 
 
@@ -392,7 +400,7 @@ def segment_mean(x: Tensor, ends: Tensor, mask: Tensor) -> Tensor:
     """
     _check(mask, x=x, ends=ends)
     index = segment_index(ends)
-    means = _sums(x, index, mask) / _sums(mask, index, mask).clamp(min=1)  # (B, M)
+    means = _sums(x, index, mask) / _sums(mask, index, mask).clamp(min=1)  # (B, T)
     return torch.where(mask, means.gather(1, index), 0.0)
 
 
@@ -490,8 +498,10 @@ def segment_gae(
     # stands right behind V(s_m). `segment_index` has gaps where an end is off the mask.
     index = (starts.cumsum(1) - 1).clamp(min=0)  # (B, T)
     reads = starts if value_at == "start" else boundaries(ends, mask, value_at)
-    segment_rewards = _sums(rewards, index, mask)  # (B, M)
-    segment_values = _sums(values, index, reads)  # (B, M): a sum of one; 0 after the last segment
+    segments = int(index.max()) + 1  # M
+    segment_rewards = _sums(rewards, index, mask, segments)  # (B, M)
+    # (B, M): a sum of one; 0 after the last segment
+    segment_values = _sums(values, index, reads, segments)
     next_values = F.pad(segment_values[:, 1:], (0, 1))  # (B, M)
     deltas = segment_rewards + gamma * next_values - segment_values
 
@@ -828,7 +838,8 @@ def sapo_update(
 
     history, stays = [], False
     for _ in range(config.epochs):
-        minibatches = torch.randperm(len(mask), generator=generator).split(config.minibatch)
+        order = torch.randperm(len(mask), generator=generator).to(mask.device)
+        minibatches = order.split(config.minibatch)
         finite = []  # the stats of those whose numbers are all finite
         for rows in minibatches:
             stats = {"policy_steps": 1.0 - stays}

@@ -378,13 +378,15 @@ def encode_responses(vlm: VLM, texts: list[str]) -> tuple[Tensor, Tensor]:
 def take(inputs: dict, rows: Tensor) -> Inputs:
     """Some prompts of the inputs, with their pictures. rows: their numbers; they may repeat."""
     counts = _counts(inputs)
+    rows = torch.as_tensor(rows, device=inputs["input_ids"].device)
     tensors = {name: tensor[rows] for name, tensor in inputs.items() if name not in counts}
+    numbers = rows.tolist() if counts else []
     taken_counts = {}
     for name, count in counts.items():
-        taken = [count[row] for row in rows]
+        taken = [count[row] for row in numbers]
         if any(taken):  # where none of these prompts has a picture, there is no picture tensor
             parts = inputs[name].split(count)  # one part per prompt
-            tensors[name] = torch.cat([parts[row] for row in rows])
+            tensors[name] = torch.cat([parts[row] for row in numbers])
             taken_counts[name] = taken
     return Inputs(tensors, taken_counts)
 
@@ -724,6 +726,7 @@ class _Stop(StoppingCriteria):
         self.prompt_tokens = prompt_tokens
         self.stop = stop
         self.lengths = None
+        self.is_over = None  # (B,), where the model is: moved there only when a row ends
         self.is_eos = torch.zeros(len(vlm.banned), dtype=torch.bool)
         self.is_eos[vlm.eos_ids] = True
         self.may_complete = _may_complete(vlm.tokenizer, stop, len(vlm.banned))
@@ -741,8 +744,11 @@ class _Stop(StoppingCriteria):
             with_last, before = self.vlm.tokenizer.batch_decode([recent[row], recent[row, :-1]])
             if with_last.count(self.stop) > before.count(self.stop):
                 ended[row] = True
-        self.lengths[ended & (self.lengths == 0)] = input_ids.shape[1] - self.prompt_tokens
-        return (self.lengths > 0).to(input_ids.device)
+        ended &= self.lengths == 0  # now, not earlier
+        if self.is_over is None or ended.any():
+            self.lengths[ended] = input_ids.shape[1] - self.prompt_tokens
+            self.is_over = (self.lengths > 0).to(input_ids.device)
+        return self.is_over
 
 
 @functools.lru_cache
@@ -765,7 +771,8 @@ def token_texts(vlm: VLM, tokens: Tensor, mask: Tensor, end: str) -> list[list[s
     An EOS id reads as `end`. A token that stops inside a multi-byte character adds "", and the
     token that completes the character adds it: a segment that ends between the two loses nothing.
     """
-    return [_texts_of(vlm, row[own].tolist(), end) for row, own in zip(tokens, mask, strict=True)]
+    rows = zip(tokens.cpu(), mask.cpu(), strict=True)
+    return [_texts_of(vlm, row[own].tolist(), end) for row, own in rows]
 
 
 def _texts_of(vlm, ids, end):
@@ -847,9 +854,8 @@ def _summing_gradients_in_float32(head):
 
 def _used_columns(mask):
     """How many columns of a (B, T) mask hold anything: the others are not worth a forward pass."""
-    if not mask.any():
-        return mask.shape[1]
-    return int(mask.any(0).nonzero().max()) + 1
+    numbered = torch.arange(1, mask.shape[1] + 1, device=mask.device)  # (T,)
+    return int((numbered * mask).max()) or mask.shape[1]  # the only wait for a card
 
 
 def _token_scores(head, hidden, tokens, banned, temperature):

@@ -78,7 +78,8 @@ def record(run, deaf) -> dict:
         )
     baseline = float(batch.rollout.rewards.sum(1).mean())
 
-    novice = vlm.load(tiny.cached_warm_start(run.grading_env.unwrapped.task, run.settings))
+    started_from = tiny.cached_warm_start(run.grading_env.unwrapped.task, run.settings)
+    novice = vlm.load(started_from, run.settings.device)
     usual = run.progress.evaluations_before["temperature 1"]["eval_accuracy"]
     places = {"the wrong digit": wrong, "the right digit before it": wrong - 1}
     before = {name: digit_probabilities(novice, batch, row, t) for name, t in places.items()}

@@ -139,6 +139,7 @@ def accuracy_of(advantages, batch, draws=200):
     interval. "wrong_responses": how many have a wrong step.
     """
     responses, shares, deepest = [], [], []
+    advantages = advantages.cpu()
     for row, environment in enumerate(batch.envs):
         steps = step_tokens(environment, batch.texts[row])
         of_tokens = advantages[row].numpy()  # (T,)
@@ -255,8 +256,8 @@ def value_error(sweep, extra, flags, rollouts=40, continuations=64, responses=64
     assert torch.equal(critic_batch.tokens, exact_batch.tokens)
     exact = exact_batch.rollout
     reads = sapo.boundaries(exact.ends, exact.mask)  # (B, T)
-    guess = critic_batch.rollout.values[reads].numpy()  # (states,)
-    values = exact.values[reads].numpy()  # (states,)
+    guess = critic_batch.rollout.values[reads].cpu().numpy()  # (states,)
+    values = exact.values[reads].cpu().numpy()  # (states,)
     # A critic that says one number everywhere has no correlation.
     correlation = float(np.corrcoef(guess, values)[0, 1]) if guess.std() > 0 else 0.0
     errors = {
@@ -279,9 +280,9 @@ def lift_over_q(batch, draws=1000):
     token is left out: no V_{t+1} follows it.
     """
     mask = batch.rollout.mask & ~sapo.response_ends(batch.rollout.mask)
-    mask = mask[:, :-1].numpy()  # (B, T - 1)
-    entropy = batch.entropy[:, :-1].numpy()  # (B, T - 1)
-    jump = batch.rollout.values.diff(dim=1).abs().numpy()  # (B, T - 1): |V_t - V_{t+1}|
+    mask = mask[:, :-1].cpu().numpy()  # (B, T - 1)
+    entropy = batch.entropy[:, :-1].cpu().numpy()  # (B, T - 1)
+    jump = batch.rollout.values.diff(dim=1).abs().cpu().numpy()  # (B, T - 1): |V_t - V_{t+1}|
     resampled = np.random.default_rng(0).integers(len(mask), size=(draws, len(mask)))
     curve = {}
     for q in SHARES:
