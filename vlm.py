@@ -812,10 +812,11 @@ def score(
     P = inputs["input_ids"].shape[1]
     T = _used_columns(mask)
     hidden = vlm.hidden(joined(inputs, tokens[:, :T], mask[:, :T]))  # (B, P + T, H)
-    hidden = hidden[:, P - 1 : -1][mask[:, :T]]  # (N, H): position p predicts token p + 1
+    written = mask.nonzero(as_tuple=True)  # of the N tokens: (row, column)
+    hidden = hidden[:, P - 1 : -1][written]  # (N, H): position p predicts token p + 1
     head = vlm.model.get_output_embeddings()
     size = max(1, (PIECE_ON_CARD if hidden.is_cuda else PIECE) // len(vlm.banned))
-    pieces = list(zip(hidden.split(size), tokens[mask].split(size), strict=True))
+    pieces = list(zip(hidden.split(size), tokens[written].split(size), strict=True))
     if len(pieces) > 1:
         head = _summing_gradients_in_float32(head)
     logps, entropies = [], []

@@ -67,7 +67,7 @@ def tiny_responses(dtype):
     return run.models.policy, made.inputs, made.tokens, made.written
 
 
-def random_responses(name, dtype, count=16, written=64):
+def random_responses(name, dtype, count=4, written=32):
     """A model of a true size with random weights, and ragged responses of random tokens."""
     size = bench_gpu.SIZES[name]
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def measure() -> dict:
         big = random_responses("SmolVLM-256M", dtype)
         rows.append(
             {"model": "SmolVLM-256M, random weights", "dtype": dtype}
-            | noise(*big, part=8, minibatch=4)
+            | noise(*big, part=4, minibatch=2)
         )
         print(*map(json.dumps, rows[-2:]), sep="\n", flush=True)
     return {
