@@ -1,314 +1,57 @@
-"""SAPO as a trainer on top of TRL's GRPOTrainer: vLLM, LoRA, FSDP and many cards are the engine's.
+"""Train on one process or on many, through TRL and Accelerate (lab/trl_trainer.py).
 
-Meant is *Segment-Aligned* Policy Optimization (arXiv:2605.01327). TRL's loss_type="sapo" is *Soft
-Adaptive* Policy Optimization (arXiv:2511.20347), another method.
+    python -m lab.trl_sapo --seed 0     # DiceSum, the tiny model -> results/trl-DiceSum-seed0.json
+    accelerate launch --num_processes 8 -m lab.trl_sapo --model FOLDER --trl bf16=true
 
-    python -m lab.trl_sapo --seed 0        # DiceSum, one process -> results/trl-DiceSum-seed0.json
-    accelerate launch --num_processes 8 -m lab.trl_sapo --model FOLDER --trl bf16=true use_vllm=true
-
-TRL samples, rewards, scores and steps; sapo.py values, cuts, credits and makes the loss. Where the
-engine decides, this differs from train.py (docs/models.md, "From one card to eight"): the critic is
-a head on the policy's hidden states, as they are before the policy's step; minibatches are drawn
-once per rollout, not once per epoch; log-probabilities count the tokens that sampling leaves out;
-there is no KL bound (target_kl), and a step that is not finite is not skipped.
+The flags are train.py's, for tasks of one turn: --batch and --minibatch count the responses of all
+processes together, --micro_batch those of one process at once. What --trl gives are GRPOConfig's
+settings, as JSON. The rate of the policy falls as TRL's scheduler says (linearly to 0), not by
+--actor_half_life, and --eval_every and what concerns checkpoints are TRL's, too.
 """
 
 import argparse
-import dataclasses
 import importlib.metadata
-import inspect
 import json
-import math
 import shlex
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
+import env  # noqa: F401  importing it registers the SAPO/... environments
 import evaluation
 import models
-import sapo
+import rollout
 import tiny
 import train
 import vlm
 
-try:
-    import accelerate
-    import datasets
-    import trl
-
-    if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
-        raise ImportError
-except ImportError:
-    missing = 'lab.trl_sapo needs a package that is not installed: pip install "trl>=1.16"'
-    raise (SystemExit if __name__ == "__main__" else ImportError)(missing) from None
-
-# What GRPOConfig says of GRPO's own loss and of its groups. It is not read here, so it is refused
-OF_GRPO = (
-    *("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
-    *("scale_rewards", "multi_objective_aggregation", "top_entropy_quantile", "entropy_coef"),
-    *("use_adaptive_entropy", "off_policy_mask_threshold", "use_bias_correction_kl"),
-)
-
+RESULTS = Path(__file__).parents[1] / "results"
 LOGGED = ("step", "reward", "clip_fraction", "approx_kl", "value_loss", "explained_variance")
 
 
-def engine_settings(config: sapo.SAPOConfig, processes: int = 1) -> dict:
-    """What a SAPOConfig says that a GRPOConfig says, too, for so many processes.
+def rows_of(episode, count):
+    """The first `count` training examples of an environment. -> a data set as TRL takes it"""
+    import datasets  # which comes with TRL
 
-    A minibatch is spread over processes and gradient accumulation; micro_batch is what one process
-    holds at once. ValueError where the parts do not give the mean over the whole.
-    """
-    size = config.micro_batch or config.minibatch // processes
-    accumulation, rest = divmod(config.minibatch, max(size, 1) * processes)
-    if rest or not accumulation:
-        raise ValueError(
-            f"minibatch: {config.minibatch}, expected a multiple of {max(size, 1)} responses at "
-            f"once on each of {processes} processes"
-        )
-    if config.average == "token" and processes * accumulation > 1:
-        raise ValueError(
-            "average: 'token', expected 'response' where a minibatch has parts: a mean over tokens "
-            "weighs a part by the tokens of all others"
-        )
-    if config.whiten_advantages and processes > 1:
-        raise ValueError(
-            f"whiten_advantages: True, expected False on {processes} processes: it is over all"
-        )
-    if config.target_kl < math.inf:
-        raise ValueError(
-            f"target_kl: {config.target_kl}, expected inf: transformers' Trainer skips no step"
-        )
-    return {
-        "learning_rate": config.actor_lr,
-        "max_grad_norm": config.max_grad_norm,
-        "num_iterations": config.epochs,
-        "beta": config.kl_coef,  # TRL then scores a reference; the penalty is on rewards
-        "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": accumulation,
-    }
-
-
-def engine_config(config: sapo.SAPOConfig, processes: int = 1, **options) -> "trl.GRPOConfig":
-    """A GRPOConfig that agrees with a SAPOConfig; options are GRPOConfig's.
-
-    generation_batch_size: responses per rollout, on all processes together; a multiple of the
-    minibatch. TRL wants num_generations >= 2 responses to a prompt. Here they are independent
-    episodes: advantages come from the critic, and the group is never compared.
-    """
-    usual = {"num_generations": 2, "adam_epsilon": 1e-5, "disable_dropout": True}
-    return trl.GRPOConfig(**usual | engine_settings(config, processes) | options)
-
-
-class SegmentAlignedTrainer(trl.GRPOTrainer):
-    """Segment-Aligned Policy Optimization (arXiv:2605.01327) by sapo.py's own functions.
-
-    args: a GRPOConfig, best from `engine_config`; config: the algorithm's settings. ValueError
-    where they disagree, or args set what only GRPO's loss reads. Other keywords are GRPOTrainer's.
-    hears: the critic is told the surprise (sapo.SegmentCritic).
-
-    The critic is a `SegmentCritic` head on the policy's last hidden states, detached, with an Adam
-    of its own, and is no part of the wrapped model: vLLM would be sent its weights, and each way of
-    sharding would treat them in its own manner. Its gradient is averaged over the processes here.
-    It is saved as critic.pt beside each checkpoint, and resumed from there.
-    """
-
-    _tag_names = ["trl", "segment-aligned-policy-optimization"]
-    _name = "SegmentAlignedTrainer"
-    _paper = {"title": "Segment-Aligned Policy Optimization", "id": "2605.01327"}
-    loss_is_scaled_for_ga = False  # by accumulation steps: Trainer does it
-
-    def __init__(self, model, reward_funcs, args, config: sapo.SAPOConfig, hears=True, **kwargs):
-        for name, expected in engine_settings(config, args.world_size).items():
-            if getattr(args, name) != expected:
-                raise ValueError(
-                    f"{name}: {getattr(args, name)}, expected {expected} by SAPOConfig"
-                )
-        for field in dataclasses.fields(args):
-            value = getattr(args, field.name)
-            if field.name in OF_GRPO and value != field.default:
-                raise ValueError(
-                    f"{field.name}: {value!r}, expected {field.default!r}: only GRPO's loss has it"
-                )
-        super().__init__(model, reward_funcs, args, **kwargs)
-        self.config, self.passes = config, []
-        policy = (
-            self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        )
-        self.backbone = policy.base_model  # the module itself stays, however it is wrapped later
-        width = policy.config.get_text_config().hidden_size
-        critic = sapo.SegmentCritic(torch.nn.Identity(), width, hears)
-        self.critic = critic.to(self.accelerator.device)
-        self.critic_optimizer = models.adam(self.critic.parameters(), config.critic_lr)
-
-    # ----------------------------------------------------------------------- score and value
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, *args, **options
-    ):
-        """TRL's, always with entropies. `self.passes` keeps (logp, entropy, hidden states)."""
-        hidden = []  # of each chunk (b, T, H): position t has read what is before token t
-
-        def keep(module, inputs, output):
-            hidden.append(output.last_hidden_state[:, -logits_to_keep - 1 : -1].detach())
-
-        options["compute_entropy"] = True
-        with self.backbone.register_forward_hook(keep):
-            scores = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **options
-            )
-        self.passes.append((*scores[:2], torch.cat(hidden) if hidden else None))  # None: reference
-        return scores
-
-    def score(self, model, batch):
-        """A batch as TRL keeps it -> (logp, entropy) (B, T) in nats, hidden states (B, T, H)."""
-        named = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
-        pictures = {name: batch[name] for name in named if name in batch}
-        whole = [
-            torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], 1)
-            for part in ("ids", "mask")
-        ]
-        self._get_per_token_logps_and_entropies(
-            model, *whole, batch["completion_ids"].shape[1], **pictures
-        )
-        return self.passes.pop()
-
-    def values(self, hidden, old_logp, mask):
-        """V of the prefix before each token, (B, T)."""
-        heard = sapo.surprise(old_logp, mask) if self.critic.hears else None
-        return self.critic(hidden, surprise=None if heard is None else F.pad(heard, (1, -1)))
-
-    # ---------------------------------------------------------------------------- the rollout
-
-    def _calculate_rewards(self, *args, **kwargs):
-        """TRL's, and kept: (responses of all processes, reward functions)."""
-        self.rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        return self.rewards_per_func
-
-    def _generate_and_score_completions(self, inputs):
-        """TRL writes, scores and rewards; sapo.py values, cuts and credits (Eq. 6, 7, 11)."""
-        config, self.passes = self.config, []
-        batch = super()._generate_and_score_completions(inputs)
-        mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()  # (B, T)
-        of_all = self.rewards_per_func.chunk(self.accelerator.num_processes)
-        mine = of_all[self.accelerator.process_index]  # (B, functions)
-        mask = mask & ~mine.isnan().all(1, keepdim=True)  # nobody could judge it: not learned
-        reward = (mine * self.reward_weights.to(mine.device)).nansum(1)  # (B,)
-        last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-        with torch.no_grad():
-            if "old_per_token_logps" in batch:  # TRL has scored; a reference came after the policy
-                logp, entropy, hidden = self.passes[0]
-            else:
-                logp, entropy, hidden = self.score(self.model, batch)
-            rollout = sapo.Rollout(
-                mask,
-                sapo.entropy_ends(entropy, mask, config.top_k),
-                logp,
-                torch.where(last, reward[:, None], 0.0),
-                self.values(hidden, logp, mask),
-                batch.get("ref_per_token_logps"),
-            )
-        self.passes = []
-        advantages, returns = sapo.credit(rollout, config)
-        self.note(sapo.credit_metrics(rollout, advantages, config))
-        if config.whiten_advantages:
-            advantages = sapo.whiten(advantages, mask)
-        advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
-        # vLLM's correction, a weight w >= 0 of each token's loss: min(r w A, clip(r) w A)
-        batch["advantages"] = advantages * batch.get("importance_sampling_ratio", 1.0)
-        batch["old_per_token_logps"], batch["mask"], batch["ends"] = logp, mask, rollout.ends
-        batch["values"], batch["returns"] = rollout.values, returns
-        return batch
-
-    # ----------------------------------------------------------------------------- the update
-
-    def _compute_loss(self, model, inputs):
-        """The policy's loss (Eq. 8, 9), and a backward pass of the critic's (Eq. 10)."""
-        config, mask, ends = self.config, inputs["mask"], inputs["ends"]
-        old_logp = inputs["old_per_token_logps"]
-        logp, entropy, hidden = self.score(model, inputs)
-        ratio = sapo.importance_ratio(logp, old_logp, ends, mask, config.ratio)
-        clip = (config.clip_low, config.clip_high, config.dual_clip)
-        loss, stats = sapo.policy_loss(ratio, inputs["advantages"], mask, *clip, config.average)
-        value_loss, _ = sapo.value_loss(
-            self.values(hidden, old_logp, mask),
-            inputs["returns"],
-            ends,
-            mask,
-            config.value_at,
-            inputs["values"],
-            config.value_clip,
-            config.average,
-        )
-        if torch.is_grad_enabled():  # not in an evaluation
-            (config.value_coef * value_loss / self.current_gradient_accumulation_steps).backward()
-            if self.accelerator.sync_gradients:
-                self.step_critic()
-        stats |= {"value_loss": value_loss.item(), "policy_loss": loss.item()}
-        stats["approx_kl"] = sapo.approx_kl(logp, old_logp, mask)
-        stats["entropy"] = (entropy.detach() * mask).sum().item() / max(mask.sum().item(), 1)
-        self.note(stats)
-        return loss
-
-    def step_critic(self):
-        """One step of the critic's Adam, by the mean of all processes' gradients."""
-        parameters = list(self.critic.parameters())
-        for parameter in parameters:
-            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        if norm.isfinite():
-            self.critic_optimizer.step()
-        self.critic_optimizer.zero_grad(set_to_none=True)
-
-    def note(self, numbers):
-        """Log the mean over processes of each one's numbers."""
-        mode = "train" if self.model.training else "eval"
-        mine = torch.tensor(list(numbers.values()), device=self.accelerator.device)
-        means = self.accelerator.reduce(mine, reduction="mean").tolist()
-        for name, mean in zip(numbers, means, strict=True):
-            self._metrics[mode][name].append(mean)
-
-    # ------------------------------------------------------------------------ the checkpoints
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            state = [self.critic.state_dict(), self.critic_optimizer.state_dict()]
-            torch.save(state, Path(output_dir or self.args.output_dir) / "critic.pt")
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            weights, adam = torch.load(
-                Path(checkpoint) / "critic.pt", self.accelerator.device, weights_only=True
-            )
-            self.critic.load_state_dict(weights)
-            self.critic_optimizer.load_state_dict(adam)
-
-
-# --------------------------------------------------------------------------- the command line
-
-
-def rows_of(task, count, first=0) -> "datasets.Dataset":
-    """Training examples of a task as TRL's data sets hold them."""
     rows = []
-    for index in range(first, first + count):
-        example = task.example_at(index)
-        pictures = example.image if isinstance(example.image, list) else [example.image]
-        pictures = [picture for picture in pictures if picture is not None]
-        parts = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": example.question}]
-        turns = [{"role": "user", "content": parts}]
-        if task.system:
-            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": task.system}]})
-        rows.append({"prompt": turns, "index": index} | ({"images": pictures} if pictures else {}))
+    for index in range(count):
+        observation, _ = episode.reset(options={"index": index})
+        pictures = rollout.pictures_of(observation)
+        words = {"type": "text", "text": observation["prompt"]}
+        content = [{"type": "image"} for _ in pictures] + [words]
+        turns = [{"role": "user", "content": content}]
+        if episode.unwrapped.task.system:
+            system = {"type": "text", "text": episode.unwrapped.task.system}
+            turns.insert(0, {"role": "system", "content": [system]})
+        rows.append({"prompt": turns, "images": pictures, "index": index})
+    if not any(row["images"] for row in rows):
+        rows = [{"prompt": row["prompt"], "index": row["index"]} for row in rows]
     return datasets.Dataset.from_list(rows)
 
 
 def rewards_of(episode):
-    """A reward function of TRL: what an environment pays for a whole response."""
+    """A reward function as TRL calls it: what an environment pays for each whole response."""
 
     def reward(completions, index, **_):
         rewards = []
@@ -320,116 +63,116 @@ def rewards_of(episode):
     return reward
 
 
-def build(settings, config, options, folder):
-    """(run, trainer): a train.Run to evaluate, and a trainer of its policy.
+def build(settings, config, options=None, folder="runs/trl"):
+    """A run to evaluate, and the trainer of its policy. -> (train.Run, SegmentAlignedTrainer)
 
-    settings, config: of train.py; options: GRPOConfig's. ValueError where they do not fit.
+    settings, config: as of train.parse; options: of GRPOConfig; folder: of TRL's checkpoints.
+    ValueError for settings that do not fit, ImportError for a missing package.
     """
+    from lab import trl_trainer  # which needs TRL
+
     if (settings.method, settings.cut) != ("sapo", "topk"):
-        raise ValueError(f"--method {settings.method} --cut {settings.cut}: expected sapo and topk")
-    state = accelerate.PartialState()
+        given = f"--method {settings.method} --cut {settings.cut}"
+        raise ValueError(f"{given}: expected --method sapo --cut topk")
     envs = [train.make_env(settings) for _ in range(settings.batch + 1)]
     task = envs[0].unwrapped.task
     if task.replies:
         raise ValueError(f"--env {settings.env}: expected a task of one turn")
-    settings.device = str(state.device)
-    args = engine_config(
-        config,
-        state.num_processes,
-        output_dir=str(folder),
-        **{
-            "generation_batch_size": settings.batch,
-            "max_completion_length": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "gradient_checkpointing": settings.gradient_checkpointing,
-            "seed": settings.seed,
-            "num_train_epochs": 1,
-            "logging_steps": config.epochs * settings.batch // config.minibatch,  # a rollout's
-            "use_cpu": state.device.type == "cpu",
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-        }
-        | options,
-    )
+    state = trl_trainer.PartialState()
+    usual = {
+        "generation_batch_size": settings.batch,
+        "max_completion_length": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "seed": settings.seed,
+        "num_train_epochs": 1,
+        "logging_steps": config.epochs * settings.batch // config.minibatch,  # once a rollout
+        "bf16": False,
+        "use_cpu": state.device.type == "cpu",
+        "report_to": "none",
+        "save_strategy": "no",
+        "output_dir": str(folder),
+    }
+    args = trl_trainer.engine_config(config, state.num_processes, **usual | (options or {}))
     start = tiny.cached_warm_start(task, settings) if settings.model == "tiny" else settings.model
-    policy = vlm.load(start, settings.device, settings.dtype)
-    args.generation_kwargs = {"suppress_tokens": policy.banned.nonzero().flatten().tolist()}
-    run_models = models.Models(policy, None, None, None, None)
-    run = train.Run(settings, config, folder, run_models, envs[1:], envs[0], train.Progress())
-    prompts = settings.batch // args.num_generations * settings.iterations
-    peft = {}
-    if settings.lora:
-        from peft import LoraConfig
-
-        layers = "all-linear"
-        peft["peft_config"] = LoraConfig(
-            r=settings.lora, lora_alpha=2 * settings.lora, target_modules=layers
-        )
-    trainer = SegmentAlignedTrainer(
+    policy = vlm.load(start, str(state.device), settings.dtype)
+    if not args.use_vllm:
+        banned = policy.banned.nonzero().flatten().tolist()
+        args.generation_kwargs = {"suppress_tokens": banned} | (args.generation_kwargs or {})
+    of_run = models.Models(policy, None, None, None, None)
+    run = train.Run(settings, config, Path(folder), of_run, envs[1:], envs[0], train.Progress())
+    prompts = settings.iterations * settings.batch // args.num_generations
+    trainer = trl_trainer.SegmentAlignedTrainer(
         policy.model,
         rewards_of(train.make_env(settings)),
         args,
         config,
         hears=settings.critic_hears == "logp",
-        train_dataset=rows_of(task, prompts),
+        train_dataset=rows_of(envs[0], prompts),
         processing_class=policy.processor,
-        **peft,
+        peft_config=models.lora_config(policy, settings.lora) if settings.lora else None,
     )
     return run, trainer
 
 
+def learn(run, trainer) -> dict:
+    """Train. -> held-out accuracies before and after, and a few metrics of each rollout.
+
+    Where weights are sharded, nothing is evaluated here: TRL evaluates by itself.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+    def accuracies():
+        return None if sharded else evaluation.by_decoding(run, evaluation.evaluate(run))
+
+    before = accuracies()
+    begin = time.time()
+    trainer.train()
+    seconds = time.time() - begin
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "rollouts": run.settings.iterations,
+        "seconds": round(seconds, 1),
+        "evaluations_before": before,
+        "evaluations": accuracies(),
+        "log": [
+            {name: row[name] for name in LOGGED}
+            for row in trainer.state.log_history
+            if "reward" in row
+        ],
+    }
+
+
 def main(argv=None):
-    """The command line."""
+    """The command line. Whatever is wrong with the input becomes one line here."""
     words = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        "python -m lab.trl_sapo", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("--trl", nargs="*", default=[], help="GRPOConfig's: name=value ...")
-    parser.add_argument("--out", type=Path, help="where to write the outcome")
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser("python -m lab.trl_sapo", description=about)
+    parser.add_argument("--trl", nargs="+", default=[], help="name=value: GRPOConfig's settings")
+    parser.add_argument("--out", type=Path, help="the file of the outcome")
     own, of_train = parser.parse_known_args(words)
     try:
         settings, config = train.parse(["--target_kl", "inf", *of_train])
-        options = {name: json.loads(value) for name, value in (p.split("=", 1) for p in own.trl)}
+        options = dict(pair.split("=", 1) for pair in own.trl)
+        options = {name: json.loads(value) for name, value in options.items()}
         with tempfile.TemporaryDirectory() as folder:
-            run, trainer = build(settings, config, options, Path(folder))
+            run, trainer = build(settings, config, options, folder)
             outcome = learn(run, trainer)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise SystemExit(f"python -m lab.trl_sapo: {error}") from error
+    if not trainer.accelerator.is_main_process:
+        return
+    packages = ("torch", "transformers", "trl", "accelerate")
     made = {
         "command": shlex.join(["python", "-m", "lab.trl_sapo", *words]),
         "seed": settings.seed,
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "trl", "accelerate")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-    if trainer.accelerator.is_main_process:
-        task = settings.env.split("/")[-1].split("-")[0]
-        results = Path(__file__).parent.parent / "results"
-        file = own.out or results / f"trl-{task}-seed{settings.seed}.json"
-        file.write_text(json.dumps(made | outcome, indent=1) + "\n")
-    return outcome
-
-
-def learn(run, trainer) -> dict:
-    """Train; the accuracies on held-out examples before and after."""
-    before = evaluation.by_decoding(run, evaluation.evaluate(run))
-    begin = time.time()
-    trainer.train()
-    seconds = time.time() - begin
-    after = evaluation.by_decoding(run, evaluation.evaluate(run))
-    log = trainer.state.log_history
-    return {
-        "processes": trainer.accelerator.num_processes,
-        "rollouts": run.settings.iterations,
-        "responses_per_rollout": run.settings.batch,
-        "seconds": seconds,
-        "evaluations_before": before,
-        "evaluations": after,
-        "log": [{name: row[name] for name in LOGGED} for row in log if "reward" in row],
-    }
+    task = settings.env.split("/")[-1].split("-")[0]
+    file = own.out or RESULTS / f"trl-{task}-seed{settings.seed}.json"
+    file.write_text(json.dumps(made | outcome, indent=1) + "\n")
+    print(f"written to {file}")
 
 
 if __name__ == "__main__":

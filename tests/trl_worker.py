@@ -1,0 +1,59 @@
+"""Two steps of lab.trl_trainer on greedy responses, by as many processes as start it.
+
+    python tests/trl_worker.py RUNS OUT
+
+RUNS is a folder with the warm start of small_runs.TASK; OUT gets the weights of policy and critic.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import small_runs
+
+import train
+from lab import trl_sapo
+
+# Greedy responses are the same however they are spread; one rollout is one minibatch
+FLAGS = ("--batch", "8", "--minibatch", "8", "--iterations", "1", "--epochs", "3")
+RATES = ("--actor_lr", "1e-3", "--critic_lr", "1e-2", "--target_kl", "inf", "--lam", "0.9")
+OPTIONS = {
+    "generation_kwargs": {"do_sample": False},
+    "shuffle_dataset": False,
+    "disable_tqdm": True,
+}
+
+
+def reward(completions, **_):
+    """A number in [0, 1) that nearly every text has for itself."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(i * ord(letter) for i, letter in enumerate(text)) % 101 / 101 for text in texts]
+
+
+def build(runs, *flags, folder=None):
+    """(run, trainer) of the task of small_runs, with the rewards of above."""
+    settings, config = train.parse(
+        [*small_runs.TASK, "--runs", str(runs), *FLAGS, *RATES, *map(str, flags)]
+    )
+    run, trainer = trl_sapo.build(settings, config, OPTIONS, folder or Path(runs) / "trl")
+    trainer.reward_funcs = [reward]
+    torch.nn.init.normal_(  # the same on every process; at zero, the first values tell nothing
+        trainer.critic.head.weight, std=0.1, generator=torch.Generator().manual_seed(0)
+    )
+    return run, trainer
+
+
+def weights(trainer):
+    """The weights of policy and critic, by name."""
+    policy = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    return {**policy, **{f"critic.{n}": p for n, p in trainer.critic.state_dict().items()}}
+
+
+if __name__ == "__main__":
+    _, trainer = build(sys.argv[1], "--micro_batch", "2")
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        torch.save([trainer.accelerator.num_processes, weights(trainer)], sys.argv[2])
