@@ -21,6 +21,7 @@ pytest.importorskip("trl", reason='needs: pip install "trl>=1.16"')
 import trl_worker
 from transformers import TrainerCallback
 
+import lab
 from lab import trl_sapo, trl_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,7 @@ def copied(tensors):
 
 
 def trained(runs, *flags):
-    """(run, trainer, recorder) of a training on pictures of dice, by a model with random weights."""
+    """(run, trainer, recorder) of a training on pictures of dice, from random weights."""
     dice = ["--env", "SAPO/DiceSum-v0", "--warm_start_steps", "0", "--max_new_tokens", "12"]
     words = ["--runs", str(runs), *trl_worker.FLAGS, *trl_worker.RATES, *dice, *flags]
     settings, config = train.parse([*words, "--actor_lr", "3e-2", "--max_grad_norm", "inf"])
@@ -143,3 +144,146 @@ def test_every_step_is_that_of_sapo_update(runs):
     for name in ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy"):
         mean = sum(metrics[name] for metrics in seen) / 3
         assert float(logged[name]) == pytest.approx(mean, rel=1e-3, abs=1e-5), name
+
+
+def test_two_processes_take_the_steps_of_one(runs, tmp_path):
+    """Three optimizer steps on eight greedy responses: once in a piece; then spread over two
+    processes, each of which holds two responses at once."""
+    _, alone = trl_worker.build(runs, folder=tmp_path)
+    start = copied(trl_worker.weights(alone))
+    alone.train()
+    expected = trl_worker.weights(alone)
+    out = tmp_path / "two.pt"
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),  # on CPUs: gloo
+            *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+            *("--dynamo_backend", "no", "--main_process_port", "0"),
+            *(ROOT / "tests" / "trl_worker.py", runs, out),
+        ],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    processes, weights = torch.load(out)
+    assert processes == 2 and weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)
+    moved = {name: (weight - start[name]).abs().max() for name, weight in weights.items()}
+    assert max(moved.values()) > 1e-3 and moved["critic.head.weight"] > 1e-3
+
+
+def test_a_kl_penalty_and_lora_train_the_adapters_and_the_critic(runs, tmp_path):
+    pytest.importorskip("peft", reason="needs: pip install peft")
+    flags = ["--lora", "2", "--kl_coef", "0.1", "--iterations", "2", "--actor_lr", "1e-1"]
+    run, trainer = trl_worker.build(runs, *flags, folder=tmp_path)
+    start = copied(trl_worker.weights(trainer))
+    trainer.train()
+    moved = {n for n, w in trl_worker.weights(trainer).items() if not torch.equal(w, start[n])}
+    assert moved and all(name.startswith("critic.") or "lora_" in name for name in moved)
+    batch = trainer._buffered_inputs[0]
+    log_ratio = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["mask"]
+    assert log_ratio.abs().max() > 1e-3, "after a rollout the policy has left the reference"
+    given = sapo.Rollout(
+        batch["mask"],
+        batch["ends"],
+        batch["old_per_token_logps"],
+        torch.zeros_like(batch["values"]),
+        batch["values"],
+        batch["ref_per_token_logps"],
+    )
+    texts = run.models.policy.processor.batch_decode(batch["completion_ids"], True)
+    last = batch["mask"].sum(1) - 1
+    paid = torch.tensor(trl_worker.reward([[{"content": text}] for text in texts]))
+    given.rewards[torch.arange(len(last)), last] = paid
+    advantages, _ = sapo.credit(given, run.config)
+    torch.testing.assert_close(advantages, batch["advantages"], atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_keeps_the_critic_and_its_optimizer(runs, tmp_path):
+    _, trainer = trl_worker.build(runs, folder=tmp_path)
+    trainer.args.save_strategy = "steps"
+    trainer.args.save_steps = 2
+    trainer.train()
+    kept = trl_worker.weights(trainer)
+    _, resumed = trl_worker.build(runs, folder=tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 3
+    card = (tmp_path / "README.md").read_text()
+    assert "Segment-Aligned Policy Optimization" in card and "GRPO" not in card
+    # The third step is on another sample of the rollout, but on the critic that was kept
+    saved, _ = torch.load(tmp_path / "checkpoint-2" / "critic.pt", weights_only=True)
+    for name, weight in saved.items():
+        assert (trl_worker.weights(resumed)[f"critic.{name}"] - weight).abs().max() < 0.011
+    steps = [next(iter(t.critic_optimizer.state.values()))["step"] for t in (trainer, resumed)]
+    assert steps == [3, 3] and kept.keys() == trl_worker.weights(resumed).keys()
+
+
+# ---------------------------------------------------------------------------------- bad input
+def settings_of(**changes):
+    return sapo.SAPOConfig(**{"target_kl": math.inf, "minibatch": 8} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "line"),
+    [
+        ({"minibatch": 6}, 4, "minibatch: 6, expected a multiple of 1 responses at once on each"),
+        ({"minibatch": 2}, 4, "minibatch: 2, expected a multiple"),
+        ({"micro_batch": 3}, 1, "minibatch: 8, expected a multiple of 3 responses at once"),
+        ({"average": "token"}, 2, "average: 'token', expected 'response'"),
+        ({"average": "token", "micro_batch": 4}, 1, "average: 'token', expected 'response'"),
+        ({"whiten_advantages": True}, 2, "whiten_advantages: True, expected False on 2 processes"),
+        ({"target_kl": 0.01}, 1, "target_kl: 0.01, expected inf"),
+    ],
+)
+def test_what_would_not_be_the_mean_over_the_whole_batch_is_refused(changes, processes, line):
+    with pytest.raises(ValueError, match=f"^{line}[^\n]*$"):
+        trl_trainer.engine_settings(settings_of(**changes), processes)
+
+
+def test_token_means_and_whitening_are_taken_where_nothing_is_spread():
+    trl_trainer.engine_settings(settings_of(average="token", whiten_advantages=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"learning_rate": 1e-6}, "learning_rate: 1e-06, expected 0.0002 by SAPOConfig"),
+        ({"num_iterations": 1}, "num_iterations: 1, expected 2 by SAPOConfig"),
+        ({"loss_type": "sapo"}, "loss_type: 'sapo', expected 'dapo': only GRPO's loss has it"),
+        ({"epsilon": 0.3}, "epsilon: 0.3, expected 0.2: only GRPO's loss has it"),
+    ],
+)
+def test_settings_that_contradict_or_would_not_be_read_are_refused(options, line, tmp_path):
+    usual = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = trl_trainer.engine_config(settings_of(), **usual | options)
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        trl_trainer.SegmentAlignedTrainer(None, [], args, settings_of())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--method", "grpo"], "--method grpo --cut response: expected --method sapo --cut topk"),
+        (["--env", "SAPO/Treasure-v0"], "--env SAPO/Treasure-v0: expected a task of one turn"),
+        (["--target_kl", "0.01"], "target_kl: 0.01, expected inf"),
+        (["--trl", "no_such=1"], ".*unexpected keyword argument 'no_such'"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(words, line):
+    with pytest.raises(SystemExit, match=f"^python -m lab.trl_sapo: {line}[^\n]*$"):
+        trl_sapo.main(words)
+
+
+def test_without_trl_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    line = 'lab.trl_trainer needs a package that is not installed: pip install "trl>=1.16"'
+    monkeypatch.delitem(sys.modules, "lab.trl_trainer")
+    monkeypatch.delattr(lab, "trl_trainer")
+    with pytest.raises(ImportError, match=f"^{line}$"):
+        importlib.import_module("lab.trl_trainer")
+    monkeypatch.setattr(sys, "argv", ["lab.trl_sapo"])
+    with pytest.raises(SystemExit, match=f"^python -m lab.trl_sapo: {line}$"):
+        runpy.run_module("lab.trl_sapo", run_name="__main__")

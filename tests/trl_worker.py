@@ -1,6 +1,6 @@
 """Two steps of lab.trl_trainer on greedy responses, by as many processes as start it.
 
-    python tests/trl_worker.py RUNS OUT
+    PYTHONPATH=.:tests python tests/trl_worker.py RUNS OUT
 
 RUNS is a folder with the warm start of small_runs.TASK; OUT gets the weights of policy and critic.
 """
@@ -8,11 +8,8 @@ RUNS is a folder with the warm start of small_runs.TASK; OUT gets the weights of
 import sys
 from pathlib import Path
 
-import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
 import small_runs
+import torch
 
 import train
 from lab import trl_sapo
@@ -48,12 +45,13 @@ def build(runs, *flags, folder=None):
 
 def weights(trainer):
     """The weights of policy and critic, by name."""
-    policy = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    policy = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, where it is sharded
     return {**policy, **{f"critic.{n}": p for n, p in trainer.critic.state_dict().items()}}
 
 
 if __name__ == "__main__":
     _, trainer = build(sys.argv[1], "--micro_batch", "2")
     trainer.train()
+    outcome = [trainer.accelerator.num_processes, weights(trainer)]
     if trainer.accelerator.is_main_process:
-        torch.save([trainer.accelerator.num_processes, weights(trainer)], sys.argv[2])
+        torch.save(outcome, sys.argv[2])
