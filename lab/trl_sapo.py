@@ -1,20 +1,21 @@
 """Train on one process or on many, through TRL and Accelerate (lab/trl_trainer.py).
 
     python -m lab.trl_sapo --seed 0     # DiceSum, the tiny model -> results/trl-DiceSum-seed0.json
-    accelerate launch --num_processes 8 -m lab.trl_sapo --model FOLDER --trl bf16=true
+    accelerate launch --num_processes 8 -m lab.trl_sapo --device cuda --model FOLDER
 
 The flags are train.py's, for tasks of one turn: --batch and --minibatch count the responses of all
 processes together, --micro_batch those of one process at once. What --trl gives are GRPOConfig's
-settings, as JSON. The rate of the policy falls as TRL's scheduler says (linearly to 0), not by
---actor_half_life, and --eval_every and what concerns checkpoints are TRL's, too.
+settings. The policy's rate falls as TRL's scheduler says (linearly to 0), not by --actor_half_life;
+the critic is a head (--critic is not read); --eval_every and checkpoints are TRL's to set, too.
+The policy and critic.pt end under runs/<name>-trl/.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import shlex
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def build(settings, config, options=None, folder="runs/trl"):
 def learn(run, trainer) -> dict:
     """Train. -> held-out accuracies before and after, and a few metrics of each rollout.
 
-    Where weights are sharded, nothing is evaluated here: TRL evaluates by itself.
+    Where weights are sharded, nothing is evaluated.
     """
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
@@ -131,7 +132,8 @@ def learn(run, trainer) -> dict:
 
     before = accuracies()
     begin = time.time()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
     seconds = time.time() - begin
     return {
         "processes": trainer.accelerator.num_processes,
@@ -147,23 +149,33 @@ def learn(run, trainer) -> dict:
     }
 
 
-def main(argv=None):
-    """The command line. Whatever is wrong with the input becomes one line here."""
-    words = sys.argv[1:] if argv is None else argv
+def parse(words):
+    """-> (train.Settings, SAPOConfig, what --trl gives, the file of the outcome)."""
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser("python -m lab.trl_sapo", description=about)
     parser.add_argument("--trl", nargs="+", default=[], help="name=value: GRPOConfig's settings")
     parser.add_argument("--out", type=Path, help="the file of the outcome")
     own, of_train = parser.parse_known_args(words)
+    settings, config = train.parse([*USUAL, *of_train])
+    options = dict(pair.split("=", 1) for pair in own.trl)
+    for name, word in options.items():
+        with contextlib.suppress(ValueError):  # not a number: it stays a word
+            options[name] = json.loads(word)
+    task = settings.env.split("/")[-1].split("-")[0]
+    file = own.out or RESULTS / f"trl-{task}-seed{settings.seed}.json"
+    return settings, config, options, file
+
+
+def main(argv=None):
+    """The command line. Whatever is wrong with the input becomes one line here."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        settings, config = train.parse([*USUAL, *of_train])
-        options = dict(pair.split("=", 1) for pair in own.trl)
-        options = {name: json.loads(value) for name, value in options.items()}
-        with tempfile.TemporaryDirectory() as folder:
-            run, trainer = build(settings, config, options, folder)
-            outcome = learn(run, trainer)
+        settings, config, options, file = parse(words)
+        folder = Path(settings.runs) / f"{settings.name}-trl"
+        run, trainer = build(settings, config, options, folder)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise SystemExit(f"python -m lab.trl_sapo: {error}") from error
+    outcome = learn(run, trainer)
     if not trainer.accelerator.is_main_process:
         return
     packages = ("torch", "transformers", "trl", "accelerate")
@@ -173,10 +185,8 @@ def main(argv=None):
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-    task = settings.env.split("/")[-1].split("-")[0]
-    file = own.out or RESULTS / f"trl-{task}-seed{settings.seed}.json"
     file.write_text(json.dumps(made | outcome, indent=1) + "\n")
-    print(f"written to {file}")
+    print(f"written to {file}, the policy to {folder}")
 
 
 if __name__ == "__main__":

@@ -123,9 +123,9 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
                 )
         super().__init__(model, reward_funcs, args, **kwargs)
         self.config, self.passes = config, []
-        policy = (
-            self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        )
+        policy = self.model
+        if hasattr(policy, "get_base_model"):  # behind LoRA's adapters
+            policy = policy.get_base_model()
         self.backbone = policy.base_model  # the module itself stays, however it is wrapped later
         width = policy.config.get_text_config().hidden_size
         critic = sapo.SegmentCritic(torch.nn.Identity(), width, hears)
@@ -266,8 +266,10 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)  # a sharded policy may not be written
             state = [self.critic.state_dict(), self.critic_optimizer.state_dict()]
-            torch.save(state, Path(output_dir or self.args.output_dir) / "critic.pt")
+            torch.save(state, folder / "critic.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

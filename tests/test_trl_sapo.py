@@ -1,9 +1,11 @@
 """SAPO on top of TRL: the same step as ours, the same on two processes as on one."""
 
+import dataclasses
 import importlib
 import math
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ import vlm
 pytest.importorskip("trl", reason='needs: pip install "trl>=1.16"')
 
 import trl_worker
+from accelerate.commands.launch import launch_command_parser
 from transformers import TrainerCallback
 
 import lab
@@ -219,6 +222,27 @@ def test_a_checkpoint_keeps_the_critic_and_its_optimizer(runs, tmp_path):
         assert (trl_worker.weights(resumed)[f"critic.{name}"] - weight).abs().max() < 0.011
     steps = [next(iter(t.critic_optimizer.state.values()))["step"] for t in (trainer, resumed)]
     assert steps == [3, 3] and kept.keys() == trl_worker.weights(resumed).keys()
+
+
+def launched_on_the_page():
+    """The words of each `accelerate launch` in docs/models.md."""
+    page = (ROOT / "docs" / "models.md").read_text().replace("\\\n", " ")
+    return [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("accelerate la")]
+
+
+@pytest.mark.parametrize("words", launched_on_the_page())
+def test_the_commands_for_eight_cards_parse_and_fit_them(words):
+    launch, of_program = words[: words.index("-m")], words[words.index("-m") :]
+    launched = launch_command_parser().parse_args([*launch, *of_program])
+    assert (launched.num_processes, launched.training_script) == (8, "lab.trl_sapo")
+    settings, config, options, _ = trl_sapo.parse(launched.training_script_args)
+    assert settings.device == "cuda"
+    assert options.keys() <= {
+        field.name for field in dataclasses.fields(trl_trainer.trl.GRPOConfig)
+    }
+    sizes = trl_trainer.engine_settings(config, launched.num_processes)
+    assert settings.batch % config.minibatch == 0
+    assert 8 * sizes["per_device_train_batch_size"] * sizes["gradient_accumulation_steps"] == 128
 
 
 # ---------------------------------------------------------------------------------- bad input
