@@ -91,7 +91,7 @@ def build(settings, config, options=None, folder="runs/trl"):
         "gradient_checkpointing": settings.gradient_checkpointing,
         "seed": settings.seed,
         "num_train_epochs": 1,
-        "logging_steps": config.epochs * settings.batch // config.minibatch,  # once a rollout
+        "logging_steps": config.epochs * max(settings.batch // config.minibatch, 1),  # a rollout's
         "bf16": False,
         "use_cpu": on_cpu,
         "report_to": "none",

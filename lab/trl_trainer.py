@@ -115,6 +115,11 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
                 raise ValueError(
                     f"{name}: {getattr(args, name)}, expected {expected} by SAPOConfig"
                 )
+        if args.generation_batch_size % config.minibatch:
+            raise ValueError(
+                f"generation_batch_size: {args.generation_batch_size}, expected a multiple of the "
+                f"minibatch, {config.minibatch}"
+            )
         for field in dataclasses.fields(args):
             value = getattr(args, field.name)
             if field.name in OF_GRPO and value != field.default:

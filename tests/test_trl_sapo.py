@@ -276,15 +276,19 @@ def test_token_means_and_whitening_are_taken_where_nothing_is_spread():
     [
         ({"learning_rate": 1e-6}, "learning_rate: 1e-06, expected 0.0002 by SAPOConfig"),
         ({"num_iterations": 1}, "num_iterations: 1, expected 2 by SAPOConfig"),
+        (
+            {"generation_batch_size": 12},
+            "generation_batch_size: 12, expected a multiple of the mi.*",
+        ),
         ({"loss_type": "sapo"}, "loss_type: 'sapo', expected 'dapo': only GRPO's loss has it"),
         ({"epsilon": 0.3}, "epsilon: 0.3, expected 0.2: only GRPO's loss has it"),
     ],
 )
 def test_settings_that_contradict_or_would_not_be_read_are_refused(options, line, tmp_path):
     usual = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
-    args = trl_trainer.engine_config(settings_of(), **usual | options)
+    args = trl_trainer.engine_config(settings_of(micro_batch=4), **usual | options)
     with pytest.raises(ValueError, match=f"^{line}$"):
-        trl_trainer.SegmentAlignedTrainer(None, [], args, settings_of())
+        trl_trainer.SegmentAlignedTrainer(None, [], args, settings_of(micro_batch=4))
 
 
 @pytest.mark.parametrize(
