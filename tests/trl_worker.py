@@ -2,7 +2,8 @@
 
     PYTHONPATH=.:tests python tests/trl_worker.py RUNS OUT
 
-RUNS is a folder with the warm start of small_runs.TASK; OUT gets the weights of policy and critic.
+RUNS is a folder with the warm start of small_runs.TASK; OUT gets the weights of policy and critic,
+and the means of their gradients.
 """
 
 import sys
@@ -17,6 +18,7 @@ from lab import trl_sapo
 # Greedy responses are the same however they are spread; one rollout is one minibatch
 FLAGS = ("--batch", "8", "--minibatch", "8", "--iterations", "1", "--epochs", "3")
 RATES = ("--actor_lr", "1e-3", "--critic_lr", "1e-2", "--target_kl", "inf", "--lam", "0.9")
+UNCLIPPED = ("--max_grad_norm", "inf")  # a clipped gradient hides its scale, as Adam's step does
 OPTIONS = {
     "generation_kwargs": {"do_sample": False},
     "shuffle_dataset": False,
@@ -33,7 +35,7 @@ def reward(completions, **_):
 def build(runs, *flags, folder=None):
     """(run, trainer) of the task of small_runs, with the rewards of above."""
     settings, config = train.parse(
-        [*small_runs.TASK, "--runs", str(runs), *FLAGS, *RATES, *map(str, flags)]
+        [*small_runs.TASK, "--runs", str(runs), *FLAGS, *RATES, *UNCLIPPED, *flags]
     )
     run, trainer = trl_sapo.build(settings, config, OPTIONS, folder or Path(runs) / "trl")
     trainer.reward_funcs = [reward]
@@ -49,9 +51,19 @@ def weights(trainer):
     return {**policy, **{f"critic.{n}": p for n, p in trainer.critic.state_dict().items()}}
 
 
+def outcome(trainer):
+    """The weights, and the means of the gradients that they moved by."""
+    moments = {}
+    optimizers = {"policy": trainer.optimizer, "critic": trainer.critic_optimizer}
+    for name, optimizer in optimizers.items():
+        for number, state in optimizer.state_dict()["state"].items():
+            moments[f"gradient.{name}.{number}"] = state["exp_avg"]
+    return weights(trainer) | moments
+
+
 if __name__ == "__main__":
     _, trainer = build(sys.argv[1], "--micro_batch", "2")
     trainer.train()
-    outcome = [trainer.accelerator.num_processes, weights(trainer)]
+    left = [trainer.accelerator.num_processes, outcome(trainer)]
     if trainer.accelerator.is_main_process:
-        torch.save(outcome, sys.argv[2])
+        torch.save(left, sys.argv[2])
