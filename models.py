@@ -126,13 +126,9 @@ class Backbone(torch.nn.Module):
             return self.shared[0].hidden(inputs)
 
 
-def lora(opened: VLM, rank: int) -> tuple[VLM, VLM, VLM]:
-    """Put low-rank adapters on a model. -> (policy, critic, reference), views of one backbone.
+def lora_config(opened: VLM, rank: int):
+    """peft's settings of adapters on the text model's linear layers, with alpha = 2 rank.
 
-    Low-rank adaptation (arXiv:2106.09685) of the text model's linear layers, with alpha = 2 rank.
-    The backbone is frozen; policy and critic have an adapter each, which adds nothing before
-    training, and the reference has none. Adapters have the dtype of the weights, since float32 ones
-    would make the layers' activations float32, too; `Adam` keeps float32 copies of them.
     Raises ImportError where peft is not installed.
     """
     try:
@@ -146,8 +142,20 @@ def lora(opened: VLM, rank: int) -> tuple[VLM, VLM, VLM]:
     for name, module in opened.model.named_modules():
         if module in text_modules and isinstance(module, torch.nn.Linear):
             layers.append(name)
+    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+
+
+def lora(opened: VLM, rank: int) -> tuple[VLM, VLM, VLM]:
+    """Put low-rank adapters on a model. -> (policy, critic, reference), views of one backbone.
+
+    Low-rank adaptation (arXiv:2106.09685) of the text model's linear layers, with alpha = 2 rank.
+    The backbone is frozen; policy and critic have an adapter each, which adds nothing before
+    training, and the reference has none. Adapters have the dtype of the weights, since float32 ones
+    would make the layers' activations float32, too; `Adam` keeps float32 copies of them.
+    Raises ImportError where peft is not installed.
+    """
+    adapter_config = lora_config(opened, rank)
     for adapter in ("policy", "critic"):
-        adapter_config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
         opened.model.add_adapter(adapter_config, adapter)
     for name, parameter in opened.model.named_parameters():
         if "lora_" in name:

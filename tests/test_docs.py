@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import train
-from lab import compare, critic, figures, kills, sweep, tables, theorems
+from lab import compare, critic, figures, kills, sweep, tables, theorems, trl_sapo
 from lab.stats import interval, probability_of_improvement
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,8 @@ LOOKING = beginning_with(
     *(
         f"python -m lab.{name}"
         for name in ("critic", "tables", "theorems", "estimators", "kills", "memory", "ratio_noise")
-    )
+    ),
+    "python -m lab.trl_sapo",
 )
 TESTING = beginning_with("python -m pytest", "python tests/")
 
@@ -196,6 +197,8 @@ def test_the_other_commands_of_the_laboratory_take_these_words(command):
         theorems.parse(arguments(command, "python -m lab.theorems"))
     elif "lab.kills" in command:
         kills.parse(arguments(command, "python -m lab.kills"))
+    elif "lab.trl_sapo" in command:
+        trl_sapo.parse(arguments(command, "python -m lab.trl_sapo"))
     else:
         takes_no_words = ("tables", "estimators", "memory", "ratio_noise")
         assert command.removeprefix("python -m lab.") in takes_no_words
@@ -307,7 +310,7 @@ def test_every_metric_of_a_run_is_explained_and_no_other():
 def test_optional_packages_are_bounded_as_in_requirements():
     requirements = (ROOT / "requirements.txt").read_text()
     packages = re.findall(r'^pip install "?([^"\s]+)', text("docs/models.md"), re.MULTILINE)
-    assert len(packages) == 8
+    assert len(packages) == 9
     assert [package for package in packages if package not in requirements] == []
     bound = re.search(r"^transformers(\S+)", requirements, re.MULTILINE)[1]
     assert f"bounds transformers to `{bound}`" in text("docs/models.md")
@@ -341,6 +344,23 @@ def test_the_memory_of_scoring_is_what_results_hold():
         f"and `torch.distributions` {library}"
     )
     assert said in prose("docs/models.md")
+
+
+def test_what_is_said_of_training_through_trl_is_what_its_runs_hold():
+    page = prose("docs/models.md")
+    for name, said in (
+        ("trl-DiceSum-seed0.json", "from {} to {} at temperature 1 and from {} to {} when greedy"),
+        ("trl-DiceSum-lambda-0.7-seed0.json", "they end at {1} and {3}"),
+    ):
+        run = result(name)
+        assert run["command"] in commands_of("docs/models.md")
+        shares = [
+            f"{run[when][kind]['eval_accuracy']:.3f}"
+            for kind in ("temperature 1", "greedy")
+            for when in ("evaluations_before", "evaluations")
+        ]
+        assert said.format(*shares) in page
+        assert f"(`results/{name}`, {run['date']})" in page
 
 
 def test_the_race_of_iterations_is_what_results_hold():

@@ -1,0 +1,286 @@
+"""SAPO as a trainer on top of TRL's GRPOTrainer: vLLM, LoRA, FSDP and many cards are the engine's.
+
+Meant is *Segment-Aligned* Policy Optimization (arXiv:2605.01327). TRL's loss_type="sapo" is *Soft
+Adaptive* Policy Optimization (arXiv:2511.20347), another method.
+
+TRL samples, rewards, scores and steps; sapo.py values, cuts, credits and makes the losses. Where
+the engine decides, this differs from train.py:
+
+- The critic is a head on the policy's hidden states, as they are before the policy's step.
+- Minibatches are drawn once per rollout, and each process shuffles its own share.
+- Log-probabilities count tokens that sampling leaves out (image placeholders), as TRL's do.
+- There is no KL bound (target_kl), and the policy's steps that are not finite are not skipped.
+
+Shapes. B responses of one process, T completion tokens (right-padded), H hidden size.
+"""
+
+import dataclasses
+import inspect
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import models
+import sapo
+
+try:
+    import trl
+    from accelerate import PartialState  # noqa: F401  for lab.trl_sapo
+
+    if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
+        raise ImportError
+except ImportError:
+    raise ImportError(
+        'lab.trl_trainer needs a package that is not installed: pip install "trl>=1.16"'
+    ) from None
+
+# What GRPOConfig says of GRPO's own loss and of its groups. It is not read here, so it is refused
+OF_GRPO = (
+    *("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+    *("scale_rewards", "multi_objective_aggregation", "top_entropy_quantile", "entropy_coef"),
+    *("use_adaptive_entropy", "off_policy_mask_threshold", "use_bias_correction_kl"),
+)
+
+
+def engine_settings(config: sapo.SAPOConfig, processes: int = 1) -> dict:
+    """What a SAPOConfig says that a GRPOConfig says, too, for so many processes.
+
+    A minibatch is spread over processes and gradient accumulation; micro_batch is what one process
+    holds at once. ValueError where the parts do not give the mean over the whole.
+    """
+    size = config.micro_batch or config.minibatch // processes
+    accumulation, rest = divmod(config.minibatch, max(size, 1) * processes)
+    if rest or not accumulation:
+        raise ValueError(
+            f"minibatch: {config.minibatch}, expected a multiple of {max(size, 1)} responses at "
+            f"once on each of {processes} processes"
+        )
+    if config.average == "token" and processes * accumulation > 1:
+        raise ValueError(
+            "average: 'token', expected 'response' where a minibatch has parts: a mean over tokens "
+            "weighs a part by the tokens of all others"
+        )
+    if config.whiten_advantages and processes > 1:
+        raise ValueError(
+            f"whiten_advantages: True, expected False on {processes} processes: it is over all"
+        )
+    if config.target_kl < math.inf:
+        raise ValueError(
+            f"target_kl: {config.target_kl}, expected inf: transformers' Trainer skips no step"
+        )
+    return {
+        "learning_rate": config.actor_lr,
+        "max_grad_norm": config.max_grad_norm,
+        "num_iterations": config.epochs,
+        "beta": config.kl_coef,  # TRL then scores a reference; the penalty is on rewards
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulation,
+    }
+
+
+def engine_config(config: sapo.SAPOConfig, processes: int = 1, **options) -> "trl.GRPOConfig":
+    """A GRPOConfig that agrees with a SAPOConfig; options are GRPOConfig's.
+
+    generation_batch_size: responses per rollout, on all processes together; a multiple of the
+    minibatch. TRL wants num_generations >= 2 responses to a prompt. Here they are independent
+    episodes: advantages come from the critic, and the group is never compared.
+    """
+    usual = {"num_generations": 2, "adam_epsilon": 1e-5, "disable_dropout": True}
+    return trl.GRPOConfig(**usual | engine_settings(config, processes) | options)
+
+
+class SegmentAlignedTrainer(trl.GRPOTrainer):
+    """Segment-Aligned Policy Optimization (arXiv:2605.01327) by sapo.py's own functions.
+
+    args: a GRPOConfig, best from `engine_config`; config: the algorithm's settings. ValueError
+    where they disagree, or args set what only GRPO's loss reads. Other keywords are GRPOTrainer's.
+    hears: the critic is told the surprise (sapo.SegmentCritic).
+
+    The critic is a `SegmentCritic` head on the policy's last hidden states, detached, with an Adam
+    of its own, and is no part of the wrapped model: vLLM would be sent its weights, and each way of
+    sharding would treat them in its own manner. Its gradient is averaged over the processes here.
+    It is saved as critic.pt beside each checkpoint, and resumed from there.
+    """
+
+    _tag_names = ["trl", "segment-aligned-policy-optimization"]
+    _name = "SegmentAlignedTrainer"
+    _paper = {"title": "Segment-Aligned Policy Optimization", "id": "2605.01327"}
+    loss_is_scaled_for_ga = False  # by accumulation steps: Trainer does it
+
+    def __init__(self, model, reward_funcs, args, config: sapo.SAPOConfig, hears=True, **kwargs):
+        for name, expected in engine_settings(config, args.world_size).items():
+            if getattr(args, name) != expected:
+                raise ValueError(
+                    f"{name}: {getattr(args, name)}, expected {expected} by SAPOConfig"
+                )
+        if args.generation_batch_size % config.minibatch:
+            raise ValueError(
+                f"generation_batch_size: {args.generation_batch_size}, expected a multiple of the "
+                f"minibatch, {config.minibatch}"
+            )
+        for field in dataclasses.fields(args):
+            value = getattr(args, field.name)
+            if field.name in OF_GRPO and value != field.default:
+                raise ValueError(
+                    f"{field.name}: {value!r}, expected {field.default!r}: only GRPO's loss has it"
+                )
+        super().__init__(model, reward_funcs, args, **kwargs)
+        self.config, self.passes = config, []
+        policy = self.model
+        if hasattr(policy, "get_base_model"):  # behind LoRA's adapters
+            policy = policy.get_base_model()
+        self.backbone = policy.base_model  # the module itself stays, however it is wrapped later
+        width = policy.config.get_text_config().hidden_size
+        critic = sapo.SegmentCritic(torch.nn.Identity(), width, hears)
+        self.critic = critic.to(self.accelerator.device)
+        self.critic_optimizer = models.adam(self.critic.parameters(), config.critic_lr)
+
+    # ----------------------------------------------------------------------- score and value
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *args, **options
+    ):
+        """TRL's, always with entropies. `self.passes` keeps (logp, entropy, hidden states)."""
+        hidden = []  # of each chunk (b, T, H): position t has read what is before token t
+
+        def keep(module, inputs, output):
+            hidden.append(output.last_hidden_state[:, -logits_to_keep - 1 : -1].detach())
+
+        options["compute_entropy"] = True
+        with self.backbone.register_forward_hook(keep):
+            scores = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **options
+            )
+        self.passes.append((*scores[:2], torch.cat(hidden) if hidden else None))  # None: reference
+        return scores
+
+    def score(self, model, batch):
+        """A batch as TRL keeps it -> (logp, entropy) (B, T) in nats, hidden states (B, T, H)."""
+        named = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        pictures = {name: batch[name] for name in named if name in batch}
+        whole = [
+            torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], 1)
+            for part in ("ids", "mask")
+        ]
+        self._get_per_token_logps_and_entropies(
+            model, *whole, batch["completion_ids"].shape[1], **pictures
+        )
+        return self.passes.pop()
+
+    def values(self, hidden, old_logp, mask):
+        """V of the prefix before each token, (B, T), 0 off the mask."""
+        heard = None
+        if self.critic.hears:
+            heard = F.pad(sapo.surprise(old_logp, mask), (1, -1))  # up to the token before
+        return torch.where(mask, self.critic(hidden, surprise=heard), 0.0)
+
+    # ---------------------------------------------------------------------------- the rollout
+
+    def _calculate_rewards(self, *args, **kwargs):
+        """TRL's, and kept: (responses of all processes, reward functions)."""
+        self.rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self.rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL writes, scores and rewards; sapo.py values, cuts and credits (Eq. 6, 7, 11)."""
+        config, self.passes = self.config, []
+        batch = super()._generate_and_score_completions(inputs)
+        mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()  # (B, T)
+        of_all = self.rewards_per_func.chunk(self.accelerator.num_processes)
+        mine = of_all[self.accelerator.process_index]  # (B, functions)
+        mask = mask & ~mine.isnan().all(1, keepdim=True)  # nobody could judge it: not learned
+        reward = (mine * self.reward_weights.to(mine.device)).nansum(1)  # (B,)
+        last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+        with torch.no_grad():
+            if "old_per_token_logps" in batch:  # TRL has scored; a reference came after the policy
+                logp, entropy, hidden = self.passes[0]
+            else:
+                logp, entropy, hidden = self.score(self.model, batch)
+            rollout = sapo.Rollout(
+                mask,
+                sapo.entropy_ends(entropy, mask, config.top_k),
+                logp,
+                torch.where(last, reward[:, None], 0.0),
+                self.values(hidden, logp, mask),
+                batch.get("ref_per_token_logps"),
+            )
+        self.passes = []
+        advantages, returns = sapo.credit(rollout, config)
+        self.note(sapo.credit_metrics(rollout, advantages, config))
+        if config.whiten_advantages:
+            advantages = sapo.whiten(advantages, mask)
+        advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
+        # vLLM's correction, a weight w >= 0 of each token's loss: min(r w A, clip(r) w A)
+        batch["advantages"] = advantages * batch.get("importance_sampling_ratio", 1.0)
+        batch["old_per_token_logps"], batch["mask"], batch["ends"] = logp, mask, rollout.ends
+        batch["values"], batch["returns"] = rollout.values, returns
+        return batch
+
+    # ----------------------------------------------------------------------------- the update
+
+    def _compute_loss(self, model, inputs):
+        """The policy's loss (Eq. 8, 9), and a backward pass of the critic's (Eq. 10)."""
+        config, mask, ends = self.config, inputs["mask"], inputs["ends"]
+        old_logp = inputs["old_per_token_logps"]
+        logp, entropy, hidden = self.score(model, inputs)
+        ratio = sapo.importance_ratio(logp, old_logp, ends, mask, config.ratio)
+        clip = (config.clip_low, config.clip_high, config.dual_clip)
+        loss, stats = sapo.policy_loss(ratio, inputs["advantages"], mask, *clip, config.average)
+        value_loss, _ = sapo.value_loss(
+            self.values(hidden, old_logp, mask),
+            inputs["returns"],
+            ends,
+            mask,
+            config.value_at,
+            inputs["values"],
+            config.value_clip,
+            config.average,
+        )
+        if torch.is_grad_enabled():  # not in an evaluation
+            (config.value_coef * value_loss / self.current_gradient_accumulation_steps).backward()
+            if self.accelerator.sync_gradients:
+                self.step_critic()
+        stats |= {"value_loss": value_loss.item(), "policy_loss": loss.item()}
+        stats["approx_kl"] = sapo.approx_kl(logp, old_logp, mask)
+        stats["entropy"] = (entropy.detach() * mask).sum().item() / max(mask.sum().item(), 1)
+        self.note(stats)
+        return loss
+
+    def step_critic(self):
+        """One step of the critic's Adam, by the mean of all processes' gradients."""
+        parameters = list(self.critic.parameters())
+        for parameter in parameters:
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if norm.isfinite():
+            self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad(set_to_none=True)
+
+    def note(self, numbers):
+        """Log the mean over processes of each one's numbers."""
+        mode = "train" if self.model.training else "eval"
+        mine = torch.tensor(list(numbers.values()), device=self.accelerator.device)
+        means = self.accelerator.reduce(mine, reduction="mean").tolist()
+        for name, mean in zip(numbers, means, strict=True):
+            self._metrics[mode][name].append(mean)
+
+    # ------------------------------------------------------------------------ the checkpoints
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)  # a sharded policy may not be written
+            state = [self.critic.state_dict(), self.critic_optimizer.state_dict()]
+            torch.save(state, folder / "critic.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            weights, adam = torch.load(
+                Path(checkpoint) / "critic.pt", self.accelerator.device, weights_only=True
+            )
+            self.critic.load_state_dict(weights)
+            self.critic_optimizer.load_state_dict(adam)

@@ -1,0 +1,317 @@
+"""SAPO on top of TRL: the same step as ours, the same on two processes as on one."""
+
+import dataclasses
+import importlib
+import math
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+import sapo
+import train
+import vlm
+
+pytest.importorskip("trl", reason='needs: pip install "trl>=1.16"')
+
+import trl_worker
+from accelerate.commands.launch import launch_command_parser
+from transformers import TrainerCallback
+
+import lab
+from lab import trl_sapo, trl_trainer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # TRL reports its use otherwise
+
+
+class Recorder(TrainerCallback):
+    """What stood before each optimizer step, and the gradients that it took."""
+
+    def __init__(self, trainer):
+        self.trainer, self.steps = trainer, []
+        trainer.critic_optimizer.register_step_pre_hook(self.on_critic_step)
+
+    def on_step_begin(self, *_, **__):
+        self.steps.append({"weights": copied(trl_worker.weights(self.trainer))})
+
+    def on_critic_step(self, *_):
+        self.steps[-1]["critic"] = copied(gradients(self.trainer.critic))
+
+    def on_pre_optimizer_step(self, *_, model, **__):
+        self.steps[-1]["policy"] = copied(gradients(model))
+
+
+def gradients(module):
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def copied(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def trained(runs, *flags):
+    """(run, trainer, recorder) of a training on pictures of dice, from random weights."""
+    dice = ["--env", "SAPO/DiceSum-v0", "--warm_start_steps", "0", "--max_new_tokens", "12"]
+    words = ["--runs", str(runs), *trl_worker.FLAGS, *trl_worker.RATES, *dice, *flags]
+    settings, config = train.parse([*words, "--actor_lr", "3e-2", "--max_grad_norm", "inf"])
+    run, trainer = trl_sapo.build(settings, config, {"disable_tqdm": True}, runs / "trl")
+    trainer.reward_funcs = [trl_worker.reward]
+    torch.nn.init.normal_(trainer.critic.head.weight, std=0.1)
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    return run, trainer, recorder
+
+
+def our_step(run, config, batch, weights):
+    """(the rollout, advantages, gradients, metrics) of one step of sapo.sapo_update on a batch that
+    TRL sampled, from these weights."""
+    policy = run.models.policy
+    policy.model.load_state_dict({n: w for n, w in weights.items() if "critic" not in n})
+    policy.banned[:] = False  # TRL's log-probabilities count them
+    critic = sapo.SegmentCritic(models.Backbone(policy), policy.hidden_size, hears=True)
+    critic.load_state_dict({n[7:]: w for n, w in weights.items() if n.startswith("critic.")})
+    inputs = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
+    inputs |= {name: batch[name] for name in batch if name.startswith("pixel_")}
+    tokens, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    heard = sapo.surprise(batch["old_per_token_logps"], mask)
+
+    def score(rows):
+        return vlm.score(policy, vlm.take(inputs, rows), tokens[rows], mask[rows])
+
+    def value(rows):
+        taken = vlm.take(inputs, rows)
+        return vlm.prefix_values(critic, taken, tokens[rows], mask[rows], heard[rows])
+
+    with torch.no_grad():
+        everyone = torch.arange(len(mask))
+        logp, entropy = score(everyone)
+        texts = [[{"content": text}] for text in policy.processor.batch_decode(tokens, True)]
+        rewards = torch.zeros(mask.shape)
+        rewards[everyone, mask.sum(1) - 1] = torch.tensor(trl_worker.reward(texts))
+        ends = sapo.entropy_ends(entropy, mask, config.top_k)
+        rollout = sapo.Rollout(mask, ends, logp, rewards, value(everyone))
+    return rollout, score, value, critic
+
+
+def test_every_step_is_that_of_sapo_update(runs):
+    run, trainer, recorder = trained(runs)
+    config, batch = run.config, trainer._buffered_inputs[0]
+    assert len(recorder.steps) == config.epochs == 3
+    rollout, *_ = our_step(run, config, batch, recorder.steps[0]["weights"])
+    advantages, returns = sapo.credit(rollout, config)
+    assert torch.equal(rollout.ends, batch["ends"])
+    torch.testing.assert_close(rollout.logp, batch["old_per_token_logps"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.values, batch["values"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(advantages, batch["advantages"], atol=1e-5, rtol=0)
+    assert advantages.abs().max() > 0.1
+
+    seen = []
+    for step in recorder.steps:
+        _, score, value, critic = our_step(run, config, batch, step["weights"])
+        taken = {}
+
+        def standing(name, module, taken=taken):
+            """An optimizer that keeps the gradients and takes no step."""
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+
+            def keep(*_):
+                taken[name] = copied(gradients(module))
+
+            optimizer.register_step_pre_hook(keep)
+            return optimizer
+
+        optimizers = standing("policy", run.models.policy.model), standing("critic", critic)
+        one_step = train.replace(config, epochs=1)
+        (metrics,) = sapo.sapo_update(
+            rollout, advantages, returns, score, value, optimizers, one_step
+        )
+        for name in ("policy", "critic"):
+            assert taken[name].keys() == step[name].keys()
+            for parameter, gradient in taken[name].items():
+                torch.testing.assert_close(gradient, step[name][parameter], atol=1e-5, rtol=1e-4)
+        seen.append(metrics)
+    assert seen[0]["clip_fraction"] == 0 and seen[2]["clip_fraction"] > 0.05, "the last clips"
+    logged = trainer.state.log_history[0]  # of all steps: the means
+    for name in ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy"):
+        mean = sum(metrics[name] for metrics in seen) / 3
+        assert float(logged[name]) == pytest.approx(mean, rel=1e-3, abs=1e-5), name
+
+
+def test_two_processes_take_the_steps_of_one(runs, tmp_path):
+    """Three optimizer steps on eight greedy responses: once in a piece; then spread over two
+    processes, each of which holds two responses at once."""
+    _, alone = trl_worker.build(runs, folder=tmp_path)
+    start = copied(trl_worker.weights(alone))
+    alone.train()
+    expected = trl_worker.outcome(alone)
+    out = tmp_path / "two.pt"
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),  # on CPUs: gloo
+            *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+            *("--dynamo_backend", "no", "--main_process_port", "0"),
+            *(ROOT / "tests" / "trl_worker.py", runs, out),
+        ],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    processes, left = torch.load(out)
+    assert processes == 2 and left.keys() == expected.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
+    moved = {name: (left[name] - weight).abs().max() for name, weight in start.items()}
+    assert max(moved.values()) > 1e-3 and moved["critic.head.weight"] > 1e-3
+
+
+def test_a_kl_penalty_and_lora_train_the_adapters_and_the_critic(runs, tmp_path):
+    pytest.importorskip("peft", reason="needs: pip install peft")
+    flags = ["--lora", "2", "--kl_coef", "0.1", "--iterations", "2", "--actor_lr", "1e-1"]
+    run, trainer = trl_worker.build(runs, *flags, folder=tmp_path)
+    start = copied(trl_worker.weights(trainer))
+    trainer.train()
+    moved = {n for n, w in trl_worker.weights(trainer).items() if not torch.equal(w, start[n])}
+    assert moved and all(name.startswith("critic.") or "lora_" in name for name in moved)
+    batch = trainer._buffered_inputs[0]
+    log_ratio = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["mask"]
+    assert log_ratio.abs().max() > 1e-3, "after a rollout the policy has left the reference"
+    given = sapo.Rollout(
+        batch["mask"],
+        batch["ends"],
+        batch["old_per_token_logps"],
+        torch.zeros_like(batch["values"]),
+        batch["values"],
+        batch["ref_per_token_logps"],
+    )
+    texts = run.models.policy.processor.batch_decode(batch["completion_ids"], True)
+    last = batch["mask"].sum(1) - 1
+    paid = torch.tensor(trl_worker.reward([[{"content": text}] for text in texts]))
+    given.rewards[torch.arange(len(last)), last] = paid
+    advantages, _ = sapo.credit(given, run.config)
+    torch.testing.assert_close(advantages, batch["advantages"], atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_keeps_the_critic_and_its_optimizer(runs, tmp_path):
+    _, trainer = trl_worker.build(runs, folder=tmp_path)
+    trainer.args.save_strategy = "steps"
+    trainer.args.save_steps = 2
+    trainer.train()
+    kept = trl_worker.weights(trainer)
+    _, resumed = trl_worker.build(runs, folder=tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 3
+    card = (tmp_path / "README.md").read_text()
+    assert "Segment-Aligned Policy Optimization" in card and "GRPO" not in card
+    # The third step is on another sample of the rollout, but on the critic that was kept
+    saved, _ = torch.load(tmp_path / "checkpoint-2" / "critic.pt", weights_only=True)
+    for name, weight in saved.items():
+        assert (trl_worker.weights(resumed)[f"critic.{name}"] - weight).abs().max() < 0.011
+    steps = [next(iter(t.critic_optimizer.state.values()))["step"] for t in (trainer, resumed)]
+    assert steps == [3, 3] and kept.keys() == trl_worker.weights(resumed).keys()
+
+
+def launched_on_the_page():
+    """The words of each `accelerate launch` in docs/models.md."""
+    page = (ROOT / "docs" / "models.md").read_text().replace("\\\n", " ")
+    return [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("accelerate la")]
+
+
+@pytest.mark.parametrize("words", launched_on_the_page())
+def test_the_commands_for_eight_cards_parse_and_fit_them(words):
+    launch, of_program = words[: words.index("-m")], words[words.index("-m") :]
+    launched = launch_command_parser().parse_args([*launch, *of_program])
+    assert (launched.num_processes, launched.training_script) == (8, "lab.trl_sapo")
+    settings, config, options, _ = trl_sapo.parse(launched.training_script_args)
+    assert settings.device == "cuda"
+    assert options.keys() <= {
+        field.name for field in dataclasses.fields(trl_trainer.trl.GRPOConfig)
+    }
+    sizes = trl_trainer.engine_settings(config, launched.num_processes)
+    assert settings.batch % config.minibatch == 0
+    assert 8 * sizes["per_device_train_batch_size"] * sizes["gradient_accumulation_steps"] == 128
+
+
+# ---------------------------------------------------------------------------------- bad input
+def settings_of(**changes):
+    return sapo.SAPOConfig(**{"target_kl": math.inf, "minibatch": 8} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "line"),
+    [
+        ({"minibatch": 6}, 4, "minibatch: 6, expected a multiple of 1 responses at once on each"),
+        ({"minibatch": 2}, 4, "minibatch: 2, expected a multiple"),
+        ({"micro_batch": 3}, 1, "minibatch: 8, expected a multiple of 3 responses at once"),
+        ({"average": "token"}, 2, "average: 'token', expected 'response'"),
+        ({"average": "token", "micro_batch": 4}, 1, "average: 'token', expected 'response'"),
+        ({"whiten_advantages": True}, 2, "whiten_advantages: True, expected False on 2 processes"),
+        ({"target_kl": 0.01}, 1, "target_kl: 0.01, expected inf"),
+    ],
+)
+def test_what_would_not_be_the_mean_over_the_whole_batch_is_refused(changes, processes, line):
+    with pytest.raises(ValueError, match=f"^{line}[^\n]*$"):
+        trl_trainer.engine_settings(settings_of(**changes), processes)
+
+
+def test_token_means_and_whitening_are_taken_where_nothing_is_spread():
+    trl_trainer.engine_settings(settings_of(average="token", whiten_advantages=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"learning_rate": 1e-6}, "learning_rate: 1e-06, expected 0.0002 by SAPOConfig"),
+        ({"num_iterations": 1}, "num_iterations: 1, expected 2 by SAPOConfig"),
+        (
+            {"generation_batch_size": 12},
+            "generation_batch_size: 12, expected a multiple of the mi.*",
+        ),
+        ({"loss_type": "sapo"}, "loss_type: 'sapo', expected 'dapo': only GRPO's loss has it"),
+        ({"epsilon": 0.3}, "epsilon: 0.3, expected 0.2: only GRPO's loss has it"),
+    ],
+)
+def test_settings_that_contradict_or_would_not_be_read_are_refused(options, line, tmp_path):
+    usual = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = trl_trainer.engine_config(settings_of(micro_batch=4), **usual | options)
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        trl_trainer.SegmentAlignedTrainer(None, [], args, settings_of(micro_batch=4))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--method", "grpo"], "--method grpo --cut response: expected --method sapo --cut topk"),
+        (["--env", "SAPO/Treasure-v0"], "--env SAPO/Treasure-v0: expected a task of one turn"),
+        (["--target_kl", "0.01"], "target_kl: 0.01, expected inf"),
+        (["--trl", "no_such=1"], ".*unexpected keyword argument 'no_such'"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(words, line):
+    with pytest.raises(SystemExit, match=f"^python -m lab.trl_sapo: {line}[^\n]*$"):
+        trl_sapo.main(words)
+
+
+def test_without_trl_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    line = 'lab.trl_trainer needs a package that is not installed: pip install "trl>=1.16"'
+    monkeypatch.delitem(sys.modules, "lab.trl_trainer")
+    monkeypatch.delattr(lab, "trl_trainer")
+    with pytest.raises(ImportError, match=f"^{line}$"):
+        importlib.import_module("lab.trl_trainer")
+    monkeypatch.setattr(sys, "argv", ["lab.trl_sapo"])
+    with pytest.raises(SystemExit, match=f"^python -m lab.trl_sapo: {line}$"):
+        runpy.run_module("lab.trl_sapo", run_name="__main__")
