@@ -135,7 +135,7 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
         width = policy.config.get_text_config().hidden_size
         critic = sapo.SegmentCritic(torch.nn.Identity(), width, hears)
         self.critic = critic.to(self.accelerator.device)
-        self.critic_optimizer = models.adam(self.critic.parameters(), config.critic_lr)
+        self.critic_optimizer = models.Adam(self.critic.parameters(), config.critic_lr)
 
     # ----------------------------------------------------------------------- score and value
 
