@@ -1,12 +1,17 @@
 """models.py: policy, critic and reference as copies or as views of one backbone, and their Adam."""
 
 import copy
+import re
 import sys
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from families import SUPPORTED, encoded_prompts
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from small_runs import equal
 
 import models
@@ -123,6 +128,24 @@ def test_loras_adapters_are_scaled_by_two(open_family):
     policy, _, _ = models.lora(open_family("llava"), 4)
     scalings = [m.scaling for m in policy.model.modules() if hasattr(m, "lora_A")]
     assert scalings and all(s == {"policy": 2, "critic": 2} for s in scalings)
+
+
+def test_transformers_takes_every_peft_within_our_bounds():
+    """It refuses one that is too old; and all pages that say what to install say the same."""
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    root = Path(models.__file__).parent
+    bounds = {
+        found
+        for file in ("requirements.txt", "docs/models.md", ".ci/run")
+        for found in re.findall(r"peft(>=[\d.]+,<[\d.]+)", (root / file).read_text())
+    }
+    assert len(bounds) == 1
+    allowed = SpecifierSet(bounds.pop())
+    assert version("peft") in allowed
+    oldest = next(bound.version for bound in allowed if bound.operator == ">=")
+    assert Version(oldest) >= Version(MIN_PEFT_VERSION)
 
 
 def test_lora_without_peft_says_what_to_install(monkeypatch, open_family):
