@@ -189,11 +189,7 @@ class Adam(torch.optim.Adam):
                 _move_gradients(parameter, copies[-1])
         # At PyTorch's eps of 1e-8, gradients that are noise would get steps of full size.
         super().__init__(copies, lr, eps=1e-5, fused=True)
-
-    def step(self, closure=None):
-        loss = super().step(closure)
-        self.write_back()
-        return loss
+        self.register_step_post_hook(lambda *_: self.write_back())
 
     def write_back(self):
         """Round the float32 copies to the weights that the models compute with."""
@@ -259,9 +255,9 @@ def explain_out_of_memory_at_start(settings, error: Exception) -> str:
     _raise_unless_memory(error)
     return (
         f"out of memory while the models were made, before any work: --model {settings.model} in "
-        f"{settings.dtype}, --lora {settings.lora}, --critic {settings.critic}. Add --dtype "
-        "bfloat16, or --lora 16 (one backbone for policy, critic and reference), or --critic "
-        f"shared; or take a smaller model. ({str(error).splitlines()[0]})"
+        f"{settings.dtype}, --lora {settings.lora}, --critic {settings.critic}. What makes it "
+        "less: --dtype bfloat16, --lora 16 (one backbone for policy, critic and reference), "
+        f"--critic shared, a smaller model. ({str(error).splitlines()[0]})"
     )
 
 

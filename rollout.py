@@ -201,22 +201,25 @@ def play_on(run, envs, transcripts, temperature, top_p=1.0) -> tuple[list[list[s
 
     The transcripts grow. -> (what each new token reads, the reward from here on) of each episode.
     """
-    texts, rewards = [[] for _ in envs], [0.0] * len(envs)
+    texts, rewards = [], []
     for rows in torch.arange(len(envs)).split(run.settings.generate_batch or len(envs)):
-        play_turns(run, envs, transcripts, rows.tolist(), texts, rewards, temperature, top_p)
+        of_part = play_side_by_side(run, envs, transcripts, rows.tolist(), temperature, top_p)
+        texts += of_part[0]
+        rewards += of_part[1]
     return texts, rewards
 
 
-def play_turns(run, envs, transcripts, live, texts, rewards, temperature, top_p):
-    """Play the games of the rows `live` on, turn by turn, side by side, until none goes on.
+def play_side_by_side(run, envs, transcripts, rows, temperature, top_p):
+    """`play_on` of some rows, all at once, turn by turn.
 
     A game that could go on stops all the same where a turn was cut off at --max_new_tokens, and
-    where reply and next turn would not fit into what the model can read. Transcripts, texts and
-    rewards of these rows grow.
+    where reply and next turn would not fit into what the model can read.
     """
     policy, longest = run.models.policy, run.settings.max_new_tokens
     context = vlm.context_tokens(policy)
     read = functools.cache(lambda token: policy.tokenizer.decode([token]))
+    texts, rewards = {row: [] for row in rows}, dict.fromkeys(rows, 0.0)
+    live = rows  # those whose game goes on
     in_turn = [transcripts.open_turn(row) for row in live]  # tokens of its turn that it has already
     inputs = transcripts.prompts(live)
     if vlm.can_keep_cache(inputs):
@@ -242,7 +245,7 @@ def play_turns(run, envs, transcripts, live, texts, rewards, temperature, top_p)
             if transcripts.length(row) + len(reply[0]) + longest <= context
         }
         if not encoded:
-            return
+            return list(texts.values()), list(rewards.values())
         for row, (of_row, of_pictures) in encoded.items():
             transcripts.hear(row, of_row, of_pictures)
             texts[row] += [read(token) for token in of_row.tolist()]

@@ -284,7 +284,7 @@ def entropy_ends(entropy: Tensor, mask: Tensor, top_k: float = 0.30) -> Tensor:
     # point: without the 1e-9 it would count as 8
     wanted = (top_k * mask.sum(1).double() - 1e-9).ceil().clamp(min=1)  # (B,)
     by_entropy = entropy.masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)
-    is_wanted = torch.arange(mask.shape[1], device=mask.device) < wanted[:, None]  # in that order
+    is_wanted = torch.arange(mask.shape[1], device=mask.device) < wanted[:, None]  # of falling H
     chosen = torch.zeros_like(mask).scatter(1, by_entropy, is_wanted)
     return mask & chosen | response_ends(mask)
 

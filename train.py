@@ -552,12 +552,12 @@ def main(argv=None) -> None:
         try:
             settings, config = parse(argv)
             lock.enter_context(checkpoint.held(folder_of(settings)))
-            run = build(settings, config, command)
+            try:
+                run = build(settings, config, command)
+            except RuntimeError as error:
+                raise OSError(models.explain_out_of_memory_at_start(settings, error)) from None
         except (ValueError, OSError, ImportError) as error:
             raise SystemExit(f"train.py: {error}") from error
-        except RuntimeError as error:
-            reason = models.explain_out_of_memory_at_start(settings, error)
-            raise SystemExit(f"train.py: {reason}") from None
         run_to_its_end(run)
 
 

@@ -672,7 +672,8 @@ def generate(
         sampled from. Only for small vocabularies, since it keeps (T, B, V) scores.
     at_once: prompts that are answered at a time, which bounds the memory of keys, values and
         pictures; 0: all. Each part draws in its turn, so another split gives other samples of the
-        same distribution; greedy, it gives the same ones. ValueError for kept keys and values.
+        same distribution; greedy in float32, it gives the same ones. ValueError for kept keys and
+        values.
     """
     B = len(inputs["input_ids"])
     if 0 < at_once < B:
@@ -840,23 +841,25 @@ def _summing_gradients_in_float32(head):
     Autograd sums the gradients of a weight's uses in the weight's dtype. Of many pieces in bfloat16
     the later ones would be rounded away: one more of 256 equal terms is below half of a step.
     """
+    trains_low_precision = any(
+        parameter.requires_grad and parameter.dtype != torch.float32
+        for parameter in head.parameters()
+    )
+    if not (trains_low_precision and torch.is_grad_enabled()):
+        return head  # nothing is summed, or in float32 anyway
     wide = {name: parameter.float() for name, parameter in head.named_parameters()}
 
     def apply(hidden):
         narrow = {name: parameter.to(hidden.dtype) for name, parameter in wide.items()}
         return torch.func.functional_call(head, narrow, (hidden,))
 
-    trains_low_precision = any(
-        parameter.requires_grad and parameter.dtype != torch.float32
-        for parameter in head.parameters()
-    )
-    return apply if trains_low_precision and torch.is_grad_enabled() else head
+    return apply
 
 
 def _used_columns(mask):
     """How many columns of a (B, T) mask hold anything: the others are not worth a forward pass."""
     numbered = torch.arange(1, mask.shape[1] + 1, device=mask.device)  # (T,)
-    return int((numbered * mask).max()) or mask.shape[1]  # the only wait for a card
+    return int((numbered * mask).max()) or mask.shape[1]
 
 
 def _token_scores(head, hidden, tokens, banned, temperature):

@@ -46,6 +46,8 @@ def main(argv=None) -> dict:
         help="where to write (default: in results/; nowhere for another --batch or --tokens)",
     )
     args = parser.parse_args(argv)
+    if args.small and args.what != "gpu":
+        parser.error(f"--small: of the gpu measurement alone, not of {args.what}")
     command = "python -m lab.bench"
     if args.what == "math":
         command += f" --batch {args.batch} --tokens {args.tokens}"
@@ -56,12 +58,17 @@ def main(argv=None) -> dict:
     file = args.out
     if file is None and is_usual and not args.small:
         file = RESULTS / FILES[args.what]
+
+    def keep(so_far):
+        if file:
+            save(file, so_far, command)
+
     try:
-        outcome = measure(args, lambda so_far: file and save(file, so_far, command))
+        outcome = measure(args, keep)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"{command}: {error}") from None
+    keep(outcome)
     if file:
-        save(file, outcome, command)
         print(f"written to {file}")
     return outcome
 

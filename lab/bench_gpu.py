@@ -12,6 +12,7 @@ import functools
 import gc
 import json
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -252,7 +253,7 @@ def random_prompts(size, device, rows, prompt) -> vlm.Inputs:
     return vlm.Inputs({name: tensor.to(device) for name, tensor in tensors.items()}, counts)
 
 
-def one_iteration(learners, inputs, new_tokens, micro_batch, device) -> dict:
+def one_iteration(learners, inputs, new_tokens, micro_batch, device) -> tuple[dict, dict]:
     """Generate, score, value, update. -> (the seconds of each, the most GiB that each held)."""
     policy, critic = learners.policy, learners.critic
     seconds, peaks = {}, {}
@@ -330,7 +331,8 @@ def matrix_rate(device, dtype, side):
 
 
 def small() -> dict:
-    """The narrow models, on the card where there is one. -> the same as `measure`, less precise."""
+    """The narrow models, on the card where there is one: do the lines work? The numbers mean
+    nothing."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return measure(device, SMALL, rank=2, rows=2, new_tokens=3)
 
@@ -378,4 +380,5 @@ def row_of(size, device, lora, rows, new_tokens, best) -> dict:
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).splitlines()[0]}
     except Exception as error:  # whatever it is: the other sizes are worth measuring
+        traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}

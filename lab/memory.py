@@ -5,23 +5,31 @@
 Three sums, in bytes; e is the bytes of a weight (2 in bfloat16, 4 in float32).
 
     fixed       weights e each. A trained one has a gradient and Adam's two moments, 4 each, and
-                below float32 its float32 copy, 4 more (models.Adam). And the batch's pictures, in
-                float32.
+                below float32 its float32 copy, 4 more (models.Adam). A critic of its own counts as
+                a whole model, an adapter of rank r as r (inputs + outputs) for each linear layer of
+                the text model. And the batch's pictures, in float32.
     generation  rows x max( pictures, prompt, writing )
-                pictures  patches x (3 Hv + 3 Fv) e: a layer of the vision tower
-                prompt    P x (6 H + 3 F) e beside the keys and values of the prompt
+                pictures  N (3 Hv + 3 Fv) e: a layer of the vision tower
+                prompt    P (6 H + 3 F) e beside the keys and values of the prompt
                 writing   (P + T) tokens of keys and values, 2 x layers x kv heads x head size x e
-                          each; one layer's keys are there twice while a token is added to them
-    update      micro-batch x (P + T) x e x ( layers x H + 11 H + 4 F ) with gradient checkpointing:
-                the input of every layer, and all that one layer keeps for its gradient; without it
-                that of every layer. And the logits, four times in float32, of one piece (vlm.score)
+                          each; one layer's keys are there twice while a token is added to them.
+                          And 16 V: the next token's logits and what sampling makes of them
+    update      micro-batch x (P + T) e (layers x H + 11 H + 4 F) with gradient checkpointing: the
+                input of every layer, and all that one layer keeps for its gradient; without it all
+                that every layer keeps. Where all weights are trained, the same of the vision tower
+                for N patches, with 9 Hv + 2 Fv (4 Fv where it is gated, as Qwen's): its layers'
+                inputs stay until the text model is done, and then one layer of its own takes the
+                place of the text's. And of the logits four float32
+                copies of one piece (vlm.score); a head in pieces below float32 has 8 V H more, for
+                its float32 copy and gradient
 
-The most that a run needs is `fixed` and the larger of the two others. H and F: the text model's
-hidden and inner size; Hv, Fv: the vision tower's; P prompt tokens, a picture's too; T written ones.
+The most that a run needs is `fixed` and the larger of the two others. H, F and V: the text model's
+hidden size, inner size and vocabulary; Hv, Fv: the vision tower's sizes; N patches of a prompt; P
+prompt tokens, a picture's too; T written ones.
 
-The counts of H and F are of a Llama layer, and meet what PyTorch's profiler sees of the tiny model
-(`peak_bytes`; tests/test_memory.py). What a card adds (its context, fragmentation, workspaces) is
-not in them: `SHARE` leaves a tenth of it free.
+The counts of H and F are of Llama's and Idefics3's layers, and meet what PyTorch's profiler sees of
+small models (`peak_bytes`; tests/test_memory.py). What a card adds (its context, fragmentation,
+workspaces) is not in them: `SHARE` leaves a tenth of it free.
 """
 
 from dataclasses import dataclass
@@ -101,15 +109,35 @@ def generation_bytes(size, load) -> int:
 def update_bytes(size, rank, load) -> int:
     """Of one backward pass."""
     text, e = size.config.get_text_config(), load.bytes_per_number
-    hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    one_layer = 11 * hidden + 4 * inner
-    kept = layers * hidden + one_layer if load.checkpointing else layers * one_layer
-    activations = load.micro_batch * (load.prompt + load.written) * kept * e
+    tokens = load.micro_batch * (load.prompt + load.written)
+    inputs, one_layer, all_layers = _kept(text, tokens, text.num_hidden_layers, (11, 4), e)
+    activations = inputs + one_layer if load.checkpointing else all_layers
+    if not rank:
+        vision = size.config.vision_config
+        layers = getattr(vision, "num_hidden_layers", None) or vision.depth
+        patches = load.micro_batch * load.picture * _patches_per_token(size.config)
+        counts = (9, 4) if "qwen" in vision.model_type else (9, 2)
+        inputs, one_layer, all_layers = _kept(vision, patches, layers, counts, e)
+        if load.checkpointing:
+            activations = inputs + max(activations, one_layer)
+        else:
+            activations += all_layers
     numbers = load.micro_batch * load.written * text.vocab_size
     logits = 4 * 4 * min(numbers, load.piece)
     if numbers > load.piece and not rank and e < 4:  # the head in float32, and its gradient
-        logits += 8 * text.vocab_size * hidden
+        logits += 8 * text.vocab_size * text.hidden_size
     return activations + logits
+
+
+def _kept(config, positions, layers, counts, e):
+    """Bytes of the inputs of all layers, of what one keeps for its gradient, of what all keep.
+
+    counts: how often a layer keeps numbers of the hidden size, and of the inner size.
+    """
+    of_hidden, of_inner = counts
+    numbers = of_hidden * config.hidden_size + of_inner * config.intermediate_size
+    one_layer = positions * numbers * e
+    return positions * layers * config.hidden_size * e, one_layer, layers * one_layer
 
 
 def _patches_per_token(config):
@@ -144,7 +172,7 @@ def table(text=200, written=512, micro_batch=4, batch=64) -> str:
         for training, (rank, trained_models) in TRAININGS.items():
             fixed = fixed_bytes(size, rank, trained_models, load)
             update = update_bytes(size, rank, load)
-            cells = [f"{number / GIB:.1f}" for number in (fixed, update, each)]
+            cells = [f"{fixed / GIB:.1f}", f"{update / GIB:.1f}", f"{each / GIB:.2f}"]
             for card in CARDS:
                 room = SHARE * card * GIB - fixed
                 fitting = [n for n in (64, 32, 16, 8, 4, 2, 1) if n <= batch and n * each <= room]

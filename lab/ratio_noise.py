@@ -2,7 +2,7 @@
 
     python -m lab.ratio_noise    # -> results/ratio_noise.json
 
-A rollout is scored in parts of 32 responses, and the update scores shuffled minibatches. The same
+A rollout is scored in parts, and the update scores shuffled minibatches. The same
 response then stands among others, padded to other lengths, and sums are made in another order. So
 log pi - log pi_old is not quite 0 before the first step. GSPO clips the ratio of a response at
 1 - 3e-4 and 1 + 4e-4 (arXiv:2507.18071): is the noise below that?
@@ -28,18 +28,14 @@ CLIP = baselines.SETTINGS["gspo"]["clip_low"]
 
 def noise(policy, inputs, tokens, mask, part=32, minibatch=8, seed=0) -> dict:
     """The log-ratios of responses that are scored twice: `part` at a time in their order, and
-    `minibatch` at a time shuffled, each minibatch cut to its longest response.
+    `minibatch` at a time shuffled.
 
     -> of |log-ratio|, in nats: the largest of a token; of a response's mean, the root of the mean
-    square and the largest; and the share of responses beyond GSPO's clip.
+    square and the largest; and the share of responses beyond 3e-4, GSPO's lower clip.
     """
 
     def score(rows):
-        width = int(mask[rows].sum(1).max())
-        logp, _ = vlm.score(
-            policy, vlm.take(inputs, rows), tokens[rows, :width], mask[rows, :width]
-        )
-        return torch.nn.functional.pad(logp, (0, tokens.shape[1] - width))
+        return vlm.score(policy, vlm.take(inputs, rows), tokens[rows], mask[rows])[0]
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -52,6 +48,8 @@ def noise(policy, inputs, tokens, mask, part=32, minibatch=8, seed=0) -> dict:
     of_response = sapo.segment_ratio(logp, old_logp, whole, mask)[:, 0].log().abs()  # (B,)
     return {
         "responses": len(mask),
+        "part": part,
+        "minibatch": minibatch,
         "token_largest": float((logp - old_logp).abs().max()),
         "response_rms": float(of_response.square().mean().sqrt()),
         "response_largest": float(of_response.max()),

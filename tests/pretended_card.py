@@ -127,14 +127,16 @@ class _Calls(TorchFunctionMode):
         lies_there = any(map(on_card, given))
         if function == DEVICE:
             return CARD if lies_there else function(first)
-        if function in (IS_CUDA, IS_CPU):
-            return lies_there == (function == IS_CUDA)
+        if function == IS_CUDA:
+            return lies_there
+        if function == IS_CPU:
+            return not lies_there
         if isinstance(first, Tensor):
             if name == "to":
                 return self._moved(first, *args[1:], **kwargs)
             if name in ("cpu", "cuda"):
                 return self._moved(first, name)
-            if name == "as_tensor" and kwargs:
+            if name in ("as_tensor", "asarray") and kwargs:
                 return self._moved(first, **kwargs)
             if name in ("numpy", "__array__") and on_card(first):
                 raise TypeError(

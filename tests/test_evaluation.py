@@ -78,9 +78,9 @@ def test_the_final_evaluations_decode_as_they_are_called(runs, monkeypatch):
     assert train.train(run)
     generate, decoded = vlm.generate, []
 
-    def noted(model, inputs, limit, temperature, top_p, *more):
+    def noted(model, inputs, limit, temperature, top_p, *more, **also):
         decoded.append((temperature, top_p))
-        return generate(model, inputs, limit, temperature, top_p, *more)
+        return generate(model, inputs, limit, temperature, top_p, *more, **also)
 
     monkeypatch.setattr(vlm, "generate", noted)
     outcome = evaluation.final_evaluations(run)

@@ -131,9 +131,9 @@ def test_a_style_asks_in_a_system_turn_and_knows_its_end(
     assert prompt.index(system[:12]) < prompt.index("Sum the")
     generate, stops = vlm.generate, []
 
-    def noted(vlm, inputs, max_new_tokens, temperature, top_p, stop):
+    def noted(vlm, inputs, max_new_tokens, temperature, top_p, stop, **also):
         stops.append(stop)
-        return generate(vlm, inputs, max_new_tokens, temperature, top_p, stop)
+        return generate(vlm, inputs, max_new_tokens, temperature, top_p, stop, **also)
 
     monkeypatch.setattr(vlm, "generate", noted)
     rollout.write(run, inputs, 1.0)

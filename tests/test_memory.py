@@ -11,7 +11,7 @@ import models
 import sapo
 import tiny
 import vlm
-from lab import memory
+from lab import bench_gpu, memory
 
 SIDE = 32  # pixels of a picture
 
@@ -73,15 +73,11 @@ def test_generation_takes_memory_in_proportion_to_what_is_written_at_a_time(open
     assert peaks[2] == pytest.approx(4 * peaks[0], rel=0.15)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_update_takes_what_the_arithmetic_says(opened, size, checkpointing):
-    model = opened.model
+def update_of(opened, size, inputs, checkpointing):
+    """(measured, expected) bytes of a backward pass through answers of 48 tokens."""
+    model, rows = opened.model, len(inputs["input_ids"])
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
-    rows = 16
-    inputs = prompts(opened, rows)
     tokens, mask = vlm.generate(opened, inputs, 48)
 
     def step():
@@ -90,8 +86,28 @@ def test_an_update_takes_what_the_arithmetic_says(opened, size, checkpointing):
     step()  # so that there are gradients already
     measured = memory.peak_bytes(step)
     model.gradient_checkpointing_disable()
-    expected = memory.update_bytes(size, 0, load_of(size, inputs, 48, rows, checkpointing))
+    return measured, memory.update_bytes(size, 0, load_of(size, inputs, 48, rows, checkpointing))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_takes_what_the_arithmetic_says(opened, size, checkpointing):
+    measured, expected = update_of(opened, size, prompts(opened, 16), checkpointing)
     assert measured == pytest.approx(expected, rel=0.25)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_large_vision_tower_counts_where_all_weights_are_trained(checkpointing):
+    vision = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
+    vision |= {"intermediate_size": 384, "patch_size": 8}
+    size = bench_gpu.smolvlm(64, 2, 4, 4, 128, vision, side=96, scale=2)
+    size.config.text_config.vocab_size, size.config.image_token_id = 600, 500  # few logits
+    size.picture_tokens = [500] * len(size.picture_tokens)
+    opened = bench_gpu.random_learners(size, size.kind._from_config(size.config), "cpu", 0).policy
+    inputs = bench_gpu.random_prompts(size, "cpu", rows=4, prompt=8)
+    measured, expected = update_of(opened, size, inputs, checkpointing)
+    of_text = memory.Load(44, 0, 48, 4, 4, 4, checkpointing, vlm.PIECE)
+    assert measured == pytest.approx(expected, rel=0.25)
+    assert expected > 1.2 * memory.update_bytes(size, 0, of_text)
 
 
 @pytest.mark.parametrize("rank, trained_models", [(0, 1), (0, 2), (4, 2)])

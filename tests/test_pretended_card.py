@@ -91,8 +91,9 @@ def test_views_gradients_and_copies_lie_where_their_tensor_does(card):
     copied = copy.deepcopy(layer).weight
     for tensor in (weight, weight[0], weight.detach(), weight.grad, loss, copied, *moments):
         assert on_card(tensor)
-    there = torch.as_tensor(torch.ones(2), device="cuda")
-    assert on_card(there) and not on_card(torch.ones(2))
+    for make in (torch.as_tensor, torch.asarray):
+        here = torch.ones(2)
+        assert on_card(make(here, device="cuda")) and not on_card(here)
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def test_responses_are_drawn_and_scored_at_the_temperature(runs, monkeypatch, me
     drawn, scored = [], []
     generate, score = vlm.generate, vlm.score
 
-    def generated(model, inputs, limit, temperature, *more):
+    def generated(model, inputs, limit, temperature, *more, **also):
         drawn.append(temperature)
-        return generate(model, inputs, limit, temperature, *more)
+        return generate(model, inputs, limit, temperature, *more, **also)
 
     def scored_at(model, inputs, tokens, mask, temperature=1.0):
         scored.append(temperature)
