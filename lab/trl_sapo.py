@@ -184,7 +184,10 @@ def learn(run, trainer) -> dict:
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
     def accuracies():
-        return None if sharded else evaluation.by_decoding(run, evaluation.evaluate(run))
+        if sharded:
+            return None
+        with trainer.accelerator.autocast():  # in the precision of training
+            return evaluation.by_decoding(run, evaluation.evaluate(run))
 
     before = accuracies()
     begin = time.time()

@@ -9,7 +9,8 @@ the engine decides, this differs from train.py:
 - The critic is a head on the policy's hidden states, as they are before the policy's step.
 - Minibatches are drawn once per rollout, and each process shuffles its own share.
 - Log-probabilities count tokens that sampling leaves out (image placeholders), as TRL's do.
-- There is no KL bound (target_kl), and the policy's steps that are not finite are not skipped.
+- There is no KL bound (target_kl). A policy's step that is not finite is not skipped: it ends the
+  run.
 
 Shapes. B responses of one process, T completion tokens (right-padded), H hidden size.
 """
@@ -269,6 +270,17 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
         stats["entropy"] = (entropy.detach() * mask).sum().item() / max(mask.sum().item(), 1)
         self.note(stats)
         return loss
+
+    def _clip_grad_norm(self, model):
+        """Trainer's, before each of the policy's steps. FloatingPointError where none can be made:
+        taken all the same, it would leave no weight whole."""
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has no norm as yet
+            raise FloatingPointError(
+                f"the policy's gradient has the norm {float(norm)}, expected a finite one: lower "
+                "the learning rates"
+            )
+        return norm
 
     def step_critic(self):
         """One step of the critic's Adam, by the mean of all processes' gradients."""
