@@ -232,6 +232,17 @@ def test_a_checkpoint_keeps_the_critic_and_its_optimizer(runs, tmp_path):
     assert steps == [3, 3] and kept.keys() == trl_worker.weights(resumed).keys()
 
 
+def test_a_row_is_made_when_it_is_asked_for():
+    episode = train.make_env(train.parse([])[0])
+    rows = trl_sapo.rows_of(episode, 10**6)
+    assert len(rows) == 10**6 and episode.unwrapped.end_reason == "not reset"
+    (turn,), (picture,) = rows[7]["prompt"], rows[7]["images"]
+    observation, _ = episode.reset(options={"index": 7})
+    assert [part["type"] for part in turn["content"]] == ["image", "text"]
+    assert turn["content"][1]["text"] == observation["prompt"]
+    assert picture.size == observation["image"].shape[1::-1] and rows[7]["index"] == 7
+
+
 def launched_on_the_page():
     """The words of each `accelerate launch` in docs/models.md."""
     page = (ROOT / "docs" / "models.md").read_text().replace("\\\n", " ")
@@ -396,7 +407,7 @@ def test_a_step_that_is_not_finite_is_not_taken(runs, tmp_path):
     _, trainer = trl_worker.build(runs, folder=tmp_path)
     start = copied(trl_worker.weights(trainer))
     head = trainer.model.get_output_embeddings().weight
-    head.register_hook(lambda gradient: gradient * math.inf)
+    head.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(
         FloatingPointError, match="the policy's gradient has the norm nan, expected"
     ):
