@@ -214,10 +214,11 @@ def run_to_its_end(run, trainer) -> dict:
         return learn(run, trainer)
     except (OSError, FloatingPointError) as error:
         reason = error
-    except sapo.NaNError as error:
-        reason = f"{error}; the weights are broken: lower the learning rates and begin again"
-    except RuntimeError as error:
-        reason = explain_out_of_memory(error)
+    except (sapo.NaNError, RuntimeError) as error:
+        if isinstance(error, sapo.NaNError) or "probability tensor" in str(error):  # in sampling
+            reason = f"{error}; the weights are broken: lower the learning rates and begin again"
+        else:
+            reason = explain_out_of_memory(error)
     raise SystemExit(f"step {trainer.state.global_step}: {reason}")
 
 

@@ -382,6 +382,7 @@ def test_an_older_trl_is_named(monkeypatch):
     ("error", "line"),
     [
         (sapo.NaNError("logp: NaN on a policy token"), "logp: NaN on a policy token; the weights"),
+        (RuntimeError("probability tensor contains nan"), "probability tensor contains nan; the w"),
         (FloatingPointError("the reward is inf"), "the reward is inf"),
         (OSError("no space left"), "no space left"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: lower --micro_batch, then"),
