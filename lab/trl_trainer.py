@@ -9,7 +9,8 @@ the engine decides, this differs from train.py:
 - The critic is a head on the policy's hidden states, as they are before the policy's step.
 - Minibatches are drawn once per rollout, and each process shuffles its own share.
 - Log-probabilities count tokens that sampling leaves out (image placeholders), as TRL's do.
-- There is no KL bound (target_kl), and the policy's steps that are not finite are not skipped.
+- There is no KL bound (target_kl). A policy's step that is not finite is not skipped: it ends the
+  run.
 
 Shapes. B responses of one process, T completion tokens (right-padded), H hidden size.
 """
@@ -27,20 +28,38 @@ import sapo
 
 try:
     import trl
-    from accelerate import PartialState  # noqa: F401  for lab.trl_sapo
-
-    if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
-        raise ImportError
-except ImportError:
+except ImportError as error:  # of TRL, or of what TRL itself imports
+    raise ImportError(f'lab.trl_trainer needs TRL: pip install "trl>=1.16" ({error})') from error
+if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
     raise ImportError(
-        'lab.trl_trainer needs a package that is not installed: pip install "trl>=1.16"'
-    ) from None
+        f"trl {trl.__version__} is installed, expected >= 1.16: pip install --upgrade trl"
+    )
 
 # What GRPOConfig says of GRPO's own loss and of its groups. It is not read here, so it is refused
 OF_GRPO = (
-    *("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
-    *("scale_rewards", "multi_objective_aggregation", "top_entropy_quantile", "entropy_coef"),
-    *("use_adaptive_entropy", "off_policy_mask_threshold", "use_bias_correction_kl"),
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "scale_rewards",
+    "multi_objective_aggregation",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "entropy_coef_min",
+    "entropy_coef_max",
+    "entropy_coef_delta",
+    "entropy_target",
+    "off_policy_mask_threshold",
+    "use_bias_correction_kl",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "router_aux_loss_coef",
 )
 
 
@@ -156,8 +175,11 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
         self.passes.append((*scores[:2], torch.cat(hidden) if hidden else None))  # None: reference
         return scores
 
-    def score(self, model, batch):
-        """A batch as TRL keeps it -> (logp, entropy) (B, T) in nats, hidden states (B, T, H)."""
+    def score(self, model, batch, at_once=None):
+        """A batch as TRL keeps it -> (logp, entropy) (B, T) in nats, hidden states (B, T, H).
+
+        at_once: responses in one forward pass; None: all of them.
+        """
         named = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
         pictures = {name: batch[name] for name in named if name in batch}
         whole = [
@@ -165,7 +187,7 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
             for part in ("ids", "mask")
         ]
         self._get_per_token_logps_and_entropies(
-            model, *whole, batch["completion_ids"].shape[1], **pictures
+            model, *whole, batch["completion_ids"].shape[1], batch_size=at_once, **pictures
         )
         return self.passes.pop()
 
@@ -197,7 +219,8 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
             if "old_per_token_logps" in batch:  # TRL has scored; a reference came after the policy
                 logp, entropy, hidden = self.passes[0]
             else:
-                logp, entropy, hidden = self.score(self.model, batch)
+                at_once = self.args.per_device_train_batch_size
+                logp, entropy, hidden = self.score(self.model, batch, at_once)
             rollout = sapo.Rollout(
                 mask,
                 sapo.entropy_ends(entropy, mask, config.top_k),
@@ -248,6 +271,17 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
         self.note(stats)
         return loss
 
+    def _clip_grad_norm(self, model):
+        """Trainer's, before each of the policy's steps. FloatingPointError where none can be made:
+        taken all the same, it would leave no weight whole."""
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has no norm as yet
+            raise FloatingPointError(
+                f"the policy's gradient has the norm {float(norm)}, expected a finite one: lower "
+                "the learning rates"
+            )
+        return norm
+
     def step_critic(self):
         """One step of the critic's Adam, by the mean of all processes' gradients."""
         parameters = list(self.critic.parameters())
@@ -279,8 +313,9 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            weights, adam = torch.load(
-                Path(checkpoint) / "critic.pt", self.accelerator.device, weights_only=True
-            )
+            file = Path(checkpoint) / "critic.pt"
+            if not file.is_file():
+                raise OSError(f"{file}: not there; expected a checkpoint of SegmentAlignedTrainer")
+            weights, adam = torch.load(file, self.accelerator.device, weights_only=True)
             self.critic.load_state_dict(weights)
             self.critic_optimizer.load_state_dict(adam)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import os
 import runpy
@@ -9,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ import vlm
 
 pytest.importorskip("trl", reason='needs: pip install "trl>=1.16"')
 
+import small_runs
 import trl_worker
 from accelerate.commands.launch import launch_command_parser
 from transformers import TrainerCallback
@@ -40,10 +43,16 @@ class Recorder(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer, self.steps = trainer, []
+        self.note, trainer.note = trainer.note, self.on_note
         trainer.critic_optimizer.register_step_pre_hook(self.on_critic_step)
 
     def on_step_begin(self, *_, **__):
         self.steps.append({"weights": copied(trl_worker.weights(self.trainer))})
+
+    def on_note(self, numbers):
+        self.note(numbers)
+        if "policy_loss" in numbers:  # not those of the rollout
+            self.steps[-1]["metrics"] = numbers
 
     def on_critic_step(self, *_):
         self.steps[-1]["critic"] = copied(gradients(self.trainer.critic))
@@ -117,7 +126,6 @@ def test_every_step_is_that_of_sapo_update(runs):
     torch.testing.assert_close(advantages, batch["advantages"], atol=1e-5, rtol=0)
     assert advantages.abs().max() > 0.1
 
-    seen = []
     for step in recorder.steps:
         _, score, value, critic = our_step(run, config, batch, step["weights"])
         taken = {}
@@ -140,13 +148,13 @@ def test_every_step_is_that_of_sapo_update(runs):
         for name in ("policy", "critic"):
             assert taken[name].keys() == step[name].keys()
             for parameter, gradient in taken[name].items():
-                torch.testing.assert_close(gradient, step[name][parameter], atol=1e-5, rtol=1e-4)
-        seen.append(metrics)
-    assert seen[0]["clip_fraction"] == 0 and seen[2]["clip_fraction"] > 0.05, "the last clips"
-    logged = trainer.state.log_history[0]  # of all steps: the means
-    for name in ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy"):
-        mean = sum(metrics[name] for metrics in seen) / 3
-        assert float(logged[name]) == pytest.approx(mean, rel=1e-3, abs=1e-5), name
+                torch.testing.assert_close(gradient, step[name][parameter], atol=1e-5, rtol=0)
+        for name in ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy"):
+            assert step["metrics"][name] == pytest.approx(metrics[name], rel=0, abs=1e-5), name
+    clipped = [step["metrics"]["clip_fraction"] for step in recorder.steps]
+    assert clipped[0] == 0 and clipped[2] > 0.05, "the last clips"
+    logged = trainer.state.log_history[0]  # of all steps: the means, to four digits
+    assert float(logged["clip_fraction"]) == pytest.approx(sum(clipped) / 3, rel=1e-3)
 
 
 def test_two_processes_take_the_steps_of_one(runs, tmp_path):
@@ -224,6 +232,17 @@ def test_a_checkpoint_keeps_the_critic_and_its_optimizer(runs, tmp_path):
     assert steps == [3, 3] and kept.keys() == trl_worker.weights(resumed).keys()
 
 
+def test_a_row_is_made_when_it_is_asked_for():
+    episode = train.make_env(train.parse([])[0])
+    rows = trl_sapo.rows_of(episode, 10**6)
+    assert len(rows) == 10**6 and episode.unwrapped.end_reason == "not reset"
+    (turn,), (picture,) = rows[7]["prompt"], rows[7]["images"]
+    observation, _ = episode.reset(options={"index": 7})
+    assert [part["type"] for part in turn["content"]] == ["image", "text"]
+    assert turn["content"][1]["text"] == observation["prompt"]
+    assert picture.size == observation["image"].shape[1::-1] and rows[7]["index"] == 7
+
+
 def launched_on_the_page():
     """The words of each `accelerate launch` in docs/models.md."""
     page = (ROOT / "docs" / "models.md").read_text().replace("\\\n", " ")
@@ -243,6 +262,31 @@ def test_the_commands_for_eight_cards_parse_and_fit_them(words):
     sizes = trl_trainer.engine_settings(config, launched.num_processes)
     assert settings.batch % config.minibatch == 0
     assert 8 * sizes["per_device_train_batch_size"] * sizes["gradient_accumulation_steps"] == 128
+
+
+def test_where_trl_scores_no_rollout_micro_batches_of_it_are_scored(runs, tmp_path):
+    """One epoch of one minibatch: TRL has no use for old log-probabilities there."""
+    rollouts, rows = [], []
+    for size in ("8", "2"):
+        flags = ("--epochs", "1", "--micro_batch", size)
+        _, trainer = trl_worker.build(runs, *flags, folder=tmp_path)
+        forward = trainer._get_per_token_logps_and_entropies
+
+        def watched(*args, trainer=trainer, forward=forward, **options):
+            def count(module, inputs, output):
+                rows.append(len(output.last_hidden_state))
+
+            with trainer.backbone.register_forward_hook(count):
+                return forward(*args, **options)
+
+        trainer._get_per_token_logps_and_entropies = watched
+        prompts = next(iter(trainer.get_train_dataloader()))
+        rollouts.append(trainer._generate_and_score_completions(prompts))
+    assert rows == [8, 2, 2, 2, 2]
+    whole, parts = rollouts
+    assert torch.equal(whole["ends"], parts["ends"])
+    for name in ("old_per_token_logps", "values"):
+        torch.testing.assert_close(whole[name], parts[name], atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------- bad input
@@ -282,6 +326,7 @@ def test_token_means_and_whitening_are_taken_where_nothing_is_spread():
         ),
         ({"loss_type": "sapo"}, "loss_type: 'sapo', expected 'dapo': only GRPO's loss has it"),
         ({"epsilon": 0.3}, "epsilon: 0.3, expected 0.2: only GRPO's loss has it"),
+        ({"vespo_k_pos": 1.0}, "vespo_k_pos: 1.0, expected 2.0: only GRPO's loss has it"),
     ],
 )
 def test_settings_that_contradict_or_would_not_be_read_are_refused(options, line, tmp_path):
@@ -294,7 +339,14 @@ def test_settings_that_contradict_or_would_not_be_read_are_refused(options, line
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--method", "grpo"], "--method grpo --cut response: expected --method sapo --cut topk"),
+        (["--method", "grpo"], "--method grpo --cut response --credit group: expected --method "),
+        (["--eval_every", "5"], "--eval_every 5: not read here; evaluations are before and after"),
+        (["--critic", "shared"], "--critic shared: not read here; the critic is a head"),
+        (["--tensorboard"], "--tensorboard True: not read here; take --trl report_to=tensorboard"),
+        (["--iterations", "0"], "--iterations 0: expected at least 1"),
+        (["--device", "cuda:1"], "--device cuda:1: expected cpu or cuda, "),
+        (["--dtype", "bfloat16"], "--dtype bfloat16: expected float32 where all weights are "),
+        (["--trl", "bf16"], "--trl bf16: expected name=value"),
         (["--env", "SAPO/Treasure-v0"], "--env SAPO/Treasure-v0: expected a task of one turn"),
         (["--target_kl", "0.01"], "target_kl: 0.01, expected inf"),
         (["--trl", "no_such=1"], ".*unexpected keyword argument 'no_such'"),
@@ -307,7 +359,7 @@ def test_the_command_says_in_one_line_what_is_wrong(words, line):
 
 def test_without_trl_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    line = 'lab.trl_trainer needs a package that is not installed: pip install "trl>=1.16"'
+    line = 'lab.trl_trainer needs TRL: pip install "trl>=1.16" .import of trl halted.*'
     monkeypatch.delitem(sys.modules, "lab.trl_trainer")
     monkeypatch.delattr(lab, "trl_trainer")
     with pytest.raises(ImportError, match=f"^{line}$"):
@@ -315,3 +367,65 @@ def test_without_trl_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lab.trl_sapo"])
     with pytest.raises(SystemExit, match=f"^python -m lab.trl_sapo: {line}$"):
         runpy.run_module("lab.trl_sapo", run_name="__main__")
+
+
+def test_an_older_trl_is_named(monkeypatch):
+    monkeypatch.setattr(trl_trainer.trl, "__version__", "1.15.2")
+    monkeypatch.delitem(sys.modules, "lab.trl_trainer")
+    monkeypatch.delattr(lab, "trl_trainer")
+    with pytest.raises(ImportError, match="^trl 1.15.2 is installed, expected >= 1.16: "):
+        importlib.import_module("lab.trl_trainer")
+
+
+# ------------------------------------------------------------------------------- what breaks a run
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (sapo.NaNError("logp: NaN on a policy token"), "logp: NaN on a policy token; the weights"),
+        (RuntimeError("probability tensor contains nan"), "probability tensor contains nan; the w"),
+        (FloatingPointError("the reward is inf"), "the reward is inf"),
+        (OSError("no space left"), "no space left"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: lower --micro_batch, then"),
+    ],
+)
+def test_what_breaks_a_run_is_one_line(error, line, monkeypatch):
+    def broken(run, trainer):
+        raise error
+
+    monkeypatch.setattr(trl_sapo, "learn", broken)
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=7))
+    with pytest.raises(SystemExit, match=f"^step 7: {line}[^\n]*$"):
+        trl_sapo.run_to_its_end(None, trainer)
+
+
+def test_another_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(trl_sapo, "learn", lambda run, trainer: [].pop())
+    with pytest.raises(IndexError):
+        trl_sapo.run_to_its_end(None, None)
+
+
+def test_a_step_that_is_not_finite_is_not_taken(runs, tmp_path):
+    _, trainer = trl_worker.build(runs, folder=tmp_path)
+    start = copied(trl_worker.weights(trainer))
+    head = trainer.model.get_output_embeddings().weight
+    head.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(
+        FloatingPointError, match="the policy's gradient has the norm nan, expected"
+    ):
+        trainer.train()
+    left = trl_worker.weights(trainer)
+    assert all(torch.equal(left[name], start[name]) for name in start if "critic" not in name)
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(runs, tmp_path):
+    _, trainer = trl_worker.build(runs, folder=tmp_path)
+    with pytest.raises(OSError, match="critic.pt: not there; expected a checkpoint of Segment"):
+        trainer._load_optimizer_and_scheduler(tmp_path)
+
+
+def test_the_outcome_is_written_into_a_folder_that_was_missing(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(trl_sapo, "learn", lambda run, trainer: {"processes": 1})
+    words = [*small_runs.TASK, *trl_worker.FLAGS, "--runs", str(runs)]
+    file = tmp_path / "of" / "mine" / "outcome.json"
+    trl_sapo.main([*words, "--out", str(file)])
+    assert json.loads(file.read_text())["processes"] == 1

@@ -1,4 +1,4 @@
-"""Two steps of lab.trl_trainer on greedy responses, by as many processes as start it.
+"""Three steps of lab.trl_trainer on greedy responses, by as many processes as start it.
 
     PYTHONPATH=.:tests python tests/trl_worker.py RUNS OUT
 
