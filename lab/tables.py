@@ -239,6 +239,36 @@ def tuning_table(results, trials) -> str:
     return markdown(("method", *["rate: temperature 1, greedy"] * (longest - 1)), rows)
 
 
+def truth_table(results) -> str:
+    """Credit and gradients of each method on one policy (lab/truth.py): do the advantages tell
+    right steps from wrong ones, and does the gradient point where the objective rises?"""
+    heads = (
+        "credit by",
+        "AUROC of all steps",
+        "within wrong answers",
+        "of the first wrong step",
+        "share of blame on it",
+        "cosine with the reference gradient",
+        "variance",
+    )
+    rows = []
+    for name, of_method in results["methods"].items():
+        low, high = of_method["auroc_interval"]
+        share, cosine = of_method["share_on_first_wrong_step"], of_method["cosine"]
+        rows.append(
+            (
+                name,
+                f"{of_method['auroc']:.2f} ({low:.2f} to {high:.2f})",
+                f"{of_method['auroc_in_wrong_responses']:.2f}",
+                f"{of_method['auroc_of_first_wrong_step']:.2f}",
+                "{:.2f} ({:.2f} to {:.2f})".format(*share),
+                "{:.2f} ({:.2f} to {:.2f})".format(*cosine),
+                f"{of_method['variance']:.2f}",
+            )
+        )
+    return markdown(heads, rows)
+
+
 KINDS = {"gae": "advantages", "group": "advantages of groups", "ratio": "ratios", "loss": "losses"}
 
 
@@ -297,6 +327,8 @@ def all_tables() -> dict[str, str]:
         elif file.name == "theorems.json":
             made = theorem_tables(results) | {"statements": statements()}
             tables |= {f"{file.name}, {what}": lines for what, lines in made.items()}
+        elif results.get("experiment") == "truth":
+            tables[file.name] = truth_table(results)
         elif results.get("experiment") == "reuse":
             tables[file.name] = reuse_table(results)
         elif results.get("experiment") == "tune" and results["runs"]:

@@ -853,3 +853,37 @@ def test_what_is_said_of_the_kills_is_what_they_showed():
     assert f"All {found['runs_ended']} runs that came to their end" in page and found["all_equal"]
     assert {kill["signal"] for kill in found["kills"]} == {"SIGKILL", "SIGTERM"}
     assert f"(`results/kills.json`, {found['date']})" in page
+
+
+def test_the_credit_and_the_gradients_are_what_results_hold():
+    found, page = result("truth-DiceSum.json"), prose("docs/results.md")
+    methods = found["methods"]
+    firsts = [methods[f"sapo{at}"]["auroc_of_first_wrong_step"] for at in AT_LAMBDAS]
+    assert "at lambda 0.99, in {1:.2f} at 0.7, and in {2:.2f} at 0".format(*firsts) in page
+    assert f"in {firsts[0]:.2f} of the pairs" in page and firsts == sorted(firsts)
+    shares = [methods[f"sapo{at}"]["share_on_first_wrong_step"][0] for at in AT_LAMBDAS]
+    assert f"goes from {shares[0]:.2f} to {shares[2]:.2f}" in page
+    vineppo = methods["vineppo"]["share_on_first_wrong_step"][0]
+    assert f"VinePPO puts {vineppo:.2f} of the blame" in page
+    assert vineppo == max(row["share_on_first_wrong_step"][0] for row in methods.values())
+    cosines = {name: row["cosine"][0] for name, row in methods.items()}
+    critics = [cosines[name] for name in cosines if name.startswith(("sapo", "ppo", "vc-ppo"))]
+    assert f"the better gradient:** {min(critics):.2f} to {max(critics):.2f}" in page
+    others = {name: cosine for name, cosine in cosines.items() if cosine not in critics}
+    assert max(others.values()) < min(critics) and max(others, key=others.get) in ("grpo", "gspo")
+    three = ", ".join(f"{name.upper()} {cosines[name]:.2f}" for name in ("sapo", "ppo", "grpo"))
+    assert f"at equal tokens: {three}" in page
+    assert f"has a cosine of {cosines['vineppo']:.2f}" in page
+    assert f"{cosines['spo-chain']:.2f} and {cosines['spo-tree']:.2f}" in page
+    assert f"reaches {cosines['grpo']:.2f}" in page
+    of_sapo = {name: cosine for name, cosine in cosines.items() if name.startswith("sapo")}
+    assert (
+        max(of_sapo, key=of_sapo.get) == "sapo" and f"SAPO's best is {cosines['sapo']:.2f}" in page
+    )
+    assert max(cosines, key=cosines.get) == "ppo, lambda of sapo"
+    assert f"between its halves is {found['reference']['cosine_of_its_halves']:.3f}" in page
+    for name, unit in (("segment critic", "segments"), ("token critic", "tokens")):
+        assert f"{found['values'][name]['rmse']:.2f} ({unit})" in page
+
+
+AT_LAMBDAS = (", lambda 0.99", "", ", lambda 0.0")
