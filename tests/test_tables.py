@@ -197,6 +197,20 @@ def test_the_table_of_the_trials():
 
 
 # ------------------------------------------------------------------------------- a folder's
+def ground_truth():
+    """A ground truth of one method."""
+    measured = {
+        "auroc": 0.751,
+        "auroc_interval": [0.7, 0.8],
+        "auroc_in_wrong_responses": 0.67,
+        "auroc_of_first_wrong_step": 0.82,
+        "share_on_first_wrong_step": [0.2, 0.1, 0.3],
+        "cosine": [0.2, 0.1, 0.3],
+        "variance": 0.5,
+    }
+    return {"experiment": "truth", "methods": {"sapo": measured}}
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder with an outcome of every kind, in place of results/."""
@@ -212,12 +226,25 @@ def results(tmp_path, monkeypatch):
         "reuse-DiceSum": reuse(),
         "tune-DiceSum": sweep("tune"),
         "theorems": theorems(),
-        "truth-DiceSum": {"experiment": "truth", "methods": {}},
+        "truth-DiceSum": ground_truth(),
         "bench_math": {"seconds": 1},
     }
     for name, made in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(made))
     return tmp_path
+
+
+def test_the_table_of_the_truth():
+    head, row = cells(tables.truth_table(ground_truth()))
+    assert row == [
+        "sapo",
+        "0.75 (0.70 to 0.80)",
+        "0.67",
+        "0.82",
+        *["0.20 (0.10 to 0.30)"] * 2,
+        "0.50",
+    ]
+    assert len(head) == len(row)
 
 
 def test_the_tables_of_the_theorems():
@@ -245,6 +272,7 @@ def test_all_tables_are_those_of_the_files_there(results):
         "epochs4-*.json": tables.four_epochs_table([summary(1)], [summary(0)]),
         "critic.json": tables.critic_table(critics()),
         "main-DiceSum.json": table(sweep("main")),
+        "truth-DiceSum.json": tables.truth_table(ground_truth()),
         "reuse-DiceSum.json": tables.reuse_table(reuse()),
         **{f"theorems.json, {what}": lines for what, lines in of_theorems.items()},
         "tune-DiceSum.json": tables.tuning_table(sweep("tune"), tables.TRIALS),
