@@ -248,13 +248,13 @@ def explain_out_of_memory(
 
 
 def explain_out_of_memory_at_start(settings, error: Exception) -> str:
-    """What to do where memory ran out while the models were made: one line.
+    """What to do where memory ran out in the warm start or while the models were made: one line.
 
     Any error that is not about memory is raised again.
     """
     _raise_unless_memory(error)
     return (
-        f"out of memory while the models were made, before any work: --model {settings.model} in "
+        f"out of memory before training began: --model {settings.model} in "
         f"{settings.dtype}, --lora {settings.lora}, --critic {settings.critic}. What makes it "
         "less: --dtype bfloat16, --lora 16 (one backbone for policy, critic and reference), "
         f"--critic shared, a smaller model. ({str(error).splitlines()[0]})"

@@ -155,7 +155,7 @@ def write(run, inputs, temperature, top_p=1.0, limit=None):
         temperature,
         top_p,
         run.grading_env.unwrapped.task.stop,
-        at_once=0 if "past_key_values" in inputs else run.settings.generate_batch,
+        at_once=run.settings.generate_batch,
     )
     run.tokens_written += int(written.sum())
     return tokens, written, vlm.token_texts(run.models.policy, tokens, written, env.END)

@@ -907,3 +907,30 @@ def test_the_credit_and_the_gradients_are_what_results_hold():
 
 
 AT_LAMBDAS = (", lambda 0.99", "", ", lambda 0.0")
+
+
+def test_the_waits_for_a_card_are_what_results_hold():
+    counted, page = result("pretended_card.json"), prose("docs/models.md")
+    waits = {
+        (part, when): sum(counted[when][part][way] for way in ("to host", "to card"))
+        for part in ("iteration", "train.samples")
+        for when in ("before", "after")
+    }
+    of_iteration = "{} times in an iteration of 16 responses of 64 tokens before, {} now".format(
+        *(waits["iteration", when] for when in ("before", "after"))
+    )
+    assert of_iteration in page
+    of_samples = "{} and {} in writing the samples".format(
+        *(waits["train.samples", when] for when in ("before", "after"))
+    )
+    assert of_samples in page
+
+
+def test_the_oldest_versions_are_those_that_were_tried():
+    tried, page = result("oldest_versions.json"), prose("docs/models.md")
+    requirements = (ROOT / "requirements.txt").read_text()
+    for name, version in tried["versions"].items():
+        oldest = re.search(rf"^{name}>=([\d.]+)", requirements, re.MULTILINE)[1]
+        assert version == oldest or version.startswith(f"{oldest}.")
+        assert f"{name} {version}" in page
+    assert f"{tried['passed']:,} tests" in page and f"{tried['skipped']} skip" in page

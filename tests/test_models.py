@@ -394,7 +394,7 @@ def test_out_of_memory_before_any_work_is_one_line_too(monkeypatch, tmp_path, er
         train.main(["--warm_start_steps", "1", "--batch", "8", "--runs", str(tmp_path)])
     said = str(caught.value)
     assert "\n" not in said and str(error) in said
-    assert "while the models were made" in said and "--lora 16" in said
+    assert "out of memory before training began: --model tiny" in said and "--lora 16" in said
 
 
 def test_the_peak_of_memory_is_in_megabytes():

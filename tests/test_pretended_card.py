@@ -22,6 +22,7 @@ import env
 import evaluation
 import tiny
 import train
+import vlm
 from lab import critic, treasure, truth
 
 
@@ -226,6 +227,23 @@ def test_an_iteration_mixes_no_devices(name, start, card):
         assert critic.of_run(run.folder, 4)["responses"] == 4
     if name == "game":
         assert treasure.measure(run, count=4)["states"] > 0
+
+
+def test_a_card_takes_larger_pieces_of_logits(start, card, monkeypatch):
+    run = train.build(*train.parse([*start, "--name", "card-pieces"]))
+    batch = evaluation.rollout.collect(run, np.arange(4), "eval")
+    sizes, scores = [], vlm._token_scores
+
+    def counted(head, hidden, *more):
+        sizes.append(len(hidden))
+        return scores(head, hidden, *more)
+
+    monkeypatch.setattr(vlm, "_token_scores", counted)
+    V = len(run.models.policy.banned)
+    monkeypatch.setattr(vlm, "PIECE", V)
+    monkeypatch.setattr(vlm, "PIECE_ON_CARD", 3 * V)
+    evaluation.rollout.score(run, run.models.policy, batch)
+    assert max(sizes) == 3
 
 
 def test_every_method_and_every_cut_is_among_them():
