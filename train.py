@@ -537,6 +537,10 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     parts = Path(settings.name).parts
     if Path(settings.name).is_absolute() or ".." in parts or parts[:1] in ((), ("cache",)):
         raise ValueError(f"--name {settings.name}: expected a folder within --runs, not its cache")
+    if any(len(part.encode()) > 200 for part in parts):  # the locks beside it have longer names
+        raise ValueError(
+            f"--name {settings.name:.40}...: longer than 200 bytes; give a shorter one"
+        )
     if ":" in settings.env and settings.env != known.env:  # who sends a run's folder sends no code
         raise ValueError(
             f"--resume {settings.resume}: its environment is {settings.env}, and a module is "

@@ -309,6 +309,9 @@ def all_tables() -> dict[str, str]:
         "default-sapo-seed*.json": default_table(default_runs()),
         "default-sapo-seed*.json, mechanism": mechanism_table(default_runs()),
     }
+    elsewhere = summaries("elsewhere-sapo-seed*.json")  # the default once more, on another machine
+    if elsewhere:
+        tables["elsewhere-sapo-seed*.json"] = default_table(elsewhere)
     four = summaries("epochs4-unbounded-seed*.json"), summaries("epochs4-seed*.json")
     if any(four):
         tables["epochs4-*.json"] = four_epochs_table(*four)

@@ -177,9 +177,9 @@ class Rows:
         # Of a picture that is too large to be true Pillow only warns. Here that is an error, and so
         # the end of the row.
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            for number, record in enumerate(self.table):
-                try:
-                    content = self.read(record, decode=False)
+            for number in range(len(self.table)):
+                try:  # already a row's text may be no Unicode
+                    content = self.read(self.table[number], decode=False)
                 except ValueError as error:
                     self.skipped[number] = str(error)
                     continue
@@ -221,8 +221,9 @@ class Rows:
         for source in sources:
             try:
                 if isinstance(source, dict):  # as `datasets` stores a picture
-                    source = source.get("bytes") or source["path"]
-                if source:  # nothing: a row of text only
+                    content = source.get("bytes")
+                    source = source["path"] if content is None else content
+                if source not in (None, ""):  # neither: a row of text only
                     pictures.append(self._picture(source, decode))
             except Exception as error:  # Pillow raises all kinds on damaged files
                 reason, _, _ = str(error).partition(" <_io")  # it may end in an object's address

@@ -271,6 +271,21 @@ def test_the_time_from_start_to_end_is_what_results_hold():
     assert said in prose("README.md")
 
 
+def test_the_default_on_another_machine_is_what_results_hold():
+    elsewhere, page = tables.summaries("elsewhere-sapo-seed*.json"), prose("docs/results.md")
+    assert tables.default_table(elsewhere) in text("docs/results.md")
+    first, second, third = (
+        f"{run['wall_seconds'] // 60:.0f} min {run['wall_seconds'] % 60:.0f} s" for run in elsewhere
+    )
+    assert f"in {first}, {second} and {third}" in page
+    for run, here in zip(elsewhere, RUNS, strict=True):
+        assert (run["seed"], run["versions"]) == (here["seed"], here["versions"])
+        assert run["wall_seconds"] < 300 and run["peak_rss_mb"] < 1000
+        for kind, there in run["evaluations"].items():
+            assert abs(there["eval_accuracy"] - here["evaluations"][kind]["eval_accuracy"]) < 0.04
+    assert f"took up to {first}, and ended within four points" in prose("README.md")
+
+
 def greedy(when):
     return np.mean([run[when]["greedy"]["eval_accuracy"] for run in RUNS])
 

@@ -61,6 +61,7 @@ def test_a_number_outside_its_range_is_refused_in_one_line(field, word, tmp_path
         (["--name", "/elsewhere"], "expected a folder within --runs"),
         (["--name", "cache/it"], "not its cache"),
         (["--name", "."], "expected a folder within --runs"),
+        (["--env_args", f"path={'long' * 50}"], "--name .*longer than 200 bytes; give a shorter"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_long_work(flags, said, tmp_path):
