@@ -62,8 +62,12 @@ def sample_indices(settings, count=64) -> np.ndarray:
     return indices[indices < count]
 
 
-def samples(run, batch, advantages) -> list[dict]:
-    """The rows of samples.jsonl: the first response to each prompt of a batch, token by token."""
+def samples(run, batch, advantages, new_logp=None) -> list[dict]:
+    """The rows of samples.jsonl: the first response to each prompt of a batch, token by token.
+
+    new_logp: log-probability of each token under a policy that has learned from this batch, None
+    of a batch that nobody learns from.
+    """
     batch, advantages = _on_cpu(batch), advantages.cpu()  # once, not once a number
     episodes = batch.rollout
     values = None
@@ -71,7 +75,17 @@ def samples(run, batch, advantages) -> list[dict]:
         reads = sapo.boundaries(episodes.ends, episodes.mask, run.config.value_at)
         values = sapo.segment_sum(episodes.values * reads, episodes.ends, episodes.mask)
     _, first_of_each_prompt = np.unique(batch.indices, return_index=True)
-    return [sample(run, batch, row, advantages, values) for row in first_of_each_prompt]
+    rows = [sample(run, batch, row, advantages, values) for row in first_of_each_prompt]
+    if new_logp is not None:
+        new_logp = new_logp.cpu()
+        for row, place in zip(rows, first_of_each_prompt, strict=True):
+            row |= {"learned_from": True, "new_logp": rounded(new_logp, place, len(row["tokens"]))}
+    return rows
+
+
+def rounded(numbers, row, length) -> list[float]:
+    """The first numbers of a row, to six digits."""
+    return [float(f"{number:.6g}") for number in numbers[row, :length].tolist()]
 
 
 def _on_cpu(batch):
@@ -93,8 +107,8 @@ def sample(run, batch, row, advantages, values) -> dict:
     length = written[-1] + 1
     pieces = batch.texts[row][:length]
 
-    def rounded(numbers):
-        return [float(f"{number:.6g}") for number in numbers[row, :length].tolist()]
+    def of_tokens(numbers):
+        return rounded(numbers, row, length)
 
     turns = {}
     if task.replies:
@@ -111,12 +125,12 @@ def sample(run, batch, row, advantages, values) -> dict:
         "reward": float(batch.rollout.rewards[row].sum()),
         "tokens": pieces,
         "written": batch.rollout.mask[row, :length].tolist(),
-        "logp": rounded(batch.rollout.logp),
-        "entropy": rounded(batch.entropy),
-        "values": None if values is None else rounded(values),
-        "token_values": None if values is None else rounded(batch.rollout.values),
-        "rewards": rounded(sapo.penalised_rewards(batch.rollout, run.config)),
-        "advantages": rounded(advantages),
+        "logp": of_tokens(batch.rollout.logp),
+        "entropy": of_tokens(batch.entropy),
+        "values": None if values is None else of_tokens(values),
+        "token_values": None if values is None else of_tokens(batch.rollout.values),
+        "rewards": of_tokens(sapo.penalised_rewards(batch.rollout, run.config)),
+        "advantages": of_tokens(advantages),
         "ends": batch.rollout.ends[row, :length].tolist(),
         "steps": step_tokens(task, example, pieces, written),
         **turns,

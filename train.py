@@ -217,6 +217,8 @@ def iterate(run) -> dict:
     progress.generated_tokens += batch.generated_tokens
     if settings.cut == "causal":
         progress.threshold = sapo.entropy_quantile(batch.entropy, batch.rollout.mask, config.top_k)
+    if is_evaluated(run):
+        log(run, "samples.jsonl", *learned_from(run, batch, credit))
     return {
         "accuracy": np.mean([info["correct"] for info in batch.infos]).item(),
         "reward": batch.rollout.rewards.sum(1).mean().item(),
@@ -311,7 +313,7 @@ def train(run) -> bool:
                 metrics = iterate(run)
                 row = {"iteration": progress.iteration, **metrics}
                 progress.seconds = row["seconds"] = time.time() - started
-                if progress.iteration % settings.eval_every == 0 or is_done(run):
+                if is_evaluated(run):
                     row |= evaluation.evaluate(run)
                     log(run, "samples.jsonl", *samples(run))
                 log(run, "metrics.jsonl", row)
@@ -323,6 +325,11 @@ def train(run) -> bool:
                     checkpoint.save(run)
             checkpoint.save(run)
         return is_done(run)  # also when Ctrl-C came in the last iteration
+
+
+def is_evaluated(run) -> bool:
+    """Does an evaluation follow the iteration that was made last?"""
+    return run.progress.iteration % run.settings.eval_every == 0 or is_done(run)
 
 
 def is_done(run) -> bool:
@@ -377,6 +384,14 @@ def samples(run) -> list[dict]:
     batch = rollout.collect(run, evaluation.sample_indices(run.settings), "eval")
     run.progress.threshold = threshold
     return evaluation.samples(run, batch, assign_credit(run, batch).advantages)
+
+
+@torch.no_grad()
+def learned_from(run, batch, credit, count=16) -> list[dict]:
+    """Such rows of a rollout's first `count` prompts, once the policy has learned from it: with the
+    log-probabilities that it now gives to the same tokens, and so the ratio."""
+    new_logp, _ = rollout.score(run, run.models.policy, batch)
+    return evaluation.samples(run, batch, credit.advantages, new_logp)[:count]
 
 
 def finish(run) -> None:

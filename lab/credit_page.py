@@ -95,8 +95,8 @@ def _checked(sample, path):
 
 
 def _last_samples(path, count):
-    """The iteration that was sampled last, and at most `count` of its responses."""
-    samples = read_lines(path)
+    """The iteration that was sampled last, and at most `count` of its held-out responses."""
+    samples = [sample for sample in read_lines(path) if "learned_from" not in sample]
     last = max(sample["iteration"] for sample in samples)
     samples = [_checked(sample, path) for sample in samples if sample["iteration"] == last]
     return last, _choose(samples, count)

@@ -18,9 +18,13 @@ from lab.common import checked_steps, read_lines, run_title
 TEMPLATE = Path(__file__).with_name("explorer.html")
 CHECKPOINTS = 4  # that are kept, the first and the last among them
 RESPONSES = 24  # of each, or fewer: as many as fit into a page of this size
+LEARNED_FROM = 6  # beside each: responses that the policy had just learned from, with the ratio
 LARGEST = 1_000_000  # characters
 # Of a row of samples.jsonl: what is copied as it is; `_response` adds the rest
-KEPT = ("prompt", "answer", "predicted", "reward", "tokens", "ends", "image", "turns", "logp")
+KEPT = (
+    *("prompt", "answer", "predicted", "reward", "tokens", "ends", "image", "turns"),
+    *("logp", "new_logp"),
+)
 
 
 def explorer(run_folder) -> Path:
@@ -30,20 +34,26 @@ def explorer(run_folder) -> Path:
     """
     run_folder = Path(run_folder)
     path = run_folder / "samples.jsonl"
-    by_iteration = {}  # iteration -> {example: its response}, in the order of the file
+    held_out, learned = {}, {}  # iteration -> {example: its response}, in the order of the file
     for row in read_lines(path):
         response = _response(row, f"{path}, iteration {row['iteration']}")
         if any(response["written"]):
+            by_iteration = learned if "learned_from" in row else held_out
             by_iteration.setdefault(row["iteration"], {}).setdefault(response["id"], response)
-    if not by_iteration:
+    if not held_out:
         raise ValueError(f"{path} holds no response of at least one token")
-    iterations = _spread(sorted(by_iteration), CHECKPOINTS)
-    ids = _chosen_ids(by_iteration[iterations[-1]].values())
-    settings, is_sapo = _settings(run_folder)
-    head = {"title": run_title(run_folder), "settings": settings, "is_sapo": is_sapo}
+    iterations = _spread(sorted(held_out), CHECKPOINTS)
+    ids = _chosen_ids(held_out[iterations[-1]].values(), RESPONSES)
+    head = {"title": run_title(run_folder)} | _settings(run_folder)
     template = TEMPLATE.read_text(encoding="utf-8")
     for count in range(len(ids), 0, -1):
-        checkpoints = [_checkpoint(i, by_iteration[i], ids[:count]) for i in iterations]
+        checkpoints = []
+        for i in iterations:
+            checkpoints.append(_checkpoint(str(i), f"iteration {i}", held_out[i], ids[:count]))
+            if i in learned:
+                own_ids = _chosen_ids(learned[i].values(), min(count, LEARNED_FROM))
+                name = f"iteration {i}, learned from"
+                checkpoints.append(_checkpoint(f"{i}-learned", name, learned[i], own_ids))
         data = head | {"pictures": _put_together(checkpoints), "checkpoints": checkpoints}
         try:
             text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
@@ -81,28 +91,35 @@ def _spread(items, count):
 
 
 def _settings(run_folder):
-    """(where the sliders begin, is the run's credit what the page's SAPO computes?): its own
-    settings, or the paper's where they are not known."""
-    begin = {"top_k": 0.3, "lam": 0.99, "gamma": 1.0}
+    """Of the run, or of the paper where they are not known:
+
+    settings  where the sliders begin, and the clip
+    ratio     whose ratio is clipped: a segment's, a token's, a response's
+    is_sapo   is the run's credit what the page's SAPO computes?
+    """
+    begin = {"top_k": 0.3, "lam": 0.99, "gamma": 1.0, "clip_low": 0.2, "clip_high": 0.2}
     try:
         stored = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
         config, settings = stored["config"], stored["settings"]
         is_sapo = settings["credit"] == "critic" and settings["cut"] == "topk"
         is_sapo = is_sapo and config["value_at"] == "start"
-        return {name: float(config.get(name, number)) for name, number in begin.items()}, is_sapo
+        own = {name: float(config.get(name, number)) for name, number in begin.items()}
+        own = {name: min(number, 1e9) for name, number in own.items()}  # no clip is inf
+        ratio = str(config.get("ratio", "segment"))
+        return {"settings": own, "ratio": ratio, "is_sapo": is_sapo}
     except (OSError, ValueError, TypeError, KeyError):
-        return begin, True
+        return {"settings": begin, "ratio": "segment", "is_sapo": True}
 
 
-def _chosen_ids(responses):
-    """The examples to show: the last checkpoint's, wrong and right by turns."""
+def _chosen_ids(responses, count):
+    """The examples to show, wrong and right by turns."""
     right = [response["id"] for response in responses if response["won"]]
     wrong = [response["id"] for response in responses if not response["won"]]
     by_turns = [name for pair in zip_longest(wrong, right) for name in pair if name is not None]
-    return by_turns[:RESPONSES]
+    return by_turns[:count]
 
 
-def _checkpoint(iteration, of_example, ids):
+def _checkpoint(key, name, of_example, ids):
     """One checkpoint: its responses to the chosen examples, and what GRPO would compare with."""
     rewards = [response["reward"] for response in of_example.values()]
     # One reward is subtracted first, so that equal ones differ from their mean by exact zeros
@@ -110,7 +127,8 @@ def _checkpoint(iteration, of_example, ids):
     mean = sum(shifted) / len(shifted)
     variance = sum((reward - mean) ** 2 for reward in shifted) / max(1, len(shifted) - 1)
     return {
-        "iteration": iteration,
+        "key": key,
+        "name": name,
         "group": {"mean": rewards[0] + mean, "std": math.sqrt(variance)},
         "responses": [of_example[name] for name in ids if name in of_example],
     }
@@ -134,8 +152,8 @@ def _response(row, where):
         "advantages": row["advantages"],
         "steps": checked_steps(row.get("steps", []), length, f"{where}, example {name!r}"),
     }
-    for key in ("written", "entropy", "values", "rewards", "advantages", "ends"):
-        numbers = response[key]
+    for key in ("written", "entropy", "values", "rewards", "advantages", "ends", "new_logp"):
+        numbers = response.get(key)
         if numbers is None:
             continue
         if len(numbers) != length:

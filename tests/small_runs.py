@@ -79,7 +79,8 @@ def check_samples(rows, has_critic):
         assert row["ends"][-1] is True
         assert all(0 <= a <= b < n and isinstance(right, bool) for a, b, right in row["steps"])
         assert all(entropy >= 0 for entropy in row["entropy"])
-        assert row["example_id"].startswith("eval/")
+        split = "train" if "learned_from" in row else "eval"
+        assert row["example_id"].startswith(f"{split}/")
         per_segment = [row["advantages"]]
         if has_critic:
             assert len(row["values"]) == n

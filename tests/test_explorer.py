@@ -102,6 +102,47 @@ def test_the_page_computes_what_sapo_computes(run, open_page, seed):
                 np.testing.assert_allclose(found[name], tensor[row].tolist(), atol=1e-6)
 
 
+def test_the_ratio_is_that_of_sapo(run, open_page):
+    page = open_page(explorer(run))
+    written, entropy, logp, new_logp = batch(16, 23, 3)
+    logp[0], new_logp[0] = -30.0, 5.0  # beyond where a log-ratio is clamped
+    ends = sapo.entropy_ends(entropy, written, 0.3)
+    expected = sapo.importance_ratio(new_logp, logp, ends, written)
+    for row in range(len(written)):
+        arguments = [x[row].tolist() for x in (logp, new_logp, ends, written)]
+        found = page.evaluate("a => Credit.segmentRatio(...a)", arguments)
+        np.testing.assert_allclose(
+            np.array(found)[written[row]], expected[row][written[row]].numpy(), rtol=1e-6
+        )
+
+
+def test_what_a_policy_learned_from_is_shown_with_the_ratio_and_the_clip(run, open_page):
+    """Four segments; of one that is praised and one that is blamed the clip has nothing left."""
+    row = response(iteration=8, written=[True] * 12, ends=[False, False, True] * 4)[0]
+    moved = [0.3, 0.0, 0.0] + [-0.9] * 3 + [-0.9] * 3 + [0.9] * 3  # of the log-probabilities
+    row["advantages"] = [0.5] * 6 + [-0.5] * 3 + [0.5] * 3
+    row["logp"] = [-1.0] * 12
+    learned = row | {"learned_from": True, "new_logp": [x - 1.0 for x in moved]}
+    write_lines(run, "samples.jsonl", [row, learned])
+    file = explorer(run)
+    page = open_page(file)
+    assert page.locator("#left option").all_text_contents() == [
+        "iteration 8",
+        "iteration 8, learned from",
+    ]
+    assert page.locator("#left").input_value() == "8", "it begins with what is held out"
+    assert "ratio of the policy" not in page.locator("#views").text_content()
+    page = open_page(file, "#a=8-learned&m=recorded")
+    said = "ratio of the policy after this update to the one before, 0.407 to 2.460"
+    assert f"{said}; lines at 1 and at the clip, which holds 2 of 4 segments back" in (
+        page.locator("#views").text_content()
+    )
+    label = page.locator(".token").first.get_attribute("aria-label")
+    assert f"ratio {np.exp(0.1):.3f}" in label, "the root of the product over a segment"
+    page.get_by_label("GRPO").check()
+    assert "of 12 tokens back" in page.locator("#views").text_content()
+
+
 def test_grpo_is_that_of_the_baselines(run, open_page):
     page = open_page(explorer(run))
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.25])
@@ -351,7 +392,7 @@ def test_of_many_checkpoints_the_first_and_the_last_are_kept(run):
     write_lines(run, "samples.jsonl", rows)
     text = explorer(run).read_text()
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
-    assert [c["iteration"] for c in data["checkpoints"]] == [0, 3, 5, 8]
+    assert [c["key"] for c in data["checkpoints"]] == ["0", "3", "5", "8"]
     assert all(len(c["responses"]) == RESPONSES for c in data["checkpoints"])
     assert len(text) < 1_000_000
 

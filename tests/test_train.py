@@ -287,10 +287,40 @@ def test_metrics_are_complete_finite_and_strict_json(finished):
 def test_samples_are_consistent(finished):
     folder, _ = finished
     rows = rows_of(folder / "samples.jsonl")
-    assert [row["iteration"] for row in rows] == [0] * 64 + [4] * 64 + [8] * 64
+    learned_from = [row for row in rows if "learned_from" in row]
+    assert [row["iteration"] for row in learned_from] == [4] * 16 + [8] * 16
+    held_out = [row for row in rows if "learned_from" not in row]
+    assert [row["iteration"] for row in held_out] == [0] * 64 + [4] * 64 + [8] * 64
+    for row in learned_from:
+        assert row["example_id"].startswith("train/")
+        assert len(row["new_logp"]) == len(row["logp"]) == len(row["tokens"])
     assert all(row["image"] is None for row in rows)
     assert {row["reward"] for row in rows} == {0.0, 1.0}
     check_samples(rows, has_critic=True)
+
+
+def test_before_an_evaluation_an_iteration_keeps_the_ratio_of_its_update(runs, monkeypatch):
+    """The log-probabilities of the policy as the update has left it, beside the rollout's own."""
+    run = built(runs, "--name", "ratios", "--eval_every", "2", "--actor_lr", "1e-2")
+    file, batches, collect = run.folder / "samples.jsonl", [], rollout.collect
+
+    def remembered(*arguments):
+        batches.append(collect(*arguments))
+        return batches[-1]
+
+    monkeypatch.setattr(rollout, "collect", remembered)
+    train.iterate(run)
+    assert rows_of(file) == []
+    train.iterate(run)
+    with torch.no_grad():
+        new_logp, _ = rollout.score(run, run.models.policy, batches[1])
+    assert len(rows_of(file)) == 16
+    for i, row in enumerate(rows_of(file)):
+        assert row["iteration"] == 2 and row["example_id"] == f"train/{batches[1].indices[i]}"
+        length = len(row["tokens"])
+        for key, expected in (("logp", batches[1].rollout.logp), ("new_logp", new_logp)):
+            assert row[key] == pytest.approx(expected[i, :length].tolist(), rel=1e-4, abs=1e-6)
+    assert any(row["logp"] != pytest.approx(row["new_logp"]) for row in rows_of(file))
 
 
 def test_a_run_on_pictures(tmp_path):
