@@ -1,12 +1,13 @@
 """tasks/base.py and the three tasks: examples, splits, and grading that cannot be tricked."""
 
 import copy
+import random
 
 import numpy as np
 import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
-from task_responses import EXAMPLES, TASKS, play, soup
+from task_responses import EXAMPLES, SCRAPS, TASKS, play, soup
 
 from env import SegmentEnv
 from tasks import END, SPLITS, TAGS, ArrowPath, DiceSum, Example, TextSum, until_end
@@ -308,6 +309,20 @@ def grade_by_hand(text, answer):
     is_single = opened == closed == 1 and ended
     is_nested = any(open_blocks.values())
     return float(is_single and not is_nested and content.strip(" \t\r\n") == answer)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_many_quick_soups_earn_what_they_should(task):
+    """Hypothesis takes milliseconds for a case. Of these there are 20 for each of its."""
+    draw, one = random.Random(str(task)), EXAMPLES[task]
+    scraps = [*SCRAPS, *[f"<answer>{one.answer}</answer>", one.answer] * 4]
+    earned = 0
+    for _ in range(20 * settings.default.max_examples):
+        text = "".join(draw.choices(scraps, k=draw.randrange(9)))
+        grade = task.grade(one, text)
+        assert grade == grade_by_hand(text, one.answer), text
+        earned += grade
+    assert earned > 0
 
 
 contents = st.sampled_from(["@", " @ ", "@@", "@\0"])  # @ stands for the true answer
