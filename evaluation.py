@@ -1,7 +1,7 @@
 """What a run has learned: held-out accuracy, responses with their credit, the final outcome.
 
-Everything here reads a run and leaves it as it is, but for torch's random stream: the policy writes
-on held-out examples, from which it never learns. `run` is a `train.Run`.
+Everything here reads a run and leaves it as it is, but for torch's random stream. The policy writes
+on held-out examples, and never learns from them. `run` is a `train.Run`.
 """
 
 import base64
@@ -62,11 +62,12 @@ def sample_indices(settings, count=64) -> np.ndarray:
     return indices[indices < count]
 
 
-def samples(run, batch, advantages, new_logp=None) -> list[dict]:
-    """The rows of samples.jsonl: the first response to each prompt of a batch, token by token.
+def samples(run, batch, advantages, new_logp=None, count=None) -> list[dict]:
+    """The rows of samples.jsonl: the first response to each of a batch's first `count` prompts (all
+    of them, if None), token by token.
 
-    new_logp: log-probability of each token under a policy that has learned from this batch, None
-    of a batch that nobody learns from.
+    new_logp: the tokens' log-probabilities under the policy that has learned from this batch, where
+    it has.
     """
     batch, advantages = _on_cpu(batch), advantages.cpu()  # once, not once a number
     episodes = batch.rollout
@@ -75,12 +76,14 @@ def samples(run, batch, advantages, new_logp=None) -> list[dict]:
         reads = sapo.boundaries(episodes.ends, episodes.mask, run.config.value_at)
         values = sapo.segment_sum(episodes.values * reads, episodes.ends, episodes.mask)
     _, first_of_each_prompt = np.unique(batch.indices, return_index=True)
-    rows = [sample(run, batch, row, advantages, values) for row in first_of_each_prompt]
+    rows = first_of_each_prompt[:count]
+    told = [sample(run, batch, row, advantages, values) for row in rows]
     if new_logp is not None:
         new_logp = new_logp.cpu()
-        for row, place in zip(rows, first_of_each_prompt, strict=True):
-            row |= {"learned_from": True, "new_logp": rounded(new_logp, place, len(row["tokens"]))}
-    return rows
+        for row, response in zip(rows, told, strict=True):
+            response["learned_from"] = True
+            response["new_logp"] = rounded(new_logp, row, len(response["tokens"]))
+    return told
 
 
 def rounded(numbers, row, length) -> list[float]:

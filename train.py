@@ -25,6 +25,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import os
 import shlex
 import signal
 import sys
@@ -172,7 +173,7 @@ class Run:
 
 def iterate(run) -> dict:
     """One iteration (Algorithm 1): collect, credit, update. -> metrics of the rollout and of the
-    update."""
+    update. Before an evaluation, samples.jsonl gets what was learned from."""
     settings, config, progress = run.settings, run.config, run.progress
     policy, critic = run.models.policy, run.models.critic
     actor_lr = current_actor_lr(run)
@@ -387,11 +388,11 @@ def samples(run) -> list[dict]:
 
 
 @torch.no_grad()
-def learned_from(run, batch, credit, count=16) -> list[dict]:
-    """Such rows of a rollout's first `count` prompts, once the policy has learned from it: with the
+def learned_from(run, batch, credit) -> list[dict]:
+    """Rows of samples.jsonl of a rollout that the policy has just learned from: with the
     log-probabilities that it now gives to the same tokens, and so the ratio."""
     new_logp, _ = rollout.score(run, run.models.policy, batch)
-    return evaluation.samples(run, batch, credit.advantages, new_logp)[:count]
+    return evaluation.samples(run, batch, credit.advantages, new_logp, count=16)
 
 
 def finish(run) -> None:
@@ -552,7 +553,7 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     parts = Path(settings.name).parts
     if Path(settings.name).is_absolute() or ".." in parts or parts[:1] in ((), ("cache",)):
         raise ValueError(f"--name {settings.name}: expected a folder within --runs, not its cache")
-    if any(len(part.encode()) > 200 for part in parts):  # the locks beside it have longer names
+    if not known.resume and any(len(os.fsencode(part)) > 200 for part in parts):
         raise ValueError(
             f"--name {settings.name:.40}...: longer than 200 bytes; give a shorter one"
         )

@@ -1,4 +1,5 @@
-"""The credit explorer: a run's held-out responses as a page to play with, credit.html.
+"""The credit explorer: a run's responses as a page to play with, credit.html. Most are held out.
+Some the policy had just learned from: of these the page shows the importance ratio, too.
 
 The page (lab/explorer.html) needs nothing but itself: the responses stand in it as JSON, and it
 computes cut, advantages and returns anew when a slider moves, by the formulas of sapo.py.
@@ -18,7 +19,7 @@ from lab.common import checked_steps, read_lines, run_title
 TEMPLATE = Path(__file__).with_name("explorer.html")
 CHECKPOINTS = 4  # that are kept, the first and the last among them
 RESPONSES = 24  # of each, or fewer: as many as fit into a page of this size
-LEARNED_FROM = 6  # beside each: responses that the policy had just learned from, with the ratio
+LEARNED_FROM = 6  # responses beside each that the policy had just learned from
 LARGEST = 1_000_000  # characters
 # Of a row of samples.jsonl: what is copied as it is; `_response` adds the rest
 KEPT = (
@@ -94,7 +95,7 @@ def _settings(run_folder):
     """Of the run, or of the paper where they are not known:
 
     settings  where the sliders begin, and the clip
-    ratio     whose ratio is clipped: a segment's, a token's, a response's
+    ratio     which ratio is clipped, one of sapo.RATIOS
     is_sapo   is the run's credit what the page's SAPO computes?
     """
     begin = {"top_k": 0.3, "lam": 0.99, "gamma": 1.0, "clip_low": 0.2, "clip_high": 0.2}
@@ -152,7 +153,8 @@ def _response(row, where):
         "advantages": row["advantages"],
         "steps": checked_steps(row.get("steps", []), length, f"{where}, example {name!r}"),
     }
-    for key in ("written", "entropy", "values", "rewards", "advantages", "ends", "new_logp"):
+    numbered = ("written", "entropy", "values", "rewards", "advantages", "ends", "logp", "new_logp")
+    for key in numbered:
         numbers = response.get(key)
         if numbers is None:
             continue

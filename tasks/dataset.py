@@ -178,7 +178,7 @@ class Rows:
         # the end of the row.
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             for number in range(len(self.table)):
-                try:  # already a row's text may be no Unicode
+                try:  # a text that is no Unicode fails when its row is taken from the table
                     content = self.read(self.table[number], decode=False)
                 except ValueError as error:
                     self.skipped[number] = str(error)
@@ -223,7 +223,7 @@ class Rows:
                 if isinstance(source, dict):  # as `datasets` stores a picture
                     content = source.get("bytes")
                     source = source["path"] if content is None else content
-                if source not in (None, ""):  # neither: a row of text only
+                if source not in (None, ""):  # else the row has text only
                     pictures.append(self._picture(source, decode))
             except Exception as error:  # Pillow raises all kinds on damaged files
                 reason, _, _ = str(error).partition(" <_io")  # it may end in an object's address

@@ -5,6 +5,7 @@ SAPO_NEEDS_CHROMIUM is set.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -102,28 +103,31 @@ def test_the_page_computes_what_sapo_computes(run, open_page, seed):
                 np.testing.assert_allclose(found[name], tensor[row].tolist(), atol=1e-6)
 
 
-def test_the_ratio_is_that_of_sapo(run, open_page):
+@pytest.mark.parametrize("kind", sapo.RATIOS)
+def test_the_ratio_is_that_of_sapo(run, open_page, kind):
     page = open_page(explorer(run))
     written, entropy, logp, new_logp = batch(16, 23, 3)
     logp[0], new_logp[0] = -30.0, 5.0  # beyond where a log-ratio is clamped
     ends = sapo.entropy_ends(entropy, written, 0.3)
-    expected = sapo.importance_ratio(new_logp, logp, ends, written)
+    expected = sapo.importance_ratio(new_logp, logp, ends, written, kind)
     for row in range(len(written)):
         arguments = [x[row].tolist() for x in (logp, new_logp, ends, written)]
-        found = page.evaluate("a => Credit.segmentRatio(...a)", arguments)
-        np.testing.assert_allclose(
-            np.array(found)[written[row]], expected[row][written[row]].numpy(), rtol=1e-6
-        )
+        found = page.evaluate("a => Credit.importanceRatio(...a).ratios", [kind, *arguments])
+        np.testing.assert_allclose(found, expected[row].tolist(), rtol=1e-6)
 
 
-def test_what_a_policy_learned_from_is_shown_with_the_ratio_and_the_clip(run, open_page):
-    """Four segments; of one that is praised and one that is blamed the clip has nothing left."""
+def learned_from():
+    """A response of four segments, after the update: the first two and the last were praised."""
     row = response(iteration=8, written=[True] * 12, ends=[False, False, True] * 4)[0]
     moved = [0.3, 0.0, 0.0] + [-0.9] * 3 + [-0.9] * 3 + [0.9] * 3  # of the log-probabilities
     row["advantages"] = [0.5] * 6 + [-0.5] * 3 + [0.5] * 3
     row["logp"] = [-1.0] * 12
-    learned = row | {"learned_from": True, "new_logp": [x - 1.0 for x in moved]}
-    write_lines(run, "samples.jsonl", [row, learned])
+    return row | {"learned_from": True, "new_logp": [x - 1.0 for x in moved]}
+
+
+def test_what_a_policy_learned_from_is_shown_with_the_ratio_and_the_clip(run, open_page):
+    """One praised and one blamed segment are beyond the clip, one praised is on its way back."""
+    write_lines(run, "samples.jsonl", [response(iteration=8)[0], learned_from()])
     file = explorer(run)
     page = open_page(file)
     assert page.locator("#left option").all_text_contents() == [
@@ -134,13 +138,35 @@ def test_what_a_policy_learned_from_is_shown_with_the_ratio_and_the_clip(run, op
     assert "ratio of the policy" not in page.locator("#views").text_content()
     page = open_page(file, "#a=8-learned&m=recorded")
     said = "ratio of the policy after this update to the one before, 0.407 to 2.460"
-    assert f"{said}; lines at 1 and at the clip, which holds 2 of 4 segments back" in (
-        page.locator("#views").text_content()
-    )
+    held = "the clip (lines) would hold back"
+    assert f"{said}; {held} 2 of 4 segments" in page.locator("#views").text_content()
     label = page.locator(".token").first.get_attribute("aria-label")
     assert f"ratio {np.exp(0.1):.3f}" in label, "the root of the product over a segment"
-    page.get_by_label("GRPO").check()
-    assert "of 12 tokens back" in page.locator("#views").text_content()
+    page.get_by_label("PPO").check()
+    assert re.search(rf"{re.escape(held)} \d+ of 12 tokens", page.locator("#views").text_content())
+    page = open_page(file, "#a=8-learned&b=8")
+    assert "no response to the same question" not in page.locator("#note").text_content()
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"ratio": "token"}, "would hold back 7 of 12 tokens"),
+        ({"ratio": "response"}, "would hold back 0 of 1 responses"),
+        ({"ratio": "product"}, "would hold back 3 of 4 segments"),
+        ({"clip_low": 0.95, "clip_high": 0.5}, "would hold back 1 of 4 segments"),
+        ({"clip_low": 1.0, "clip_high": math.inf}, "; no clip"),
+    ],
+)
+def test_as_recorded_the_ratio_and_the_clip_are_the_runs_own(run, open_page, config, said):
+    row = learned_from()
+    write_lines(run, "samples.jsonl", [response(iteration=8)[0], row])
+    stored = json.loads((run / "config.json").read_text())
+    stored |= {"settings": {"credit": "critic", "cut": "topk"}}
+    stored |= {"config": {"value_at": "start"} | config}
+    (run / "config.json").write_text(json.dumps(stored))
+    page = open_page(explorer(run), "#a=8-learned&m=recorded")
+    assert said in page.locator("#views").text_content()
 
 
 def test_grpo_is_that_of_the_baselines(run, open_page):
