@@ -146,7 +146,7 @@ def four_epochs_table(unbounded, bounded) -> str:
 
 # What was tried on nine dice: {what the runs are: their files}.
 NINE_DICE = {
-    "warm start of 600 steps, the default of that day": "nine-dice-600-seed*.json",
+    "warm start of 600 steps, lambda 0.8, clip 0.2, 65 rollouts": "nine-dice-600-seed*.json",
     "warm start of 1200 steps": "nine-dice-seed*.json",
     "the same, lambda 0.95": "nine-dice-lambda-0.95-seed*.json",
     "the same, and the critic hears nothing": "nine-dice-deaf-seed*.json",
