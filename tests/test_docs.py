@@ -642,7 +642,8 @@ def test_what_the_narrower_clip_did_is_what_the_trials_hold():
     (earlier,) = [trial for trial in trials(0.7, 2, 65) if trial["seed"] == 4]
     assert f"half-life ({earlier['accuracy']:.3f}, {earlier['greedy']:.3f} greedy)" in page
     assert f"a fourth ended at {fourth['greedy']:.0%}" in prose("README.md")
-    small = [trial["mid_run"] for trial in result("trials.json")["trials"] if trial["lam"] == 0.6]
+    of_trials = result("trials.json")["trials"]
+    small = [t["mid_run"] for t in of_trials if t["lam"] == 0.6 and "mid_run" in t]
     shares = sorted(seen["own_credit"]["share_on_first_wrong_step"][0] for seen in small)
     assert f"at 0.6 from {shares[0]:.2f} to {shares[-1]:.2f}" in page
 
