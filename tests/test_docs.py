@@ -479,10 +479,11 @@ def of_the_comparison():
 
 
 def comparison_claim():
-    """The interquartile means of SAPO, PPO, VC-PPO and GRPO."""
-    accuracies = of_the_comparison()
-    methods = ("sapo", "ppo", "vc-ppo", "grpo")
-    return [f"{interval(accuracies[method])[0]:.3f}" for method in methods]
+    """The interquartile means of SAPO, PPO, VC-PPO and GRPO, and those on nine dice."""
+    on_four, on_nine = middles("main-DiceSum.json"), middles("main-DiceSum-n=9-long.json")
+    said = [on_four[method] for method in ("sapo", "ppo", "vc-ppo", "grpo")]
+    said += [on_nine[method] for method in ("sapo", "ppo", "grpo")]
+    return [f"{middle:.3f}" for middle in said]
 
 
 def middles(name):
@@ -832,6 +833,52 @@ def test_the_comparison_by_seeds_and_when_greedy_is_what_its_runs_hold():
     assert said.format(*greedily[:2], chance, *greedily[2:]) in page
 
 
+def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
+    page = prose("docs/results.md")
+    nine = result("main-DiceSum-n=9-long.json")["runs"]
+
+    def on_the_way(runs, method, tokens):
+        """Each seed's mean training accuracy over its first so many tokens."""
+        means = []
+        for run in (run for run in runs if run["label"] == method):
+            spent, accuracy = map(
+                np.array, (run["curve"]["generated_tokens"], run["curve"]["accuracy"])
+            )
+            means.append(accuracy[spent <= tokens].mean())
+        return means
+
+    early = {method: on_the_way(nine, method, 110_000) for method in ("sapo", "ppo")}
+    assert all(s > p for s, p in zip(early["sapo"], early["ppo"], strict=True))
+    middle = [interval(early[method])[0] for method in ("sapo", "ppo")]
+    assert "on every seed (IQM {:.2f} and {:.2f})".format(*middle) in page
+    bounds = []
+    for method in ("sapo", "ppo"):
+        half = []
+        for run in (run for run in nine if run["label"] == method):
+            pairs = zip(run["curve"]["generated_tokens"], run["curve"]["accuracy"], strict=True)
+            half.append(next(tokens for tokens, accuracy in pairs if accuracy >= 0.5))
+        bounds += [f"{round(min(half), -3):,}", f"{round(max(half), -3):,}"]
+    said = "after {} to {} tokens, PPO after {} to {}".format(*bounds)
+    assert f"right half the time {said}" in page
+    four = result("main-DiceSum.json")["runs"]
+    middle = [interval(on_the_way(four, method, 50_000))[0] for method in ("sapo", "ppo")]
+    assert "over the first 50,000 tokens {:.2f} and {:.2f}".format(*middle) in page
+    ends = sorted(run["accuracy"] for run in nine if run["label"] == "grpo")
+    assert f"ends at {ends[1]:.3f} and {ends[0]:.3f} on the other two" in page and ends[2] > 0.74
+    tuning = result("tune-DiceSum-n=9-long.json")["runs"]
+    assert sweep.chosen_trial(tuning, "sapo") == sweep.chosen_trial(tuning, "ppo")
+    for method, said in (
+        ("sapo", "for SAPO ({:.3f} to {:.3f})"),
+        ("ppo", "PPO ({:.3f} to {:.3f})"),
+    ):
+        of_rate = sorted(
+            np.mean([run["accuracy"] for run in tuning if run["label"] == f"{method} {trial}"])
+            for trial in sweep.TRIALS[method]
+            if trial.endswith("0.7")
+        )
+        assert said.format(*of_rate) in page
+
+
 def test_what_is_not_equal_in_the_comparison_is_what_the_page_says():
     page, runs = prose("docs/results.md"), result("tune-DiceSum.json")["runs"]
     assert f"in the {len(result('trials.json')['trials'])} trials above" in page
@@ -1005,6 +1052,22 @@ def test_what_is_said_of_the_kills_is_what_they_showed():
     assert f"All {found['runs_ended']} runs that came to their end" in page and found["all_equal"]
     assert {kill["signal"] for kill in found["kills"]} == {"SIGKILL", "SIGTERM"}
     assert f"(`results/kills.json`, {found['date']})" in page
+
+
+def test_what_is_said_of_the_made_up_inputs_is_what_was_run():
+    found, page = result("fuzz.json"), prose("docs/models.md")
+    graders, latex, rows, files, nonsense, trainings = (part["cases"] for part in found["parts"])
+    said = (
+        f"{graders + latex:,} texts for the graders, {rows + files:,} rows, pictures and files for"
+    )
+    assert (
+        f"{said} the data loader, {nonsense:,} command lines of nonsense, and {trainings}" in page
+    )
+    assert found["cases"] > 1_000_000 and len(found["found"]) == 3
+    assert f"(`results/fuzz.json`, {found['date']})" in page
+    for part in found["parts"]:
+        file = re.search(r"tests/\w+\.py", part["command"])[0]
+        assert (ROOT / file).is_file()
 
 
 def test_the_credit_and_the_gradients_are_what_results_hold():
