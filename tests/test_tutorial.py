@@ -146,6 +146,23 @@ def test_the_committed_page_is_of_todays_template():
     assert len(page) < 1_000_000 and json.loads(data)["title"] == "SAPO on DiceSum, seed 0"
 
 
+def test_the_update_in_the_committed_page_fell_on_the_wrong_steps():
+    (data,) = re.findall(r'id="data">(.*)</script>', (ROOT / "results" / "credit.html").read_text())
+    (checkpoint,) = [c for c in json.loads(data)["checkpoints"] if c["key"] == "30-learned"]
+    fell, others = [], []
+    for response in (response for response in checkpoint["responses"] if not response["won"]):
+        logp, new_logp = (torch.tensor([response[key]]) for key in ("logp", "new_logp"))
+        ends, mask = (torch.tensor([response[key]]) for key in ("ends", "written"))
+        ratio = sapo.segment_ratio(new_logp, logp, ends, mask)[0]
+        first, last = next((first, last) for first, last, right in response["steps"] if not right)
+        fell.append(ratio[first : last + 1].min())
+        others.append((ratio[(ratio - fell[-1]).abs() > 1e-6] - 1).abs().max())
+    assert f"to {fell[0]:.2f}, {fell[1]:.2f} and {fell[2]:.2f}, and moved by less than" in " ".join(
+        TEXT.split()
+    )
+    assert len(fell) == 3 and max(others) < 0.1 and sum(x < 0.7 for x in fell) == 2
+
+
 def test_all_of_them_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(tutorial_figures, "RESULTS", tmp_path)
     paths = list(tutorial_figures.drawn())
