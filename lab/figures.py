@@ -41,7 +41,7 @@ LABEL_SIZE = 9  # points, of the names at the ends of lines
 # Of each experiment: what a row of it is, and the row that is SAPO with its default settings.
 ROWS = {
     "main": ("method", "sapo"),
-    "horizon": ("method", "sapo"),
+    "horizon": ("method", "sapo, lambda 0.99"),
     "controls": ("variant of SAPO", "sapo"),
     "seeing": ("way to credit", "sapo"),
     "cuts": ("way to cut", "topk"),

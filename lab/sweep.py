@@ -95,11 +95,10 @@ EXPERIMENTS = {
         "sapo, hears nothing, lambda 0.99": ["--critic_hears", "nothing", "--lam", "0.99"],
         **{method: ["--method", method] for method in ("ppo", "vineppo", "spo-tree", "grpo")},
     },
+    # How far ahead must lambda look on a longer chain? Beside "main", where it is the tuned one.
     "horizon": {
-        "sapo": [],
-        "ppo": ["--method", "ppo"],
+        "sapo, lambda 0.99": ["--lam", "0.99"],
         "ppo, lambda 0.99": ["--method", "ppo", "--lam", "0.99"],
-        "grpo": ["--method", "grpo"],
     },
     "controls": {
         "sapo": [],

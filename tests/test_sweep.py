@@ -75,7 +75,7 @@ def test_a_subset_of_the_methods_takes_the_users_flags():
         ("main", "ppo", ["ppo", "ppo, lambda of sapo"]),
         ("main", "sapo", ["sapo"]),
         ("main", "vc-ppo", ["vc-ppo"]),
-        ("horizon", "ppo", ["ppo", "ppo, lambda 0.99"]),
+        ("horizon", "ppo", ["ppo, lambda 0.99"]),
         ("controls", "sapo", ["sapo", "sapo, token ratio", "sapo, V at end", "sapo, token mean"]),
         ("reuse", "grpo", [f"grpo, {epochs} epochs" for epochs in (1, 2, 4, 8)]),
         ("seeing", "vineppo", ["vineppo"]),
