@@ -860,6 +860,12 @@ def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
         bounds += [f"{round(min(half), -3):,}", f"{round(max(half), -3):,}"]
     said = "after {} to {} tokens, PPO after {} to {}".format(*bounds)
     assert f"right half the time {said}" in page
+    far = result("horizon-DiceSum-n=9-long.json")["runs"]
+    of_ppo, of_sapo = (
+        interval(on_the_way(far, f"{method}, lambda 0.99", 110_000))[0]
+        for method in ("ppo", "sapo")
+    )
+    assert f"its IQM is {of_ppo:.2f}, SAPO's {of_sapo:.2f}" in page and of_ppo > of_sapo
     four = result("main-DiceSum.json")["runs"]
     middle = [interval(on_the_way(four, method, 50_000))[0] for method in ("sapo", "ppo")]
     assert "over the first 50,000 tokens {:.2f} and {:.2f}".format(*middle) in page

@@ -258,7 +258,8 @@ def test_spread_heights_by_hand(heights, expected):
 def test_one_line_is_coloured_and_the_others_are_greys_that_differ(results):
     ends, paths = figures.comparison_figure(results).axes
     (strong,) = [line for line in paths.lines if not is_grey(line.get_color())]
-    assert strong.get_label() == {"cuts": "topk", "topk": "30%"}.get(results["experiment"], "sapo")
+    named = {"cuts": "topk", "topk": "30%", "horizon": "sapo, lambda 0.99"}
+    assert strong.get_label() == named.get(results["experiment"], "sapo")
     styles = [(line.get_color(), line.get_linestyle()) for line in paths.lines]
     assert len(set(styles)) == len(styles) == len({run["label"] for run in results["runs"]})
     rows = {line.get_color() for line in ends.lines} - {common.FAINT}  # of the warm start
