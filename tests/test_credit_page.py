@@ -54,6 +54,13 @@ def tints(root):
 # ------------------------------------------------------------------------------ what is drawn
 
 
+def test_only_what_is_held_out_is_drawn(run):
+    """Not what the policy had just learned from, which the explorer shows beside it."""
+    learned = sample(list("ABC"), learned_from=True, new_logp=[-1.0] * 3)
+    root = draw(run, [learned, sample(list("held")), learned])
+    assert len(of_class(root, "token")) == len("held")
+
+
 def test_a_cell_per_token_and_a_mark_per_end(run):
     texts = [list("<see>3526</see>") * repeat for repeat in (1, 2, 15)]
     samples = [sample(text, reward) for text, reward in zip(texts, (1, 0, 1), strict=True)]

@@ -866,6 +866,13 @@ def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
         for method in ("ppo", "sapo")
     )
     assert f"its IQM is {of_ppo:.2f}, SAPO's {of_sapo:.2f}" in page and of_ppo > of_sapo
+    for runs, suffix in ((nine, ""), (far, ", lambda 0.99")):  # at the end they are level
+        of_sapo, of_ppo = (
+            [run["accuracy"] for run in runs if run["label"] == f"{method}{suffix}"]
+            for method in ("sapo", "ppo")
+        )
+        _, low, high = probability_of_improvement(of_sapo, of_ppo)
+        assert len(of_sapo) == len(of_ppo) == 5 and low < 0.5 < high
     four = result("main-DiceSum.json")["runs"]
     middle = [interval(on_the_way(four, method, 50_000))[0] for method in ("sapo", "ppo")]
     assert "over the first 50,000 tokens {:.2f} and {:.2f}".format(*middle) in page

@@ -206,6 +206,15 @@ def test_resuming_takes_the_runs_own_settings_and_flags_beside_it_win(tmp_path):
     assert as_dict(*longer) == as_dict(*again) | {"iterations": 20, "clip_high": 0.2}
 
 
+def test_the_length_of_a_name_is_of_no_matter_where_its_run_is_resumed(tmp_path, runs):
+    write_config(tmp_path, *parsed(runs, "--name", "n" * 200))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["settings"]["name"] = "n" * 201  # from before names were bounded
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    settings, _ = train.parse(["--resume", str(tmp_path)])
+    assert settings.name == "n" * 201
+
+
 def test_resuming_a_folder_that_is_no_run_says_so(tmp_path):
     with pytest.raises(SystemExit, match="no config.json"):
         train.parse(["--resume", str(tmp_path / "nowhere")])
