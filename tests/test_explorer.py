@@ -18,7 +18,7 @@ from run_files import finished_run, png, sample, write_lines
 
 import baselines
 import sapo
-from lab.explorer import RESPONSES, explorer, perfect_values
+from lab.explorer import LEARNED_FROM, RESPONSES, explorer, perfect_values
 
 needed = bool(os.environ.get("SAPO_NEEDS_CHROMIUM"))
 chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -146,6 +146,17 @@ def test_what_a_policy_learned_from_is_shown_with_the_ratio_and_the_clip(run, op
     assert re.search(rf"{re.escape(held)} \d+ of 12 tokens", page.locator("#views").text_content())
     page = open_page(file, "#a=8-learned&b=8")
     assert "no response to the same question" not in page.locator("#note").text_content()
+
+
+def test_of_what_was_learned_from_a_few_are_kept_and_who_has_none_beside_it_is_told(run, open_page):
+    held_out = [response(iteration=8, example_id=f"eval/{i}")[0] for i in range(9)]
+    learned = [learned_from() | {"example_id": f"train/{i}"} for i in range(9)]
+    write_lines(run, "samples.jsonl", held_out + learned)
+    page = open_page(explorer(run), "#a=8&b=8-learned")
+    said = "iteration 8, learned from: no response to the same question."
+    assert said in page.locator("#note").text_content()
+    page.locator("#left").select_option("8-learned")
+    assert page.locator("#response option").count() == LEARNED_FROM
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ def test_any_record_is_a_row_or_says_why_not(rows, picture, question, answer, de
 
 
 @given(damaged(PICTURES))
+@example(b"")
 def test_any_bytes_are_a_picture_or_say_why_not(rows, content):
     record = {"image": content, "question": "What?", "answer": "x"}
     try:

@@ -61,6 +61,7 @@ def test_a_number_outside_its_range_is_refused_in_one_line(field, word, tmp_path
         (["--name", "/elsewhere"], "expected a folder within --runs"),
         (["--name", "cache/it"], "not its cache"),
         (["--name", "."], "expected a folder within --runs"),
+        (["--name", "é" * 101], "--name .*longer than 200 bytes"),
         (["--env_args", f"path={'long' * 50}"], "--name .*longer than 200 bytes; give a shorter"),
     ],
 )
