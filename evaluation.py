@@ -78,6 +78,7 @@ def samples(run, batch, advantages, new_logp=None, count=None) -> list[dict]:
     _, first_of_each_prompt = np.unique(batch.indices, return_index=True)
     rows = first_of_each_prompt[:count]
     told = [sample(run, batch, row, advantages, values) for row in rows]
+    add_exact_values(told, [batch.envs[row].unwrapped for row in rows])
     if new_logp is not None:
         new_logp = new_logp.cpu()
         for row, response in zip(rows, told, strict=True):
@@ -151,6 +152,34 @@ def turns_of(task, example, pieces, written) -> list[dict]:
             parts, task.observed(example, texts), strict=True
         )
     ]
+
+
+def add_exact_values(told, environments):
+    """Give samples of a game that knows them `exact_values`: at every token of a turn the chance to
+    win from that turn on, of a player who gives a wrong command as often as the samples do."""
+    task = environments[0].task
+    if not (task.replies and hasattr(task.game, "exact_value")):
+        return
+    wrong_commands = wrong_share(told)
+    for row, environment in zip(told, environments, strict=True):
+        places = [slice(turn["first"], turn["last"] + 1) for turn in row["turns"]]
+        texts = ["".join(row["tokens"][place]) for place in places]
+        exact = np.zeros(len(row["tokens"]))
+        chances = task.exact_values(environment.example, texts, wrong_commands)
+        for place, chance in zip(places, chances, strict=True):
+            exact[place] = chance
+        row["exact_values"] = exact.round(6).tolist()
+
+
+def wrong_share(told) -> float:
+    """The share of the commands in samples of a game that were wrong. The last step of a turn is
+    its command."""
+    right = []
+    for row in told:
+        for turn in row["turns"]:
+            steps = [step for step in row["steps"] if turn["first"] <= step[0] <= turn["last"]]
+            right += [is_right for *_, is_right in steps[-1:]]
+    return 1 - np.mean(right).item() if right else 0.0
 
 
 def runs_of(written) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """What makes a critic see? Variants of it learn from the same rollouts of one frozen policy.
 
     python -m lab.critic                          # all variants, all tasks -> results/critic.json
-    python -m lab.critic --tasks dice --seeds 10  # one task, one seed
+    python -m lab.critic --tasks dice --seeds 10  # one task, one seed more
     python -m lab.critic --run runs/<name>        # a run as it is: does its critic see the slips?
 
 The policy does not move, so what differs is the critic alone. After every few rollouts each variant
@@ -11,6 +11,9 @@ is measured on held-out responses whose steps are known to be right or wrong:
     auroc                 do TD errors (GAE at lambda 0) tell right steps from wrong ones, within
                           responses that have a wrong step? lab.truth.accuracy_of has the two ways
     share of blame        on the first wrong step, by GAE at lambda 0.99
+
+The outcomes are written after each variant. What stands in the file already, of the same variants
+and as many rollouts, is not measured again; to begin anew, remove the file.
 
 The ceiling is the same three for V by 64 fresh continuations of every segment's start: what a
 critic without a flaw would show, but for the noise of 64 coins.
@@ -38,16 +41,21 @@ import vlm
 from lab.sweep import ROOT
 from lab.truth import accuracy_of
 
-# {task: flags of train.py}. "later" is a policy that SAPO has trained: its habits are nearly gone,
-# and what it still gets wrong is mostly slips.
+# {task: flags of train.py}
 TASKS = {
     "dice": [],
     "later": [],
-    "nine": ["--env_args", "n=9", "--max_new_tokens", "96"],
+    "nine": ["--env_args", "n=9", "--max_new_tokens", "96", "--warm_start_steps", "1200"],
     "arrows": ["--env", "SAPO/ArrowPath-v0", "--env_args", "length=10", "grid=4"],
 }
 BATCH = ["--batch", "256", "--minibatch", "64"]
-LATER = ["--iterations", "10", "--critic_hears", "nothing"]  # how that policy was trained
+# {task: flags of the training that its policy has had}; of the others it is the warm start. In
+# "later" the habits are nearly gone, and what is still wrong is mostly slips. The warm start of
+# "nine" is right 3 times in 100: of so few no critic can learn anything.
+TRAINED = {
+    "later": ["--iterations", "10", "--critic_hears", "nothing"],
+    "nine": ["--iterations", "12", "--critic_hears", "nothing", "--lam", "0.95"],
+}
 EVERY = 4  # rollouts between two measurements
 
 
@@ -59,6 +67,7 @@ class Variant:
     minibatch: int = 64
     passes: int = 2  # over each rollout
     hears: bool = True  # the surprise of what was written: sapo.SegmentCritic
+    reads: bool = True  # the picture and the text
     logistic: bool = False  # V is a sigmoid, and learns by cross-entropy
     at_the_mean: bool = False  # the head's bias starts at the mean reward
     demonstrations: int = 0  # batches of 128 demonstrations with known outcomes, read first
@@ -74,11 +83,24 @@ VARIANTS = {
     "starts at the mean": replace(PLAIN, at_the_mean=True),
     "demonstrations first": replace(PLAIN, demonstrations=100),
     "hears": Variant(),
+    "hears, reads nothing": Variant(reads=False),
     "hears, logistic": Variant(logistic=True),
 }
 
 
 # ------------------------------------------------------------------------------ what is learned
+
+
+class Nothing(torch.nn.Module):
+    """A backbone that reads nothing: hidden states of zero. All that a critic on it can learn is a
+    constant and what a nat of surprise is worth: V = b + u surprise."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.hidden_size = hidden_size
+
+    def forward(self, input_ids, **_):
+        return torch.zeros(*input_ids.shape, self.hidden_size)
 
 
 def teach(critic, optimizer, variant, batch, targets, rows):
@@ -185,10 +207,10 @@ def ceiling(run, batch, responses, continuations):
 def frozen_run(task, seed, runs):
     """The run whose policy all variants meet."""
     flags = [*BATCH, *TASKS[task], "--seed", str(seed), "--runs", runs]
-    if task == "later":
-        folder = Path(runs) / f"critic-later-seed{seed}"
+    if task in TRAINED:
+        folder = Path(runs) / f"critic-{task}-seed{seed}"
         if not (folder / "summary.json").is_file():
-            train.main([*flags, *LATER, "--name", folder.name])
+            train.main([*flags, *TRAINED[task], "--name", folder.name])
         flags += ["--model", str(folder / "checkpoint")]
     return train.build(*train.parse([*flags, "--name", f"frozen-{task}-seed{seed}"]))
 
@@ -197,7 +219,8 @@ def learned(run, variant, batches, held_out):
     """Make a critic, teach it by the batches one after the other. -> its sight along the way."""
     torch.manual_seed(run.settings.seed)
     policy = run.models.policy
-    backbone = copy.deepcopy(policy.model.base_model)
+    reads = variant.reads
+    backbone = copy.deepcopy(policy.model.base_model) if reads else Nothing(policy.hidden_size)
     critic = sapo.SegmentCritic(backbone, policy.hidden_size, variant.hears)
     optimizer = models.Adam(critic.parameters(), variant.lr)
     if variant.at_the_mean:
@@ -218,27 +241,42 @@ def learned(run, variant, batches, held_out):
     return curve
 
 
-def experiment(tasks, seeds, runs, rollouts, responses, continuations):
-    """Every variant on every task and seed. Yields the outcomes so far, as a list of dicts."""
-    done = []
+def experiment(tasks, seeds, runs, rollouts, responses, continuations, done=()):
+    """Every variant on every task and seed, but for those that are done. Yields the outcomes so
+    far, as a list of dicts."""
+    done = list(done)
     for task in tasks:
         for seed in seeds:
+            here = {row["variant"] for row in done if (row["task"], row["seed"]) == (task, seed)}
+            if here == {*VARIANTS, "ceiling"}:
+                continue
             run = frozen_run(task, seed, runs)
             torch.manual_seed(seed)
             indices = [rollout.train_indices(run.settings, 1 + i) for i in range(rollouts)]
             batches = [rollout.collect(run, of_one) for of_one in indices]
             # The last one keeps the environments, which know what is right
             held_out = rollout.collect(run, np.arange(run.settings.batch), "eval")
-            flags = [*BATCH, *TASKS[task], *(LATER if task == "later" else [])]
+            flags = [*BATCH, *TASKS[task], *TRAINED.get(task, [])]
             where = {"task": task, "seed": seed, "flags": shlex.join(flags)}
             where["accuracy"] = np.mean([info["correct"] for info in held_out.infos]).item()
             for name, variant in VARIANTS.items():
+                if name in here:
+                    continue
                 curve = learned(run, variant, batches, held_out)
                 done.append({**where, "variant": name, "curve": curve})
                 yield done
+            torch.manual_seed(seed)
             best = ceiling(run, held_out, responses, continuations)
             done.append({**where, "variant": "ceiling", "curve": [best]})
             yield done
+
+
+def kept(file, how) -> list[dict]:
+    """The outcomes in a file that were measured in the same way: by a command that was interrupted,
+    or on other tasks and seeds."""
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    is_same = all(before.get(name) == value for name, value in how.items())
+    return before["measured"] if is_same else []
 
 
 def of_run(folder, count):
@@ -286,11 +324,15 @@ def main(argv=None):
     if arguments.run:
         print(json.dumps(of_run(arguments.run, arguments.responses), indent=1))
         return
+    how = {
+        "rollouts": arguments.rollouts,
+        "variants": {name: asdict(variant) for name, variant in VARIANTS.items()},
+    }
     first_lines = {
         "command": shlex.join(["python", "-m", "lab.critic", *argv]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "variants": {name: asdict(variant) for name, variant in VARIANTS.items()},
+        **how,
     }
     file = ROOT / arguments.results / "critic.json"
     for measured in experiment(
@@ -300,6 +342,7 @@ def main(argv=None):
         arguments.rollouts,
         arguments.states_of,
         arguments.continuations,
+        kept(file, how),
     ):
         file.write_text(json.dumps(first_lines | {"measured": measured}, indent=1) + "\n")
     print(file)

@@ -153,7 +153,13 @@ def _response(row, where):
         "advantages": row["advantages"],
         "steps": checked_steps(row.get("steps", []), length, f"{where}, example {name!r}"),
     }
-    numbered = ("written", "entropy", "values", "rewards", "advantages", "ends", "logp", "new_logp")
+    # In a game a wrong step can be made good, so only the game itself can say what it cost
+    of_steps = None if "turns" in row else perfect_values(response["steps"], length)
+    response["perfect"] = row.get("exact_values", of_steps)
+    numbered = (
+        *("written", "entropy", "values", "perfect", "rewards", "advantages", "ends"),
+        *("logp", "new_logp"),
+    )
     for key in numbered:
         numbers = response.get(key)
         if numbers is None:
@@ -161,7 +167,6 @@ def _response(row, where):
         if len(numbers) != length:
             raise ValueError(f"{where}, example {name!r}: {len(numbers)} {key} for {length} tokens")
         response[key] = [0.0 if number is None else number for number in numbers]
-    response["perfect"] = perfect_values(response["steps"], length)
     return response
 
 

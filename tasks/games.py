@@ -12,7 +12,10 @@ more. To be told what to do, and to play itself:
     rules                           what a model is told before the game begins: aim and commands
     words                           those that the tiny model is to have one token for
     demonstrate(rng, error_rate) -> the text of a good next turn, "<think>...</think><act>...</act>"
-    check(text) -> [((start, end), is it right?), ...], the steps in a turn's text at this moment
+    check(text) -> [((start, end), is it right?), ...], the steps in a turn's text at this moment;
+                               the last of them is its command
+    exact_value(error_rate) -> the chance to win from this moment on, of a player whose commands are
+                               wrong so often: what the credit explorer shows beside the critic's V
 
 An episode is *turns*. In its turn the policy writes what it likes, in one or more segments, and
 closes a command: `<act>go north</act>`. The game's next observation is the *reply*.
@@ -180,6 +183,16 @@ class GameTask:
             observation, *_ = game.step(command_in(until_end(turn)[0]))
             seen.append(words_and_picture(observation))
         return seen
+
+    def exact_values(self, example, turns, error_rate):
+        """[chance, ...]: the game's `exact_value` before each of the turns that a policy wrote."""
+        game = self._second
+        game.reset(example.content[0])
+        chances = [game.exact_value(error_rate)]
+        for turn in turns[:-1]:
+            game.step(command_in(until_end(turn)[0]))
+            chances.append(game.exact_value(error_rate))
+        return chances
 
     def checked(self, example, turns):
         """[((start, end), is it right?), ...] of the steps in what a policy wrote, turn by turn;

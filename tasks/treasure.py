@@ -260,6 +260,10 @@ class Treasure:
 
         return of(state, turns)
 
+    def exact_value(self, error_rate):
+        """`value` from this moment on: the chance to succeed in the turns that are left."""
+        return self.value(self.world, self.state, self.limit - self.turns, error_rate)
+
     # ---- the explorer's words
 
     def demonstrate(self, rng, error_rate=0.0):

@@ -182,8 +182,9 @@ def test_every_variant_is_measured_and_the_ceiling(runs, tmp_path, monkeypatch):
     where = ["--seeds", "0", "--runs", str(runs), "--results", str(tmp_path)]
     critic.main([*sizes, *where])
 
-    result = json.loads((tmp_path / "critic.json").read_text())
-    assert set(result) == {"command", "date", "versions", "variants", "measured"}
+    file = tmp_path / "critic.json"
+    result = json.loads(file.read_text())
+    assert set(result) == {"command", "date", "versions", "rollouts", "variants", "measured"}
     assert result["command"].startswith("python -m lab.critic --rollouts 2 --continuations 2 ")
     assert result["variants"] == {name: asdict(variant) for name, variant in few.items()}
     *measured, ceiling = result["measured"]
@@ -206,6 +207,14 @@ def test_every_variant_is_measured_and_the_ceiling(runs, tmp_path, monkeypatch):
     assert set(best) == {"responses", "continuations"} | SIGHT
     assert (best["responses"], best["continuations"]) == (6, 2)
     assert len({str(row["curve"]) for row in measured}) > 4  # and what differs is the variant
+    # Interrupted before the last two, it goes on from there, and then has nothing left to do
+    file.write_text(json.dumps(result | {"measured": result["measured"][:-2]}))
+    critic.main([*sizes, *where])
+    again = json.loads(file.read_text())["measured"]
+    assert again == result["measured"]
+    monkeypatch.setattr(critic, "frozen_run", None)
+    critic.main([*sizes, *where])
+    assert critic.kept(file, {"rollouts": 2}) == again and critic.kept(file, {"rollouts": 3}) == []
     if find_spec("matplotlib"):
         assert [picture.name for picture in figures.drawn(tmp_path)] == ["critic.svg"]
 
@@ -213,7 +222,7 @@ def test_every_variant_is_measured_and_the_ceiling(runs, tmp_path, monkeypatch):
 def test_a_later_policy_is_trained_once_and_measured_as_it_is(runs, monkeypatch, capsys):
     """The run that makes it stays where it is; a finished run can be measured by its folder."""
     monkeypatch.setattr(critic, "TASKS", {"later": SHORT})
-    monkeypatch.setattr(critic, "LATER", ["--iterations", "1"])
+    monkeypatch.setattr(critic, "TRAINED", {"later": ["--iterations", "1"]})
     frozen = critic.frozen_run("later", 0, str(runs))
     folder = runs / "critic-later-seed0"
     trained = vlm.load(folder / "checkpoint").model.state_dict()

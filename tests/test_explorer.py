@@ -365,6 +365,27 @@ def test_a_game_shows_its_turns(run, open_page):
     texts = page.locator(".token")
     assert "".join(texts.nth(i).text_content() for i in range(texts.count())) == "abcdhijkl"
     assert page.locator(".heard").all_text_contents() == ["Find it.", "Go on."]
+    assert "exact" not in page.locator("#methods").text_content(), "a wrong step may be made good"
+
+
+def test_a_game_that_knows_its_exact_values_shows_what_they_would_credit(run, open_page):
+    written = [True] * 4 + [False] * 3 + [True] * 5
+    turns = [
+        {"first": 0, "last": 3, "said": "Find it.", "image": None},
+        {"first": 7, "last": 11, "said": "Go on.", "image": None},
+    ]
+    exact = [0.75] * 4 + [0.0] * 3 + [0.5] * 5
+    row, _ = response(written=written, turns=turns, exact_values=exact)
+    row |= {"rewards": [0.0] * 11 + [1.0], "entropy": [0.0] * 11 + [1.0]}  # a segment is a turn
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#k=1&l=0&g=1&m=perfect")
+    assert shown(page)[:4] == [-0.25] * 4 and shown(page)[-4:] == [0.5] * 4
+    assert "SAPO, exact values" in page.locator("#methods").text_content()
+    assert "from the game itself" in page.locator("#note").text_content()
+    row["exact_values"] = [0.5]
+    write_lines(run, "samples.jsonl", [row])
+    with pytest.raises(ValueError, match="1 perfect for 12 tokens"):
+        explorer(run)
 
 
 HOSTILE = [
