@@ -211,6 +211,8 @@ def frozen_run(task, seed, runs):
         folder = Path(runs) / f"critic-{task}-seed{seed}"
         if not (folder / "summary.json").is_file():
             train.main([*flags, *TRAINED[task], "--name", folder.name])
+        if not (folder / "summary.json").is_file():  # stopped by Ctrl-C or SIGTERM
+            raise SystemExit(f"{folder}: its training was stopped, so no critic is measured on it")
         flags += ["--model", str(folder / "checkpoint")]
     return train.build(*train.parse([*flags, "--name", f"frozen-{task}-seed{seed}"]))
 

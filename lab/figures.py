@@ -42,6 +42,7 @@ LABEL_SIZE = 9  # points, of the names at the ends of lines
 ROWS = {
     "main": ("method", "sapo"),
     "horizon": ("method", "sapo, lambda 0.99"),
+    "games": ("player", "sapo, rate 4e-4"),
     "controls": ("variant of SAPO", "sapo"),
     "seeing": ("way to credit", "sapo"),
     "cuts": ("way to cut", "topk"),

@@ -69,6 +69,14 @@ REUSED = {
     "segment ratio and KL bound": [],
 }
 
+# Who plays games, each at two rates, which is all the tuning there is: the grid is shown whole
+PLAYERS = {
+    "sapo": ["--lam", "0.95"],
+    "sapo, a segment is a turn": ["--lam", "0.95", "--cut", "turn"],
+    "ppo": ["--method", "ppo", "--lam", "0.95"],
+    "grpo": ["--method", "grpo"],
+}
+
 # {experiment: {label: the flags of train.py that make this variant}}
 EXPERIMENTS = {
     "tune": {
@@ -99,6 +107,11 @@ EXPERIMENTS = {
     "horizon": {
         "sapo, lambda 0.99": ["--lam", "0.99"],
         "ppo, lambda 0.99": ["--method", "ppo", "--lam", "0.99"],
+    },
+    "games": {
+        f"{name}, rate {rate}": [*flags, "--actor_lr", rate]
+        for name, flags in PLAYERS.items()
+        for rate in ("2e-4", "4e-4")
     },
     "controls": {
         "sapo": [],

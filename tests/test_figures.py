@@ -259,6 +259,7 @@ def test_one_line_is_coloured_and_the_others_are_greys_that_differ(results):
     ends, paths = figures.comparison_figure(results).axes
     (strong,) = [line for line in paths.lines if not is_grey(line.get_color())]
     named = {"cuts": "topk", "topk": "30%", "horizon": "sapo, lambda 0.99"}
+    named["games"] = "sapo, rate 4e-4"
     assert strong.get_label() == named.get(results["experiment"], "sapo")
     styles = [(line.get_color(), line.get_linestyle()) for line in paths.lines]
     assert len(set(styles)) == len(styles) == len({run["label"] for run in results["runs"]})
@@ -569,6 +570,7 @@ def test_a_folder_of_results_is_drawn_but_for_what_has_no_figure(tmp_path):
         "controls-DiceSum.svg",
         "critic.svg",
         "cuts-DiceSum.svg",
+        "games-DiceSum.svg",
         "horizon-DiceSum.svg",
         "main-DiceSum.svg",
         "main-DiceSum-training.svg",
