@@ -9,6 +9,7 @@ import io
 import json
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -126,6 +127,7 @@ def sample(run, batch, row, advantages, values) -> dict:
         "answer": example.answer,
         "image": example.image and png_base64(example.image),
         "predicted": info["predicted"],
+        "correct": info["correct"],
         "reward": float(batch.rollout.rewards[row].sum()),
         "tokens": pieces,
         "written": batch.rollout.mask[row, :length].tolist(),
@@ -155,31 +157,36 @@ def turns_of(task, example, pieces, written) -> list[dict]:
 
 
 def add_exact_values(told, environments):
-    """Give samples of a game that knows them `exact_values`: at every token of a turn the chance to
-    win from that turn on, of a player who gives a wrong command as often as the samples do."""
+    """Give samples of a game that knows them `exact_values`: V of the prefix before each token, for
+    the game's own player who gives a wrong command as often as the samples do.
+
+    V is that of the turn's beginning up to the turn's last known step, which is its command, and
+    what the command leads to behind it. A game that raises here goes without.
+    """
     task = environments[0].task
-    if not (task.replies and hasattr(task.game, "exact_value")):
+    if not (task.replies and hasattr(task.game, "exact_value") and hasattr(task.game, "check")):
         return
-    wrong_commands = wrong_share(told)
-    for row, environment in zip(told, environments, strict=True):
-        places = [slice(turn["first"], turn["last"] + 1) for turn in row["turns"]]
-        texts = ["".join(row["tokens"][place]) for place in places]
+    places = [[slice(turn["first"], turn["last"] + 1) for turn in row["turns"]] for row in told]
+    played = [
+        (environment.example, ["".join(row["tokens"][place]) for place in of_row])
+        for row, environment, of_row in zip(told, environments, places, strict=True)
+    ]
+    try:
+        right = [is_right for game in played for is_right in task.were_right(*game)]
+        error_rate = 1 - np.mean(right).item() if right else 0.0
+        values = [task.exact_values(*game, error_rate) for game in played]
+    except Exception as error:  # whatever a foreign game does, the run goes on
+        warnings.warn(f"{task}: no exact values, as they raised {error!r}", stacklevel=2)
+        return
+    if None in values:
+        return
+    for row, of_row, of_turns in zip(told, places, values, strict=True):
         exact = np.zeros(len(row["tokens"]))
-        chances = task.exact_values(environment.example, texts, wrong_commands)
-        for place, chance in zip(places, chances, strict=True):
-            exact[place] = chance
+        for place, (before, behind) in zip(of_row, of_turns, strict=True):
+            steps = [last for _, last, _ in row["steps"] if place.start <= last < place.stop]
+            exact[place] = before
+            exact[max(steps, default=place.stop) + 1 : place.stop] = behind
         row["exact_values"] = exact.round(6).tolist()
-
-
-def wrong_share(told) -> float:
-    """The share of the commands in samples of a game that were wrong. The last step of a turn is
-    its command."""
-    right = []
-    for row in told:
-        for turn in row["turns"]:
-            steps = [step for step in row["steps"] if turn["first"] <= step[0] <= turn["last"]]
-            right += [is_right for *_, is_right in steps[-1:]]
-    return 1 - np.mean(right).item() if right else 0.0
 
 
 def runs_of(written) -> list[tuple[int, int]]:

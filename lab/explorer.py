@@ -145,7 +145,7 @@ def _response(row, where):
     length = len(row["tokens"])
     response = {key: row[key] for key in KEPT if key in row} | {
         "id": name,
-        "won": row["reward"] > (0 if "turns" in row else 0.5),
+        "won": row.get("correct", row["reward"] > (0 if "turns" in row else 0.5)),
         "written": row.get("written", [True] * length),
         "entropy": row.get("entropy"),
         "values": row.get("token_values"),

@@ -4,8 +4,9 @@
 
 The policy of a finished run plays held-out games. At the start of each of its turns the critic says
 what it expects, and the world says exactly how likely an explorer succeeds from there who gives a
-wrong command as often as this policy does (`Treasure.value`). The explorer is not the policy, which
-errs more where it sees badly, so even a perfect critic would differ; the outcomes judge both.
+wrong command as often as this policy does (`Treasure.value`). That is no ceiling for a critic. The
+explorer is not the policy, which errs more where it sees badly; and his value is computed by one
+who sees the whole world, dark cells included. The outcomes judge both.
 """
 
 import argparse
@@ -32,16 +33,14 @@ def turn_starts(batch, row):
 
 
 def states_of(environment):
-    """A played game, and [(world, state, turns left, was the command right?), ...] of its turns."""
+    """A played game, and [(world, state, turns left), ...] at the beginning of its turns."""
     replayed = copy.copy(environment.unwrapped.task.game)
     replayed.reset(environment.unwrapped.example.content[0])
     states = []
     for turn, _ in environment.unwrapped.turns:
         left = replayed.limit - replayed.turns
-        command = command_in(turn)
-        right = command in replayed.right_commands(replayed.world, replayed.state)
-        states.append((replayed.world, replayed.state, left, right))
-        replayed.step(command)
+        states.append((replayed.world, replayed.state, left))
+        replayed.step(command_in(turn))
     return replayed, states
 
 
@@ -52,7 +51,7 @@ def measure(run, count=256) -> dict:
     game = getattr(run.grading_env.unwrapped.task, "game", None)
     if run.models.critic is None or not isinstance(game, Treasure):
         raise ValueError(f"{run.folder}: expected a run with a critic on SAPO/Treasure-v0")
-    guesses, outcomes, states, won = [], [], [], []
+    guesses, outcomes, states, won, right = [], [], [], [], []
     for first in range(0, count, len(run.envs)):
         indices = np.arange(first, min(count, first + len(run.envs)))
         batch = rollout.collect(run, indices, "eval")
@@ -60,11 +59,13 @@ def measure(run, count=256) -> dict:
             game, of_row = states_of(environment)
             starts = turn_starts(batch, row)[: len(of_row)]  # a turn cut off is no state
             guesses += batch.rollout.values[row, starts].tolist()
+            played = environment.unwrapped
+            right += played.task.were_right(played.example, [turn for turn, _ in played.turns])
             won.append(float(batch.infos[row]["correct"]))
             outcomes += [won[-1]] * len(of_row)
             states += [(game, *state) for state in of_row]
-    error_rate = 1 - np.mean([right for *_, right in states])
-    exact = [game.value(world, state, left, error_rate) for game, world, state, left, _ in states]
+    error_rate = 1 - np.mean(right)
+    exact = [game.value(world, state, left, error_rate) for game, world, state, left in states]
     guesses, exact, outcomes = map(np.array, (guesses, exact, outcomes))
     return {
         "games": count,

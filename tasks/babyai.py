@@ -25,6 +25,8 @@ COMMANDS = ("turn left", "turn right", "go forward", "pick up", "drop", "toggle"
 UNKNOWN = f"Say {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}."
 TURN = re.compile(r"<think>([^<]*)</think><act>([^<]*)</act>\Z")
 NOT_SEEN = "not seen"
+COLOURS = ("red", "green", "blue", "purple", "yellow", "grey")
+KINDS = ("ball", "box", "key", "door", "wall")
 
 TILE = 8  # pixels along a tile's edge: small, for the tiny model
 EDGE = 64  # pixels along the picture's, a multiple of 16: 7 x 7 tiles, and a margin
@@ -43,7 +45,7 @@ class BabyAI:
     """
 
     rules = f"You see what lies before you. The commands are: {', '.join(COMMANDS)}."
-    words = (*COMMANDS, NOT_SEEN, "ahead", "left", "right")
+    words = (*COMMANDS, NOT_SEEN, "ahead", "left", "right", *COLOURS, *KINDS, "Go on.", "Done!")
 
     def __init__(self, level="GoToLocal", picture=True, habits=0.0):
         self._made = _made(level)

@@ -14,8 +14,9 @@ more. To be told what to do, and to play itself:
     demonstrate(rng, error_rate) -> the text of a good next turn, "<think>...</think><act>...</act>"
     check(text) -> [((start, end), is it right?), ...], the steps in a turn's text at this moment;
                                the last of them is its command
-    exact_value(error_rate) -> the chance to win from this moment on, of a player whose commands are
-                               wrong so often: what the credit explorer shows beside the critic's V
+    exact_value(error_rate) -> the expected sum of rewards from this moment on, of the player who
+                               demonstrates, if his commands are wrong so often; or None. The credit
+                               explorer shows it beside the critic's V
 
 An episode is *turns*. In its turn the policy writes what it likes, in one or more segments, and
 closes a command: `<act>go north</act>`. The game's next observation is the *reply*.
@@ -184,15 +185,36 @@ class GameTask:
             seen.append(words_and_picture(observation))
         return seen
 
-    def exact_values(self, example, turns, error_rate):
-        """[chance, ...]: the game's `exact_value` before each of the turns that a policy wrote."""
-        game = self._second
+    def were_right(self, example, turns):
+        """[was its command right?, ...] of each turn that a policy closed with a command. What the
+        game does not know for right is wrong."""
+        game, right = self._second, []
         game.reset(example.content[0])
-        chances = [game.exact_value(error_rate)]
-        for turn in turns[:-1]:
-            game.step(command_in(until_end(turn)[0]))
-            chances.append(game.exact_value(error_rate))
-        return chances
+        for turn in turns:
+            counted, why = until_end(turn)
+            if why != "act":
+                break
+            steps = game.check(counted)
+            right.append(bool(steps) and bool(steps[-1][1]))
+            game.step(command_in(counted))
+        return right
+
+    def exact_values(self, example, turns, error_rate):
+        """[(V before it, V behind its command), ...] of each of the turns that a policy wrote, by
+        the game's `exact_value`; None where that is None. Behind a command lies the reward that it
+        earns, and what is to come."""
+        game, values = self._second, []
+        game.reset(example.content[0])
+        for turn in turns:
+            counted, why = until_end(turn)
+            before, behind = game.exact_value(error_rate), 0.0
+            if before is None:
+                return None
+            if why == "act":
+                _, reward, terminated, truncated, _ = game.step(command_in(counted))
+                behind = reward + (0 if terminated or truncated else game.exact_value(error_rate))
+            values.append((before, behind))
+        return values
 
     def checked(self, example, turns):
         """[((start, end), is it right?), ...] of the steps in what a policy wrote, turn by turn;
@@ -204,7 +226,12 @@ class GameTask:
         steps, start = [], 0
         for i, turn in enumerate(turns):
             counted, why = until_end(turn)
-            for (first, end), right in game.check(counted):
+            try:
+                known = game.check(counted)
+            except Exception as error:  # whatever a foreign game does, the run goes on
+                warnings.warn(f"{self}: check raised {error!r}", stacklevel=2)
+                break
+            for (first, end), right in known:
                 steps.append(((start + first, start + end), right))
             start += len(turn)
             if why != "act" or i == len(turns) - 1:

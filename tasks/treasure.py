@@ -123,6 +123,7 @@ class Treasure:
             raise ValueError(f"limit={limit}: expected 0, or at least shortest={shortest}")
         self.limit = limit or longest + 2
         self.cells = tuple(itertools.product(range(size), repeat=2))
+        self._values = None, None, {}  # world, error rate, and what `value` has found there
 
     # ---- the game
 
@@ -232,15 +233,16 @@ class Treasure:
             turns += 1
         return turns
 
-    def value(self, world, state, turns, error_rate=0.0, gamma=1.0):
-        """The explorer's exact value: E[gamma^(K-1)] if he takes the treasure in his K-th turn from
-        here on, and 0 if not within `turns`; at gamma 1 his chance to succeed.
+    def value(self, world, state, turns, error_rate=0.0, gamma=1.0, known=None):
+        """The explorer's exact value, by one who sees the whole world: E[gamma^(K-1)] if he takes
+        the treasure in his K-th turn from here on, and 0 if not within `turns`; at gamma 1 his
+        chance to succeed.
 
         He gives one of the right commands, each as likely; with probability error_rate one of the
         wrong ones, if there are any. His bad habit is left out. By recursion over what can happen,
-        each state once.
+        each state once. known: what calls with the same world, rate and gamma have found already.
         """
-        known = {}
+        known = {} if known is None else known
 
         def of(state, turns):
             if turns == 0:
@@ -261,8 +263,15 @@ class Treasure:
         return of(state, turns)
 
     def exact_value(self, error_rate):
-        """`value` from this moment on: the chance to succeed in the turns that are left."""
-        return self.value(self.world, self.state, self.limit - self.turns, error_rate)
+        """`value` from this moment on, in the turns that are left. None beyond four cells along the
+        edge, where it takes seconds."""
+        if self.size > 4:
+            return None
+        world, rate, known = self._values
+        if (world, rate) != (self.world, error_rate):
+            known = {}
+            self._values = self.world, error_rate, known
+        return self.value(self.world, self.state, self.limit - self.turns, error_rate, known=known)
 
     # ---- the explorer's words
 

@@ -1032,7 +1032,7 @@ def test_what_the_worlds_show_is_what_their_runs_hold():
     page, values = prose("docs/games.md"), result("treasure-values-seed0.json")
     explained = values["explained_variance_of_outcomes"]
     assert f"explains {explained['critic']:.2f} of the variance of who wins" in page
-    assert f"this policy {explained['exact values of the explorer']:.2f};" in page
+    assert f"who sees the whole world, {explained['exact values of the explorer']:.2f};" in page
     assert f"of the two is {values['correlation']:.2f}." in page
     assert f"({values['games']} games, {values['states']:,} turns" in page
     won = result("worlds-Treasure-seed0.json")

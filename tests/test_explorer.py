@@ -382,6 +382,14 @@ def test_a_game_that_knows_its_exact_values_shows_what_they_would_credit(run, op
     assert shown(page)[:4] == [-0.25] * 4 and shown(page)[-4:] == [0.5] * 4
     assert "SAPO, exact values" in page.locator("#methods").text_content()
     assert "from the game itself" in page.locator("#note").text_content()
+    row |= {"steps": [[0, 1, False], [2, 3, True], [7, 8, True], [9, 11, False]], "correct": False}
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#k=1&l=0&g=1&m=perfect")
+    assert "first wrong step, “jkl”" in page.locator(".verdict").text_content(), "a command"
+    assert "lost" in page.locator("section").text_content(), "as the game says"
+    assert "value before it 0.750" in page.locator(".token").first.get_attribute("aria-label")
+    page = open_page(explorer(run), "#k=1&l=0&g=1&m=sapo")
+    assert "“ab” was the first wrong step" in page.locator(".verdict").text_content()
     row["exact_values"] = [0.5]
     write_lines(run, "samples.jsonl", [row])
     with pytest.raises(ValueError, match="1 perfect for 12 tokens"):

@@ -373,6 +373,16 @@ def test_what_the_last_command_does_is_not_asked():
     assert len(task.checked(example, [turn("a"), turn("b")])) == 2
 
 
+def test_a_check_that_raises_is_named_and_ends_no_run():
+    class Judged(Spell):
+        def check(self, text):
+            raise RuntimeError("no idea")
+
+    task = GameTask(Judged())
+    with pytest.warns(UserWarning, match="check raised RuntimeError"):
+        assert task.checked(task.example_at(0), [turn("a")]) == []
+
+
 def test_a_second_game_is_made_only_when_it_is_asked_for():
     made = []
     task = GameTask(Spell(), make=lambda: made.append(Spell()) or made[-1])

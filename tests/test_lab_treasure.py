@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-import evaluation
 import rollout
 import train
 from lab import treasure
-from tasks.games import FIRST_EVAL_SEED, command_in
+from tasks import Treasure
+from tasks.games import FIRST_EVAL_SEED, GameTask, command_in
 
 WORLD = ["--env", "SAPO/Treasure-v0", "--env_args", "size=3", "shortest=2", "longest=4"]
 
@@ -60,29 +60,58 @@ def test_samples_have_the_exact_value_of_each_turn(run, monkeypatch):
     """Of an explorer who errs as often as they do."""
     explorer_plays(run, monkeypatch, error_rate=0.5)
     rows = train.samples(run)
-    wrong = evaluation.wrong_share(rows)
-    assert 0.2 < wrong < 0.8
-    game, differing = run.grading_env.unwrapped.task.game, set()
+    game, right, played = Treasure(size=3, shortest=2, longest=4), [], []
     for i, row in enumerate(rows):
         game.reset(FIRST_EVAL_SEED + i)
-        expected = [0.0] * len(row["tokens"])
         for turn in row["turns"]:
-            tokens = range(turn["first"], turn["last"] + 1)
-            chance = game.value(game.world, game.state, game.limit - game.turns, wrong)
-            for t in tokens:
-                expected[t] = chance
-            game.step(command_in("".join(row["tokens"][t] for t in tokens)))
-        assert row["exact_values"] == pytest.approx(expected, abs=1e-6)
-        differing |= set(row["exact_values"])
-    assert len(differing) > 3, "else this shows little"
+            command = command_in("".join(row["tokens"][turn["first"] : turn["last"] + 1]))
+            now = game.world, game.state, game.limit - game.turns
+            reward = 0.0
+            if command:
+                right.append(command in game.right_commands(game.world, game.state))
+                _, reward, *_ = game.step(command)
+            played.append(
+                (row, turn, now, (game.world, game.state, game.limit - game.turns), reward)
+            )
+    error_rate = 1 - np.mean(right)
+    assert 0.2 < error_rate < 0.8
+    falls, wins = 0, 0
+    for row, turn, now, then, reward in played:
+        tokens, values = row["tokens"], row["exact_values"]
+        here = slice(turn["first"], turn["last"] + 1)
+        closed = tokens[here].index("</act>") if "</act>" in tokens[here] else len(tokens[here])
+        before = game.value(*now, error_rate)
+        assert values[here][:closed] == pytest.approx([before] * closed, abs=1e-6)
+        if closed < len(tokens[here]):
+            behind = reward or game.value(*then, error_rate)
+            assert values[here][closed:] == pytest.approx([behind], abs=1e-6)
+            falls += behind < before - 0.1
+            wins += reward
+    assert falls and wins, "else this shows little"
 
 
-def test_the_share_of_wrong_commands_counts_the_last_step_of_each_turn():
-    turns = [{"first": 0, "last": 3}, {"first": 6, "last": 9}, {"first": 12, "last": 13}]
-    steps = [[0, 0, False], [1, 2, True], [7, 7, True], [8, 8, False]]
-    told = [{"turns": turns, "steps": steps}, {"turns": turns[:1], "steps": [[2, 2, True]]}]
-    assert evaluation.wrong_share(told) == pytest.approx(1 / 3), "a turn of no form says nothing"
-    assert evaluation.wrong_share([{"turns": turns, "steps": []}]) == 0
+def test_a_command_not_known_for_right_is_wrong():
+    task = GameTask(Treasure(size=3, shortest=2, longest=4))
+    example = task.example_at(0)
+    (good,) = (text for _, _, text in task.transcript(example, np.random.default_rng(0))[:1])
+    thought = good.partition("<act>")[0]
+    other = "<act>go up</act>"  # of no form
+    turns = [f"{thought}<act></act>", other, f"{thought}<act>go up</act>", good, thought]
+    assert task.were_right(example, turns) == [False, False, False, True]
+    assert task.were_right(example, [thought, good]) == [], "it was never closed"
+
+
+def test_worlds_too_large_and_games_that_raise_go_without_exact_values(run, monkeypatch):
+    explorer_plays(run, monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(Treasure, "exact_value", lambda game, rate: 1 / 0)
+        with pytest.warns(UserWarning, match="no exact values, as they raised ZeroDivisionError"):
+            rows = train.samples(run)
+    assert all("exact_values" not in row and "tokens" in row for row in rows)
+    large = GameTask(Treasure(size=5))
+    example = large.example_at(0)
+    turns = [text for _, _, text in large.transcript(example, np.random.default_rng(0))]
+    assert large.exact_values(example, turns, 0.1) is None
 
 
 def test_other_worlds_are_refused_in_a_line(tmp_path):

@@ -114,6 +114,9 @@ def test_the_broken_runs_broke_and_their_divergence_told_of_it():
     whole = [json.loads(line) for line in tutorial_figures.RUN.read_text().splitlines()]
     largest = max(row["approx_kl"] for row in whole if "approx_kl" in row)
     assert f"at most {largest:.3f} in the run above" in " ".join(TEXT.split())
+    other = json.loads((ROOT / "results" / "default-sapo-seed2.json").read_text())["mechanism"]
+    further = f"a single step can go further: {other['largest_approx_kl']:.3f} on seed 2"
+    assert further in " ".join(TEXT.split())
     for run in runs:
         if run["seed"] == 0 and run["label"] in tutorial_figures.BROKEN:
             accuracy = run["curve"]["accuracy"]
