@@ -168,6 +168,24 @@ def test_a_critic_starts_at_the_mean_reward_or_at_zero(collected, at_the_mean, m
     assert 0 < batch.rollout.rewards.sum() < 16
 
 
+def test_a_critic_that_reads_nothing_knows_the_surprise_alone(collected, monkeypatch):
+    """Its values are a line in what it hears: a constant, and so much for each nat."""
+    run, batch = collected
+    seen = []
+    monkeypatch.setattr(critic, "sight", lambda batch, config: seen.append(batch.rollout) or {})
+    for variant in (critic.Variant(lr=2e-2), critic.Variant(lr=2e-2, reads=False)):
+        critic.learned(run, variant, [batch], batch)
+    errors = []
+    for episodes in seen:
+        heard = sapo.surprise(episodes.logp, episodes.mask).roll(1, 1)
+        heard[:, 0] = 0.0  # before the first token
+        heard, values = heard[episodes.mask], episodes.values[episodes.mask]
+        lines = torch.stack([heard, torch.ones_like(heard)], 1)
+        slope, constant = torch.linalg.lstsq(lines, values[:, None]).solution.flatten()
+        errors.append((values - slope * heard - constant).abs().max().item())
+    assert errors[0] > 1e-2 and errors[1] < 1e-5
+
+
 # ---------------------------------------------------------------------------- the whole command
 
 
@@ -212,6 +230,12 @@ def test_every_variant_is_measured_and_the_ceiling(runs, tmp_path, monkeypatch):
     critic.main([*sizes, *where])
     again = json.loads(file.read_text())["measured"]
     assert again == result["measured"]
+    file.write_text(json.dumps(result | {"measured": result["measured"][1:]}))
+    with monkeypatch.context() as patched:
+        patched.setattr(critic, "ceiling", None)  # it stands there
+        critic.main([*sizes, *where])
+    again = json.loads(file.read_text())["measured"]
+    assert again == [*result["measured"][1:], result["measured"][0]]
     monkeypatch.setattr(critic, "frozen_run", None)
     critic.main([*sizes, *where])
     assert critic.kept(file, {"rollouts": 2}) == again and critic.kept(file, {"rollouts": 3}) == []
