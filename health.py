@@ -1,8 +1,9 @@
 """Signs that a run is breaking, each said in one line, while it can still be stopped.
 
 A collapse announces itself: the policy moves far within one rollout, every advantage has the same
-sign because the critic lags behind, or the critic becomes worse than a constant. `warnings` looks
-for these three in the metrics of each iteration. A sign that goes and comes back is said again.
+sign because the critic lags behind, nearly all are negative because it still expects what the
+policy can no longer do, or the critic becomes worse than a constant. `warnings` looks for these
+four in the metrics of each iteration. A sign that goes and comes back is said again.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,10 @@ def _has_one_sign(metrics):
     return metrics["advantage_std"] > 0 and metrics["positive_advantages"] in (0.0, 1.0)
 
 
+def _is_mostly_blame(metrics):
+    return metrics.get("advantage_mean", 0.0) < -0.05 and metrics["positive_advantages"] < 0.2
+
+
 def _is_worse_than_a_constant(metrics):
     return metrics.get("explained_variance", 0.0) < -0.5
 
@@ -49,6 +54,14 @@ SIGNS = (
         3,
         "every advantage has the same sign: the critic lags behind the policy",
         "lower --actor_lr or --epochs",
+    ),
+    Sign(
+        "advantage_mean",
+        _is_mostly_blame,
+        2,
+        "below -0.05 and four advantages in five negative: the critic expects what the policy can "
+        "no longer do",
+        "lower --actor_lr or --epochs, or raise --lam",
     ),
     Sign(
         "explained_variance",

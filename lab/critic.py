@@ -46,7 +46,10 @@ TASKS = {
     "dice": [],
     "later": [],
     "nine": ["--env_args", "n=9", "--max_new_tokens", "96", "--warm_start_steps", "1200"],
-    "arrows": ["--env", "SAPO/ArrowPath-v0", "--env_args", "length=10", "grid=4"],
+    "arrows": [
+        *("--env", "SAPO/ArrowPath-v0", "--env_args", "length=10", "grid=4"),
+        *("--warm_start_steps", "2400"),  # after 600 it cannot see the arrows yet
+    ],
 }
 BATCH = ["--batch", "256", "--minibatch", "64"]
 # {task: flags of the training that its policy has had}; of the others it is the warm start. In

@@ -144,17 +144,22 @@ def four_epochs_table(unbounded, bounded) -> str:
     return markdown(heads, rows)
 
 
-# What was tried on nine dice: {what the runs are: their files}.
+# What was tried on other tasks: {what the runs are: their files}.
 NINE_DICE = {
     "warm start of 600 steps, lambda 0.8, clip 0.2, 65 rollouts": "nine-dice-600-seed*.json",
     "warm start of 1200 steps": "nine-dice-seed*.json",
     "the same, lambda 0.95": "nine-dice-lambda-0.95-seed*.json",
     "the same, and the critic hears nothing": "nine-dice-deaf-seed*.json",
 }
+TEN_ARROWS = {
+    "lambda 0.7, the default": "arrows-default-seed*.json",
+    "lambda 0.95": "arrows-lambda-0.95-seed*.json",
+    "lambda 0.7, the critic hears nothing": "arrows-deaf-seed*.json",
+}
 
 
-def nine_dice_table(tried) -> str:
-    """Nine dice, seed by seed. tried: {what the runs are: their summaries}."""
+def tried_table(tried) -> str:
+    """What was tried on a task, seed by seed. tried: {what the runs are: their summaries}."""
     heads = ("", "seed", "temperature 1", "greedy", "explained variance, second half", "tokens")
     rows = [
         (
@@ -318,9 +323,10 @@ def all_tables() -> dict[str, str]:
     worlds = summaries("worlds-*.json")
     if worlds:
         tables["worlds-*.json"] = worlds_table(worlds)
-    nine = {what: summaries(files) for what, files in NINE_DICE.items()}
-    if any(nine.values()):
-        tables["nine-dice-*.json"] = nine_dice_table(nine)
+    for name, files_of in {"nine-dice-*.json": NINE_DICE, "arrows-*.json": TEN_ARROWS}.items():
+        tried = {what: summaries(files) for what, files in files_of.items()}
+        if any(tried.values()):
+            tables[name] = tried_table(tried)
     for file in sorted(RESULTS.glob("*.json")):
         results = json.loads(file.read_text())
         if file.name == "critic.json":

@@ -11,12 +11,14 @@ import train
 HEALTHY = {
     "approx_kl": 0.02,
     "advantage_std": 0.3,
+    "advantage_mean": 0.01,
     "positive_advantages": 0.6,
     "explained_variance": 0.2,
 }
 BREAKING = {
     "approx_kl": {"approx_kl": 0.9},
     "positive_advantages": {"positive_advantages": 0.0},
+    "advantage_mean": {"advantage_mean": -0.13, "positive_advantages": 0.1},
     "explained_variance": {"explained_variance": -0.8},
 }
 
@@ -64,6 +66,14 @@ def test_a_sign_that_goes_and_comes_back_is_said_again(sign):
 def test_where_a_sign_begins_and_how_long_it_must_last(metric, mild, sick, patience):
     assert said([HEALTHY | {metric: mild}] * 5) == {}
     assert list(said([HEALTHY | {metric: sick}] * 5)) == [patience]
+
+
+@pytest.mark.parametrize(
+    ("mean", "share", "says"), [(-0.051, 0.19, 1), (-0.049, 0.19, 0), (-0.051, 0.21, 0)]
+)
+def test_blame_must_be_both_large_and_nearly_everywhere(mean, share, says):
+    sick = HEALTHY | {"advantage_mean": mean, "positive_advantages": share}
+    assert len(said([sick] * 4)) == says
 
 
 def test_a_line_in_full():

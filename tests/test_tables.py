@@ -130,7 +130,7 @@ def test_the_table_of_four_epochs():
 
 def test_the_table_of_nine_dice():
     tried = {"as ever": [], "longer": [summary(seed=2) | {"generated_tokens": 1234}]}
-    _, row = cells(tables.nine_dice_table(tried))
+    _, row = cells(tables.tried_table(tried))
     assert row == ["longer", "2", "0.300 to 0.800", "0.100 to 0.938", "0.46", "1234"]
 
 
@@ -220,6 +220,8 @@ def results(tmp_path, monkeypatch):
         "default-sapo-seed0": summary(seed=0),
         "epochs4-unbounded-seed1": summary(seed=1),
         "epochs4-seed0": summary(seed=0),
+        "arrows-deaf-seed3": summary(seed=3) | {"generated_tokens": 9},
+        "nine-dice-seed1": summary(seed=1) | {"generated_tokens": 9},
         "critic": critics(),
         "trials": {"trials": [trial()]},
         "main-DiceSum": sweep("main"),
@@ -270,6 +272,12 @@ def test_all_tables_are_those_of_the_files_there(results):
         "default-sapo-seed*.json": tables.default_table(defaults),
         "default-sapo-seed*.json, mechanism": tables.mechanism_table(defaults),
         "epochs4-*.json": tables.four_epochs_table([summary(1)], [summary(0)]),
+        "nine-dice-*.json": tables.tried_table(
+            {"warm start of 1200 steps": [summary(1) | {"generated_tokens": 9}]}
+        ),
+        "arrows-*.json": tables.tried_table(
+            {"lambda 0.7, the critic hears nothing": [summary(3) | {"generated_tokens": 9}]}
+        ),
         "critic.json": tables.critic_table(critics()),
         "main-DiceSum.json": table(sweep("main")),
         "truth-DiceSum.json": tables.truth_table(ground_truth()),
