@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import baselines
+import health
 import train
 from lab import compare, critic, figures, kills, sweep, tables, theorems, trl_sapo
 from lab.stats import interval, probability_of_improvement
@@ -979,6 +980,45 @@ def test_every_claim_with_a_figure_is_tested():
     table = text("docs/results.md").split("| the paper | here |")[1].split("\n\n")[0]
     rows = [row for row in table.splitlines() if re.search(r"\d\.\d", row.split(" | ")[-1])]
     assert len(rows) == len(CLAIMS)
+
+
+ARROWS = ("default", "lambda-0.95", "deaf")
+NUMBERS = {2: "two", 3: "three"}
+
+
+def test_ten_arrows_are_what_the_page_says():
+    page = prose("docs/results.md")
+    first = result("arrows-default-seed3.json")
+    early, late = (
+        first["reads"][f"after {start}"] for start in ("a warm start of 600 steps", "one of 2400")
+    )
+    luck = first["reads"]["right after a warm start of 600 steps"]
+    said = f"reads {early['other'][1]:.0%} of the arrows that no habit concerns, and {luck:.0%} of"
+    assert said in page
+    said = f"reads {late['other'][1]:.0%} of these arrows, and {late['habit'][1]:.0%} of those"
+    assert said in page
+    files = {kind: sorted(RESULTS.glob(f"arrows-{kind}-seed?.json")) for kind in ARROWS}
+    runs = {kind: [json.loads(file.read_text()) for file in files[kind]] for kind in ARROWS}
+    for run in (*runs["lambda-0.95"], *runs["deaf"]):
+        assert run["evaluations"]["greedy"]["eval_accuracy"] == 1
+    assert len(runs["deaf"]) == 1
+    assert abs(runs["deaf"][0]["mechanism"]["explained_variance_second_half"]) < 0.01
+    fell = [run for run in runs["default"] if run["accuracy"] < run["warm_start_accuracy"]]
+    assert fell == [first] and f"one run of {NUMBERS[len(runs['default'])]} fell" in page
+    clipped = [run["mechanism"]["clip_fraction"] for of_kind in runs.values() for run in of_kind]
+    assert f"holds back {min(clipped):.2%} to {max(clipped):.2%} of the tokens" in page
+
+    lines = (RESULTS / "arrows-default-seed3-metrics.jsonl").read_text().splitlines()
+    rows = {row["iteration"]: row for row in map(json.loads, lines)}
+    assert f"a dozen rollouts find it** (seed 3: {rows[12]['accuracy']:.0%})" in page
+    assert f"right {100 * rows[22]['accuracy']:.0f} times in 100" in page
+    assert f"at the 26th {100 * rows[26]['accuracy']:.0f} times" in page
+    assert f"sure by then ({rows[22]['entropy']:.3f} nats a token)" in page
+    assert all(rows[i]["policy_steps"] <= 0.5 for i in range(23, 27))
+    since, said = {}, {}
+    for iteration in range(1, 46):
+        said[iteration] = health.warnings(rows[iteration], since)
+    assert min(iteration for iteration, lines in said.items() if lines) == 26
 
 
 def test_nine_dice_are_what_the_page_says():
