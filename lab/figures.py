@@ -504,7 +504,7 @@ def critic_figure(results):
         grid[0, column].set_title(f"{task}: {_accuracy(measured, task):.0%} right")
         grid[1, column].set_xlabel("optimizer steps")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    figure.suptitle("What a critic sees of one frozen policy", fontweight="bold")
+    figure.suptitle("What a critic sees of frozen policies", fontweight="bold")
     return figure
 
 

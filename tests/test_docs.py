@@ -451,11 +451,12 @@ def test_python_m_lab_tables_prints_them(capsys):
 
 # --------------------------------------------------------------------------------- the claims
 def critic_claim():
-    """Explained variance, then AUROC: without hearing and with, for the policy trained a while."""
+    """Explained variance, then AUROC: without hearing, with it, and by what is heard alone, for the
+    policy trained a while."""
     measured = [row for row in result("critic.json")["measured"] if row["task"] == "later"]
     figures_said = []
     for measure in ("explained_variance", "auroc_of_first_wrong_step"):
-        for variant in ("more and larger steps", "hears"):
+        for variant in ("more and larger steps", "hears", "hears, reads nothing"):
             ends = [row["curve"][-1][measure] for row in measured if row["variant"] == variant]
             figures_said.append(f"{np.mean(ends):.2f}")
     return figures_said
@@ -539,13 +540,64 @@ def test_the_older_task_and_the_ceiling_are_what_the_page_says():
     before = result("sharpening-start-seed0.json")["evaluations_before"]
     cold, greedily = (before[kind]["eval_accuracy"] for kind in ("temperature 1", "greedy"))
     assert f"{cold:.3f} at temperature 1, {greedily:.3f} greedy" in prose("docs/results.md")
-    (ceiling,) = [
-        row["curve"][0]
+    ceilings = [
+        row["curve"][0]["auroc_in_wrong_responses"]
         for row in result("critic.json")["measured"]
-        if (row["task"], row["variant"]) == ("later", "ceiling")
+        if row["variant"] == "ceiling" and row["task"] in ("later", "dice")
     ]
-    said = f"even 64 continuations give no more than {ceiling['auroc_in_wrong_responses']:.2f}"
+    said = f"64 continuations give {min(ceilings):.2f} to {max(ceilings):.2f} by that count"
     assert said in prose("docs/results.md")
+
+
+def test_what_makes_a_critic_see_is_what_was_measured():
+    measured, page = result("critic.json")["measured"], prose("docs/results.md")
+    seeds = {(row["task"], row["seed"]) for row in measured}
+    assert seeds == {
+        ("later", 3),
+        ("later", 4),
+        ("dice", 3),
+        ("dice", 4),
+        ("nine", 3),
+        ("arrows", 3),
+    }
+    assert "`later` and `dice` are means of two seeds, the others are one" in page
+
+    def ends(task, variant, measure="explained_variance"):
+        rows = [row for row in measured if (row["task"], row["variant"]) == (task, variant)]
+        return np.mean([row["curve"][-1][measure] for row in rows])
+
+    readers = ["more and larger steps", "four passes", "logistic", "starts at the mean"]
+    readers += ["demonstrations first"]
+    for task in ("dice", "arrows"):
+        assert min(ends(task, variant) for variant in readers) > 0.1
+        assert ends(task, "hears") < max(ends(task, variant) for variant in readers)
+    said = [ends("later", variant) for variant in readers]
+    assert f"explain {min(said):.2f} to {max(said):.2f}, of `nine` next to nothing" in page
+    assert max(ends("nine", variant) for variant in readers) < 0.11
+    heard = [ends(task, "hears") for task in ("later", "nine")]
+    assert "same critic explains {:.2f} and {:.2f}".format(*heard) in page
+    marks = [
+        ends("later", variant, "auroc_of_first_wrong_step")
+        for variant in ("hears, reads nothing", "hears")
+    ]
+    assert (
+        "wrong step as well ({:.2f}) as the critic that reads, too ({:.2f})".format(*marks) in page
+    )
+    alone = ends("later", "hears, reads nothing")
+    assert f"explained variance: {heard[0]:.2f} in place of {alone:.2f}" in page
+    for measure in ("explained_variance", "auroc_of_first_wrong_step"):
+        assert ends("nine", "hears", measure) > ends("nine", "hears, reads nothing", measure) + 0.05
+    blind = [
+        (
+            ends(task, "hears, reads nothing", "auroc_of_first_wrong_step"),
+            ends(task, "hears, reads nothing"),
+        )
+        for task in ("dice", "arrows")
+    ]
+    said = f"numbers reach {blind[0][0]:.2f} and {blind[1][0]:.2f}, and explain {blind[0][1]:.2f}"
+    assert said in page and f"{blind[1][1]:.2f}" == f"{blind[0][1]:.2f}"
+    few = [row["curve"][0]["wrong_responses"] for row in measured if row["variant"] == "ceiling"]
+    assert f"stand on {min(few)} to {max(few)} wrong answers per policy and seed" in page
 
 
 def trial_rows(name):
@@ -715,7 +767,7 @@ def test_what_seeing_pays_is_what_its_runs_hold():
 
 def test_what_reuse_shows_is_what_its_runs_hold():
     runs, page = result("reuse-DiceSum.json")["runs"], prose("docs/results.md")
-    assert {run["seed"] for run in runs} == {0, 1, 2} and "three seeds so far of the five" in page
+    assert {run["seed"] for run in runs} == set(range(5)) and len(runs) == 160
 
     def ends(kind):
         """The interquartile mean over the seeds at 1, 2, 4 and 8 epochs."""
@@ -734,16 +786,23 @@ def test_what_reuse_shows_is_what_its_runs_hold():
         assert ends(kind)[:3] == sorted(ends(kind)[:3]) and ends(kind)[3] < ends(kind)[2]
     assert f"rises to {ends('segment ratio')[2]:.3f} at four" in page
     assert f"the token's ratio to {ends('token ratio')[2]:.3f}" in page
-    alone = "{:.3f} and {:.3f} on two seeds, and at {:.3f} on the third".format(
-        *at_eight("segment ratio")
-    )
-    assert f"segment ratio ends at {alone}" in page
+    lowest, lower, *others = sorted(at_eight("segment ratio"))
+    assert min(others) > 0.83 and f"on three seeds, and at {lower:.3f} and {lowest:.3f} on" in page
+    strayed = {
+        run["accuracy"]: max(run["curve"]["approx_kl"])
+        for run in runs
+        if run["label"] == "segment ratio, 8 epochs"
+    }
+    assert f"came to {strayed[lower]:.2f} and {strayed[lowest]:.2f}" in page
     token = [run["accuracy"] for run in runs if run["label"] == "token ratio, 4 epochs"]
     gains = [a > b for a, b in zip(at_eight("token ratio"), token, strict=True)]
-    assert sum(gains) == 1 and f"loses on two, down to {min(at_eight('token ratio')):.3f}" in page
+    assert sum(gains) == 1 and f"loses on four, down to {min(at_eight('token ratio')):.3f}" in page
     bounded = at_eight("segment ratio and KL bound")
-    assert f"it ends at {bounded[2]:.3f}" in page
+    assert f"it ends at {bounded[2]:.3f} and {bounded[4]:.3f}" in page
     assert ends("no clip")[2:] == [0.0, 0.0]
+    unclipped = [run for run in runs if run["label"] == "no clip, 4 epochs"]
+    lost = [max(run["curve"]["approx_kl"]) for run in unclipped if run["accuracy"] == 0]
+    assert len(lost) == 4 and min(lost) > 0.8
     assert f"not stand eight epochs** ({ends('product of ratios')[3]:.3f}; on one seed" in page
     assert sum(accuracy > 0.6 for accuracy in at_eight("product of ratios")) == 1
     (fell,) = [
@@ -754,7 +813,7 @@ def test_what_reuse_shows_is_what_its_runs_hold():
         [run["accuracy"] for run in runs if run["label"] == f"response ratio, {epochs} epochs"]
         for epochs in (4, 8)
     ]
-    assert all(eight > four for four, eight in zip(*of_response, strict=True))
+    assert sum(eight > four for four, eight in zip(*of_response, strict=True)) == 4
     greedy_of = {
         label: f"{np.mean([run['greedy'] for run in runs if run['label'] == label]):.3f}"
         for label in (f"{kind} ratio, {n} epochs" for kind in ("segment", "token") for n in (1, 4))
@@ -765,13 +824,15 @@ def test_what_reuse_shows_is_what_its_runs_hold():
     said = f"{one[0]} and {one[1]} at one epoch, {four[0]} and {four[1]} at four"
     assert f"Greedy neither gains: {said}" in page
     risen = [max(run["curve"]["accuracy"]) for run in runs if run["label"] == "ppo, 4 epochs"]
-    assert min(risen) > 0.8 and max(risen) < 0.95
+    assert min(risen) > 0.75 and max(risen) < 0.95
+    of_ppo = [run for run in runs if run["label"] == "ppo, 4 epochs"]
+    assert sum(run["accuracy"] < run["warm_start_accuracy"] for run in of_ppo) == 2
     for method in ("ppo", "grpo"):
         assert ends(method)[2] < ends(method)[1] and ends(method)[3] < ends(method)[0]
     bound, free = ends("segment ratio and KL bound"), ends("segment ratio")
     assert all(abs(bound[i] - free[i]) < 0.01 for i in (1, 2))
     holds_back = [b < f for b, f in zip(bounded, at_eight("segment ratio"), strict=True)]
-    assert holds_back == [True, True, False]
+    assert holds_back == [True, True, False, True, False]
 
 
 def test_what_the_shares_of_cuts_show_is_what_their_runs_hold():
