@@ -110,8 +110,8 @@ EXPERIMENTS = {
     },
     "games": {
         f"{name}, rate {rate}": [*flags, "--actor_lr", rate]
+        for rate in ("4e-4", "2e-4")
         for name, flags in PLAYERS.items()
-        for rate in ("2e-4", "4e-4")
     },
     "controls": {
         "sapo": [],

@@ -1129,6 +1129,19 @@ def test_the_figures_of_results_are_drawn_from_results(tmp_path):
         assert kept == path.read_text(), f"{path.name} is not what its JSON holds"
 
 
+def test_what_was_tried_on_other_games_is_what_the_page_says():
+    page = prose("docs/games.md")
+    baby, textworld = result("tried-games.json")["tried"]
+    assert (
+        f"the warm start wins {baby['before']['eval_accuracy']:.3f} of the games, and nine" in page
+    )
+    low, high = min(baby["accuracy"]), max(baby["accuracy"])
+    assert len(baby["accuracy"]) == 9 and f"leave it there ({low:.3f} to {high:.3f})" in page
+    assert f"KL divergence of {max(baby['approx_kl']):.3f} at most" in page
+    assert max(baby["explained_variance"]) < 0.03 and baby["seconds"][-1] > 9 * 60
+    assert f"the warm start wins {textworld['before']['eval_accuracy']:.3f}, so" in page
+
+
 def test_what_the_worlds_show_is_what_their_runs_hold():
     page, values = prose("docs/games.md"), result("treasure-values-seed0.json")
     explained = values["explained_variance_of_outcomes"]

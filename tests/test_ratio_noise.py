@@ -20,11 +20,28 @@ def noise_in(folder, dtype):
 
 
 def test_a_response_scored_again_in_other_company_is_as_likely(sharp_folder):
-    """To float32's precision; to bfloat16's it is not."""
+    """To float32's precision. In bfloat16 that depends on the machine: some CPUs round alike in any
+    company."""
     full, half = (noise_in(sharp_folder, dtype) for dtype in ("float32", "bfloat16"))
     assert full["token_largest"] < 1e-4 and full["beyond_clip"] == 0
-    assert 1e-3 < half["token_largest"] < 1 and half["responses"] == 24
+    assert full["token_largest"] < 1e-4 + half["token_largest"] < 1 and half["responses"] == 24
     assert half["response_rms"] <= half["response_largest"] <= half["token_largest"]
+
+
+def test_what_company_changes_is_measured(sharp_folder, monkeypatch):
+    """Of 24 responses, 16 and 8 at a time, then 5 and at last 4 at a time: here each companion
+    makes every token likelier by 0.01 nats."""
+    score = vlm.score
+
+    def swayed(policy, inputs, tokens, mask):
+        logp, entropy = score(policy, inputs, tokens, mask)
+        return logp + 0.01 * len(mask) * mask, entropy
+
+    monkeypatch.setattr(vlm, "score", swayed)
+    found = noise_in(sharp_folder, "float32")
+    assert found["token_largest"] == pytest.approx(0.11, abs=0.0101)
+    assert found["response_largest"] == pytest.approx(found["token_largest"], abs=1e-3)
+    assert 0.03 < found["response_rms"] < found["response_largest"] and found["beyond_clip"] == 1
 
 
 @pytest.mark.skipif(not (RESULTS / "ratio_noise.json").is_file(), reason="not measured yet")
