@@ -1043,6 +1043,25 @@ def test_every_claim_with_a_figure_is_tested():
     assert len(rows) == len(CLAIMS)
 
 
+def test_what_the_players_of_treasure_show_is_what_their_runs_hold():
+    runs = result("games-Treasure-picture=false-sight=2-walls=0-text.json")["runs"]
+    page, of = prose("docs/results.md"), {(run["label"], run["seed"]): run for run in runs}
+    first = [run["accuracy"] for run in runs if run["seed"] == 0]
+    assert len(first) == 8 and f"reach {min(first):.2f} to {max(first):.2f} on seed 0" in page
+    assert {run["label"] for run in runs if run["seed"] == 1} == {
+        f"{player}, rate 4e-4" for player in sweep.PLAYERS
+    }
+    token, turn, entropy, group = (
+        of[f"{player}, rate 4e-4", 1]["accuracy"]
+        for player in ("ppo", "sapo, a segment is a turn", "sapo", "grpo")
+    )
+    assert f"end at {token:.3f} and {turn:.3f}, and the entropy cut at {entropy:.3f}" in page
+    assert token < group < entropy
+    for seed, rate in ((0, "2e-4"), (0, "4e-4"), (1, "4e-4")):
+        greedy = {player: of[f"{player}, rate {rate}", seed]["greedy"] for player in sweep.PLAYERS}
+        assert max(greedy, key=greedy.get) == "sapo"
+
+
 ARROWS = ("default", "lambda-0.95", "deaf")
 NUMBERS = {2: "two", 3: "three"}
 
@@ -1267,3 +1286,5 @@ def test_the_oldest_versions_are_those_that_were_tried():
         assert version == oldest or version.startswith(f"{oldest}.")
         assert f"{name} {version}" in page
     assert f"{tried['passed']:,} tests" in page and f"{tried['skipped']} skip" in page
+    later = result("python312.json")
+    assert f"{later['passed']:,} tests pass and {later['skipped']} skip" in page
