@@ -270,8 +270,8 @@ def experiment(tasks, seeds, runs, rollouts, responses, continuations, done=()):
                 curve = learned(run, variant, batches, held_out)
                 done.append({**where, "variant": name, "curve": curve})
                 yield done
-            torch.manual_seed(seed)
             if "ceiling" not in here:
+                torch.manual_seed(seed)
                 best = ceiling(run, held_out, responses, continuations)
                 done.append({**where, "variant": "ceiling", "curve": [best]})
             yield done

@@ -67,6 +67,14 @@ def test_the_picture_shows_what_the_words_say():
     assert draw(seen).tobytes() == picture.tobytes()
 
 
+def test_what_is_seen_is_made_of_words_that_have_a_token():
+    from minigrid.core.constants import COLOR_NAMES
+
+    assert {*COLOR_NAMES, "ball", "box", "key", "door", "wall", "Go on.", "Done!"} <= set(
+        BabyAI.words
+    )
+
+
 def test_words_name_the_nearest_things_first_and_where_they_are():
     from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
 

@@ -1,6 +1,7 @@
 """health.py: a run that is breaking says so, once, in one line; a healthy one says nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import small_runs
@@ -66,6 +67,14 @@ def test_a_sign_that_goes_and_comes_back_is_said_again(sign):
 def test_where_a_sign_begins_and_how_long_it_must_last(metric, mild, sick, patience):
     assert said([HEALTHY | {metric: mild}] * 5) == {}
     assert list(said([HEALTHY | {metric: sick}] * 5)) == [patience]
+
+
+def test_the_default_run_said_nothing():
+    """All that it wrote of itself, replayed."""
+    file = Path(__file__).parents[1] / "results" / "default-sapo-seed0-metrics.jsonl"
+    since, rows = {}, [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row for row in rows if "advantage_mean" in row]
+    assert len(rows) == 68 and not any(health.warnings(row, since) for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ def test_a_response_scored_again_in_other_company_is_as_likely(sharp_folder):
     company."""
     full, half = (noise_in(sharp_folder, dtype) for dtype in ("float32", "bfloat16"))
     assert full["token_largest"] < 1e-4 and full["beyond_clip"] == 0
-    assert full["token_largest"] < 1e-4 + half["token_largest"] < 1 and half["responses"] == 24
+    assert half["token_largest"] == 0 or 1e-3 < half["token_largest"] < 1
+    assert half["responses"] == 24
     assert half["response_rms"] <= half["response_largest"] <= half["token_largest"]
 
 

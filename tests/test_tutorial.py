@@ -103,6 +103,13 @@ def test_the_right_digit_hardly_moved_and_the_wrong_one_did():
     assert abs(right["after"][5] - right["before"][5]) < 0.01
 
 
+def test_the_baselines_and_the_guard_are_what_the_text_says():
+    text = " ".join(TEXT.split())
+    assert f"half-way through the run, 0 − {EPISODE['baseline']:.2f}.)" in text
+    assert f"less the mean reward, 0 − {-EPISODE['step']['advantage']:.2f} " in text
+    assert f"`target_kl`, {sapo.SAPOConfig().target_kl} in `train.py`" in text
+
+
 def test_one_critic_sees_the_slip_and_the_other_does_not():
     first, last = tutorial_figures.wrong_span(EPISODE)
     for values, falls in ((EPISODE["token_values"], True), (EPISODE["blind_values"], False)):
