@@ -114,6 +114,7 @@ LOOKING = beginning_with(
         f"python -m lab.{name}"
         for name in ("critic", "tables", "theorems", "estimators", "kills", "memory", "ratio_noise")
     ),
+    "python -m lab.steps",
     "python -m lab.trl_sapo",
 )
 TESTING = beginning_with("python -m pytest", "python tests/")
@@ -198,6 +199,8 @@ def test_measurements_and_figures_take_these_words(command, monkeypatch):
 def test_the_other_commands_of_the_laboratory_take_these_words(command):
     if "lab.critic" in command:
         critic.parse(arguments(command, "python -m lab.critic"))
+    elif "lab.steps" in command:
+        train.parse(arguments(command, "python -m lab.steps"))
     elif "lab.theorems" in command:
         theorems.parse(arguments(command, "python -m lab.theorems"))
     elif "lab.kills" in command:
@@ -1069,14 +1072,12 @@ NUMBERS = {2: "two", 3: "three"}
 def test_ten_arrows_are_what_the_page_says():
     page = prose("docs/results.md")
     first = result("arrows-default-seed3.json")
-    early, late = (
-        first["reads"][f"after {start}"] for start in ("a warm start of 600 steps", "one of 2400")
-    )
-    luck = first["reads"]["right after a warm start of 600 steps"]
-    said = f"reads {early['other'][1]:.0%} of the arrows that no habit concerns, and {luck:.0%} of"
-    assert said in page
-    said = f"reads {late['other'][1]:.0%} of these arrows, and {late['habit'][1]:.0%} of those"
-    assert said in page
+    early, late = (result(f"steps-arrows-{steps}.json") for steps in (600, 2400))
+    said = f"gets {early['steps']['other'][1]:.0%} of the steps right that no habit concerns, and "
+    assert f"{said}{early['accuracy']:.0%} of its answers" in page
+    assert f"2400 these are {late['steps']['other'][1]:.0%}, and of the steps" in page
+    assert f"concerns it gets {late['steps']['hard'][1]:.0%} right" in page
+    assert late["command"] in commands_of("docs/results.md")
     files = {kind: sorted(RESULTS.glob(f"arrows-{kind}-seed?.json")) for kind in ARROWS}
     runs = {kind: [json.loads(file.read_text()) for file in files[kind]] for kind in ARROWS}
     for run in (*runs["lambda-0.95"], *runs["deaf"]):
