@@ -108,6 +108,11 @@ def test_worlds_too_large_and_games_that_raise_go_without_exact_values(run, monk
         with pytest.warns(UserWarning, match="no exact values, as they raised ZeroDivisionError"):
             rows = train.samples(run)
     assert all("exact_values" not in row and "tokens" in row for row in rows)
+    with monkeypatch.context() as patched:
+        patched.setattr(Treasure, "exact_value", lambda game, rate: None)
+        rows = train.samples(run)
+    assert len(rows) == 8 and all("exact_values" not in row for row in rows)
+    assert {row["correct"] for row in rows} == {True, False}
     large = GameTask(Treasure(size=5))
     example = large.example_at(0)
     turns = [text for _, _, text in large.transcript(example, np.random.default_rng(0))]
