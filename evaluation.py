@@ -20,6 +20,7 @@ import models
 import rollout
 import sapo
 from lab.stats import wilson
+from tasks.games import STOP
 
 EVALUATION = ("eval_accuracy", "eval_low", "eval_high")  # a share, and its 95% interval
 
@@ -160,8 +161,8 @@ def add_exact_values(told, environments):
     """Give samples of a game that knows them `exact_values`: V of the prefix before each token, for
     the game's own player who gives a wrong command as often as the samples do.
 
-    V is that of the turn's beginning up to the turn's last known step, which is its command, and
-    what the command leads to behind it. A game that raises here goes without.
+    V is that of the turn's beginning up to its command, and what the command leads to from the tag
+    on that closes it. A game that raises here goes without.
     """
     task = environments[0].task
     if not (task.replies and hasattr(task.game, "exact_value") and hasattr(task.game, "check")):
@@ -183,9 +184,10 @@ def add_exact_values(told, environments):
     for row, of_row, of_turns in zip(told, places, values, strict=True):
         exact = np.zeros(len(row["tokens"]))
         for place, (before, behind) in zip(of_row, of_turns, strict=True):
-            steps = [last for _, last, _ in row["steps"] if place.start <= last < place.stop]
-            exact[place] = before
-            exact[max(steps, default=place.stop) + 1 : place.stop] = behind
+            pieces = row["tokens"][place]
+            starts = np.cumsum([0, *map(len, pieces[:-1])])  # of each token, in characters
+            closed = "".join(pieces).find(STOP)
+            exact[place] = np.where((closed >= 0) & (starts >= closed), behind, before)
         row["exact_values"] = exact.round(6).tolist()
 
 

@@ -10,7 +10,6 @@ who sees the whole world, dark cells included. The outcomes judge both.
 """
 
 import argparse
-import copy
 import json
 import time
 from pathlib import Path
@@ -23,7 +22,6 @@ import rollout
 import train
 from lab.sweep import ROOT
 from tasks import Treasure
-from tasks.games import command_in
 
 
 def turn_starts(batch, row):
@@ -32,16 +30,11 @@ def turn_starts(batch, row):
     return [first for first, _ in evaluation.runs_of(written)]
 
 
-def states_of(environment):
-    """A played game, and [(world, state, turns left), ...] at the beginning of its turns."""
-    replayed = copy.copy(environment.unwrapped.task.game)
-    replayed.reset(environment.unwrapped.example.content[0])
-    states = []
-    for turn, _ in environment.unwrapped.turns:
-        left = replayed.limit - replayed.turns
-        states.append((replayed.world, replayed.state, left))
-        replayed.step(command_in(turn))
-    return replayed, states
+def states_of(played):
+    """[(world, state, turns left), ...] at the beginning of the turns of a played game."""
+    turns = [turn for turn, _ in played.turns]
+    moments = played.task.replayed(played.example, turns)
+    return [(game.world, game.state, game.limit - game.turns) for game, *_ in moments]
 
 
 @torch.no_grad()
@@ -56,16 +49,16 @@ def measure(run, count=256) -> dict:
         indices = np.arange(first, min(count, first + len(run.envs)))
         batch = rollout.collect(run, indices, "eval")
         for row, environment in enumerate(batch.envs):
-            game, of_row = states_of(environment)
+            played = environment.unwrapped
+            of_row = states_of(played)
             starts = turn_starts(batch, row)[: len(of_row)]  # a turn cut off is no state
             guesses += batch.rollout.values[row, starts].tolist()
-            played = environment.unwrapped
             right += played.task.were_right(played.example, [turn for turn, _ in played.turns])
             won.append(float(batch.infos[row]["correct"]))
             outcomes += [won[-1]] * len(of_row)
-            states += [(game, *state) for state in of_row]
+            states += of_row
     error_rate = 1 - np.mean(right)
-    exact = [game.value(world, state, left, error_rate) for game, world, state, left in states]
+    exact = [game.value(*state, error_rate) for state in states]
     guesses, exact, outcomes = map(np.array, (guesses, exact, outcomes))
     return {
         "games": count,

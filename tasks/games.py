@@ -175,37 +175,49 @@ class GameTask:
             over = terminated or truncated
         return turns
 
+    def replayed(self, example, turns):
+        """Play an episode once more, from the turns that a policy wrote. Yields before each of them
+        `(game, observation, turn, why)`: the game at that moment, what it has said, the part of the
+        turn that counts and why it ends there (`until_end`).
+
+        The command is obeyed when the caller goes on. It ends with the game, with the turns, or
+        with a turn that closed no command. The last turn's command is not obeyed: no turn asks what
+        it did.
+        """
+        game = self._second
+        observation = game.reset(example.content[0])
+        for number, turn in enumerate(turns, 1):
+            counted, why = until_end(turn)
+            yield game, observation, counted, why
+            if why != "act" or number == len(turns):
+                break
+            observation, _, terminated, truncated, _ = game.step(command_in(counted))
+            if terminated or truncated:
+                break
+
     def observed(self, example, turns):
         """[(words, picture or None), ...]: what was seen before each of the turns that a policy
         wrote, in words and as a picture."""
-        game = self._second
-        seen = [words_and_picture(game.reset(example.content[0]))]
-        for turn in turns[:-1]:
-            observation, *_ = game.step(command_in(until_end(turn)[0]))
-            seen.append(words_and_picture(observation))
-        return seen
+        moments = self.replayed(example, turns)
+        return [words_and_picture(observation) for _, observation, _, _ in moments]
 
     def were_right(self, example, turns):
         """[was its command right?, ...] of each turn that a policy closed with a command. What the
         game does not know for right is wrong."""
-        game, right = self._second, []
-        game.reset(example.content[0])
-        for turn in turns:
-            counted, why = until_end(turn)
-            if why != "act":
-                break
-            steps = game.check(counted)
-            right.append(bool(steps) and bool(steps[-1][1]))
-            game.step(command_in(counted))
+        right = []
+        for game, _, turn, why in self.replayed(example, turns):
+            if why == "act":
+                steps = game.check(turn)
+                right.append(bool(steps) and bool(steps[-1][1]))
         return right
 
     def exact_values(self, example, turns, error_rate):
         """[(V before it, V behind its command), ...] of each of the turns that a policy wrote, by
         the game's `exact_value`; None where that is None. Behind a command lies the reward that it
-        earns, and what is to come."""
+        earns, and what is to come: V before the next turn, or nothing where the game has ended."""
         game, values = self._second, []
         game.reset(example.content[0])
-        for turn in turns:
+        for turn in turns:  # not `replayed`: the last command counts, too
             counted, why = until_end(turn)
             before, behind = game.exact_value(error_rate), 0.0
             if before is None:
@@ -221,22 +233,15 @@ class GameTask:
         characters count through all turns. [] for a game that does not know."""
         if not hasattr(self.game, "check"):
             return []
-        game = self._second
-        game.reset(example.content[0])
         steps, start = [], 0
-        for i, turn in enumerate(turns):
-            counted, why = until_end(turn)
+        moments = self.replayed(example, turns)
+        for written, (game, _, turn, _) in zip(turns, moments, strict=False):
             try:
-                known = game.check(counted)
+                known = game.check(turn)
             except Exception as error:  # whatever a foreign game does, the run goes on
                 warnings.warn(f"{self}: check raised {error!r}", stacklevel=2)
                 break
             for (first, end), right in known:
                 steps.append(((start + first, start + end), right))
-            start += len(turn)
-            if why != "act" or i == len(turns) - 1:
-                break  # no turn follows, so what the command does is not asked
-            _, _, terminated, truncated, _ = game.step(command_in(counted))
-            if terminated or truncated:
-                break
+            start += len(written)  # what stands behind the part that counts has its place
         return steps

@@ -123,7 +123,6 @@ class Treasure:
             raise ValueError(f"limit={limit}: expected 0, or at least shortest={shortest}")
         self.limit = limit or longest + 2
         self.cells = tuple(itertools.product(range(size), repeat=2))
-        self._values = None, None, {}  # world, error rate, and what `value` has found there
 
     # ---- the game
 
@@ -233,16 +232,16 @@ class Treasure:
             turns += 1
         return turns
 
-    def value(self, world, state, turns, error_rate=0.0, gamma=1.0, known=None):
+    def value(self, world, state, turns, error_rate=0.0, gamma=1.0):
         """The explorer's exact value, by one who sees the whole world: E[gamma^(K-1)] if he takes
         the treasure in his K-th turn from here on, and 0 if not within `turns`; at gamma 1 his
         chance to succeed.
 
         He gives one of the right commands, each as likely; with probability error_rate one of the
         wrong ones, if there are any. His bad habit is left out. By recursion over what can happen,
-        each state once. known: what calls with the same world, rate and gamma have found already.
+        each state once.
         """
-        known = {} if known is None else known
+        known = _values(self, world, error_rate, gamma)
 
         def of(state, turns):
             if turns == 0:
@@ -267,11 +266,7 @@ class Treasure:
         edge, where it takes seconds."""
         if self.size > 4:
             return None
-        world, rate, known = self._values
-        if (world, rate) != (self.world, error_rate):
-            known = {}
-            self._values = self.world, error_rate, known
-        return self.value(self.world, self.state, self.limit - self.turns, error_rate, known=known)
+        return self.value(self.world, self.state, self.limit - self.turns, error_rate)
 
     # ---- the explorer's words
 
@@ -369,6 +364,12 @@ class Treasure:
             letter = self._letter((column, row))
             _draw_cell(pen, column * CELL, row * CELL, letter, self.shades)
         return picture
+
+
+@functools.lru_cache(maxsize=4)  # they are many
+def _values(game, world, error_rate, gamma):
+    """{(state, turns): value} that `Treasure.value` has found, and adds to."""
+    return {}
 
 
 @functools.lru_cache(maxsize=2**14)

@@ -1,9 +1,12 @@
 """lab/treasure.py: a critic's values beside exact ones, at the start of each turn."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
+import evaluation
 import rollout
 import train
 from lab import treasure
@@ -88,6 +91,47 @@ def test_samples_have_the_exact_value_of_each_turn(run, monkeypatch):
             falls += behind < before - 0.1
             wins += reward
     assert falls and wins, "else this shows little"
+
+
+def test_the_critic_is_judged_by_an_explorer_who_errs_as_often(run, monkeypatch):
+    """State by state, from a replay of ours."""
+    explorer_plays(run, monkeypatch, error_rate=0.5)
+    monkeypatch.setattr(
+        rollout, "critic_values", lambda run, responses, logp: torch.full(logp.shape, 0.5)
+    )
+    measured = treasure.measure(run, 8)
+    right, states, game = [], [], Treasure(size=3, shortest=2, longest=4)
+    explorer_plays(run, monkeypatch, error_rate=0.5)  # the same games once more
+    batch = rollout.collect(run, np.arange(8), "eval")
+    for i, environment in enumerate(batch.envs):
+        game.reset(FIRST_EVAL_SEED + i)
+        for turn, _ in environment.unwrapped.turns:
+            states.append((game.world, game.state, game.limit - game.turns))
+            right.append(command_in(turn) in game.right_commands(game.world, game.state))
+            game.step(command_in(turn))
+    error_rate = 1 - np.mean(right)
+    exact = np.array([game.value(*state, error_rate) for state in states])
+    assert 0.2 < error_rate < 0.8 and measured["wrong_commands"] == pytest.approx(error_rate)
+    assert measured["states"] == len(states) and exact.std() > 0.05
+    assert measured["spread_of_exact"] == pytest.approx(exact.std())
+    assert measured["rmse"] == pytest.approx(np.sqrt(np.mean((exact - 0.5) ** 2)))
+
+
+def test_a_command_of_another_form_has_a_value_behind_it():
+    """The game knows no step of such a turn."""
+    task = GameTask(Treasure(size=3, shortest=2, longest=4))
+    example = task.example_at(0)
+    pieces = ["<act>", "go up", "</act>", "<act>", "go", " up"]
+    before, behind = (value for value, _ in task.exact_values(example, ["<act></act>"] * 2, 0.5))
+    assert before > behind + 0.01
+    turns = [{"first": 0, "last": 2}, {"first": 3, "last": 5}]
+    told = [{"tokens": pieces, "turns": turns, "steps": []}]
+    played = types.SimpleNamespace(task=task, example=example)
+    evaluation.add_exact_values(told, [played])
+    error_rate = 1.0  # one closed command, and it was wrong
+    values = task.exact_values(example, ["<act>go up</act>", "<act>go up"], error_rate)
+    (before, behind), (then, _) = values
+    assert told[0]["exact_values"] == pytest.approx([before, before, behind, then, then, then])
 
 
 def test_a_command_not_known_for_right_is_wrong():

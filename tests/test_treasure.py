@@ -237,6 +237,8 @@ def test_where_every_command_is_right_none_can_slip():
     assert always == never == 0.0
     known = game.value(game.world, game.state, 12)
     assert 0 < game.value(game.world, game.state, 12, 0.3) < known <= 1
+    assert game.value(game.world, game.state, 12, gamma=0.9) < known
+    assert game.value(game.world, game.state, 12) == known, "what was found stays apart"
 
 
 # -------------------------------------------------------------------------- what it looks like
