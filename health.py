@@ -33,7 +33,8 @@ def _has_one_sign(metrics):
 
 
 def _is_mostly_blame(metrics):
-    return metrics.get("advantage_mean", 0.0) < -0.05 and metrics["positive_advantages"] < 0.2
+    is_low = metrics["advantage_mean"] < -0.5 * metrics["advantage_std"]
+    return is_low and metrics["positive_advantages"] < 0.2
 
 
 def _is_worse_than_a_constant(metrics):
@@ -59,8 +60,8 @@ SIGNS = (
         "advantage_mean",
         _is_mostly_blame,
         2,
-        "below -0.05 and four advantages in five negative: the critic expects what the policy can "
-        "no longer do",
+        "half a standard deviation below 0, and four advantages in five are not above it: the "
+        "critic expects what the policy can no longer do",
         "lower --actor_lr or --epochs, or raise --lam",
     ),
     Sign(

@@ -12,8 +12,10 @@ is measured on held-out responses whose steps are known to be right or wrong:
                           responses that have a wrong step? lab.truth.accuracy_of has the two ways
     share of blame        on the first wrong step, by GAE at lambda 0.99
 
-The outcomes are written after each variant. What stands in the file already, of the same variants
-and as many rollouts, is not measured again; to begin anew, remove the file.
+The outcomes are written after each variant, each with its command and date. What stands in the file
+already is not measured again: an interrupted command goes on, and another task or seed joins it. A
+file of other variants or sizes (--rollouts, --states-of, --continuations) is left as it is, and the
+command refused.
 
 The ceiling is the same three for V by 64 fresh continuations of every segment's start: what a
 critic without a flaw would show, but for the noise of 64 coins.
@@ -246,24 +248,33 @@ def learned(run, variant, batches, held_out):
     return curve
 
 
-def experiment(tasks, seeds, runs, rollouts, responses, continuations, done=()):
+def flags_of(task):
+    """What train.py is told for the policy of a task, in one line."""
+    return shlex.join([*BATCH, *TASKS[task], *TRAINED.get(task, [])])
+
+
+def experiment(tasks, seeds, runs, how, told, done=()):
     """Every variant on every task and seed, but for those that are done. Yields the outcomes so
-    far, as a list of dicts."""
+    far, as a list of dicts.
+
+    how: "rollouts", "states_of" and "continuations", the sizes. told: what each new outcome says of
+    itself, its command and date.
+    """
     done = list(done)
     for task in tasks:
         for seed in seeds:
-            here = {row["variant"] for row in done if (row["task"], row["seed"]) == (task, seed)}
+            of_one = {"task": task, "seed": seed, "flags": flags_of(task)}
+            here = {row["variant"] for row in done if of_one.items() <= row.items()}
             if here == {*VARIANTS, "ceiling"}:
                 continue
             run = frozen_run(task, seed, runs)
             torch.manual_seed(seed)
-            indices = [rollout.train_indices(run.settings, 1 + i) for i in range(rollouts)]
+            indices = [rollout.train_indices(run.settings, 1 + i) for i in range(how["rollouts"])]
             batches = [rollout.collect(run, of_one) for of_one in indices]
             # The last one keeps the environments, which know what is right
             held_out = rollout.collect(run, np.arange(run.settings.batch), "eval")
-            flags = [*BATCH, *TASKS[task], *TRAINED.get(task, [])]
-            where = {"task": task, "seed": seed, "flags": shlex.join(flags)}
-            where["accuracy"] = np.mean([info["correct"] for info in held_out.infos]).item()
+            accuracy = np.mean([info["correct"] for info in held_out.infos]).item()
+            where = {**of_one, **told, "accuracy": accuracy}
             for name, variant in VARIANTS.items():
                 if name in here:
                     continue
@@ -272,17 +283,24 @@ def experiment(tasks, seeds, runs, rollouts, responses, continuations, done=()):
                 yield done
             if "ceiling" not in here:
                 torch.manual_seed(seed)
-                best = ceiling(run, held_out, responses, continuations)
+                best = ceiling(run, held_out, how["states_of"], how["continuations"])
                 done.append({**where, "variant": "ceiling", "curve": [best]})
             yield done
 
 
 def kept(file, how) -> list[dict]:
-    """The outcomes in a file that were measured in the same way: by a command that was interrupted,
-    or on other tasks and seeds."""
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    is_same = all(before.get(name) == value for name, value in how.items())
-    return before["measured"] if is_same else []
+    """The outcomes that a file has. SystemExit where they were measured in another way, so that
+    they cannot stand beside new ones."""
+    if not file.is_file():
+        return []
+    before = json.loads(file.read_text())
+    for name, value in how.items():
+        if before.get(name) != value:
+            raise SystemExit(
+                f"{file}: {name} was {before.get(name)}, and is {value} now; expected the same, or "
+                "--results with another folder"
+            )
+    return before["measured"]
 
 
 def of_run(folder, count):
@@ -332,25 +350,19 @@ def main(argv=None):
         return
     how = {
         "rollouts": arguments.rollouts,
+        "states_of": arguments.states_of,
+        "continuations": arguments.continuations,
         "variants": {name: asdict(variant) for name, variant in VARIANTS.items()},
     }
-    first_lines = {
+    told = {
         "command": shlex.join(["python", "-m", "lab.critic", *argv]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        **how,
     }
     file = ROOT / arguments.results / "critic.json"
-    for measured in experiment(
-        arguments.tasks,
-        arguments.seeds,
-        arguments.runs,
-        arguments.rollouts,
-        arguments.states_of,
-        arguments.continuations,
-        kept(file, how),
-    ):
-        file.write_text(json.dumps(first_lines | {"measured": measured}, indent=1) + "\n")
+    done = kept(file, how)
+    for measured in experiment(arguments.tasks, arguments.seeds, arguments.runs, how, told, done):
+        file.write_text(json.dumps({**how, "measured": measured}, indent=1) + "\n")
     print(file)
 
 

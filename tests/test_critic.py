@@ -202,13 +202,16 @@ def test_every_variant_is_measured_and_the_ceiling(runs, tmp_path, monkeypatch):
 
     file = tmp_path / "critic.json"
     result = json.loads(file.read_text())
-    assert set(result) == {"command", "date", "versions", "rollouts", "variants", "measured"}
-    assert result["command"].startswith("python -m lab.critic --rollouts 2 --continuations 2 ")
+    how = {"rollouts", "states_of", "continuations", "variants"}
+    assert set(result) == {*how, "measured"}
+    assert (result["rollouts"], result["states_of"], result["continuations"]) == (2, 6, 2)
     assert result["variants"] == {name: asdict(variant) for name, variant in few.items()}
     *measured, ceiling = result["measured"]
     assert [row["variant"] for row in measured] == list(few) and len(few) > 4
     for row in (*measured, ceiling):
-        assert set(row) == {"task", "seed", "flags", "accuracy", "variant", "curve"}
+        told = {"command", "date", "versions"}
+        assert set(row) == {"task", "seed", "flags", "accuracy", "variant", "curve"} | told
+        assert row["command"].startswith("python -m lab.critic --rollouts 2 --continuations 2 ")
         assert (row["task"], row["seed"]) == ("sum", 0) and 0 < row["accuracy"] < 1
     tokens = {tuple(point["generated_tokens"] for point in row["curve"]) for row in measured}
     ((first, second),) = tokens  # all learned from the same rollouts
@@ -238,7 +241,18 @@ def test_every_variant_is_measured_and_the_ceiling(runs, tmp_path, monkeypatch):
     assert again == [*result["measured"][1:], result["measured"][0]]
     monkeypatch.setattr(critic, "frozen_run", None)
     critic.main([*sizes, *where])
-    assert critic.kept(file, {"rollouts": 2}) == again and critic.kept(file, {"rollouts": 3}) == []
+    # Other sizes or variants do not mix with them, and lose nothing
+    for other in (["--rollouts", "3"], ["--states-of", "5"], ["--continuations", "3"]):
+        with pytest.raises(SystemExit, match=f"{other[0][2:5]}.* and is {other[1]} now; expected"):
+            critic.main([*sizes, *where, *other])
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="variants was .*now;"):
+        patched.setattr(critic, "VARIANTS", {"hears": few["hears"]})
+        critic.main([*sizes, *where])
+    assert json.loads(file.read_text())["measured"] == again
+    # What another policy's flags gave does not stand for this one's
+    monkeypatch.setattr(critic, "TASKS", {"sum": [*SHORT, "--lam", "0.5"]})
+    with pytest.raises(TypeError):  # it would be measured
+        critic.main([*sizes, *where])
     if find_spec("matplotlib"):
         assert [picture.name for picture in figures.drawn(tmp_path)] == ["critic.svg"]
 
