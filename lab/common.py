@@ -49,6 +49,12 @@ def read_lines(path):
     return lines
 
 
+def is_right(sample):
+    """Was a response right, or its game won? A row of samples.jsonl says so; of one that does not,
+    by its reward: more than half, or in a game, where a reward may be partial, more than none."""
+    return sample.get("correct", sample["reward"] > (0 if "turns" in sample else 0.5))
+
+
 def checked_steps(steps, length, where):
     """The steps of a response of `length` tokens: [(first token, last token, right?), ...].
 

@@ -16,7 +16,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.common import FAINT, GREEN, INK, PURPLE, VERMILLION, checked_steps, read_lines, run_title
+from lab.common import (
+    FAINT,
+    GREEN,
+    INK,
+    PURPLE,
+    VERMILLION,
+    checked_steps,
+    is_right,
+    read_lines,
+    run_title,
+)
 
 # All in pixels. A letter's width is the advance of a 12-pixel monospace letter.
 PAGE_WIDTH = 1000
@@ -69,8 +79,8 @@ class Cell(NamedTuple):
 
 def _choose(samples, count):
     """At most `count` responses: right and wrong by turns, as far as there are some of each."""
-    right = [sample for sample in samples if sample["reward"] > 0.5]
-    wrong = [sample for sample in samples if sample["reward"] <= 0.5]
+    right = [sample for sample in samples if is_right(sample)]
+    wrong = [sample for sample in samples if not is_right(sample)]
     by_turns = [sample for pair in zip_longest(right, wrong) for sample in pair]
     return [sample for sample in by_turns if sample is not None][:count]
 
@@ -332,15 +342,14 @@ def _card(sample, top, limit, scales, pictures):
         image = _visible(str(sample["image"]), 10**9)
         elements.append(f'<image {place} href="data:image/png;base64,{image}"/>')
         picture_bottom = top + PICTURE_SIDE + 34
-    if sample["reward"] > (0 if is_game else 0.5):
-        mark, colour = "✓ right", GREEN
+    if is_right(sample):
+        mark, colour = "✓ won" if is_game else "✓ right", GREEN
     else:
-        mark, colour = "✗ wrong", VERMILLION
+        mark, colour = "✗ not won" if is_game else "✗ wrong", VERMILLION
     predicted = _visible(str(sample.get("predicted", "nothing")), 24)
     answer = _visible(str(sample.get("answer", "nothing")), 24)
     outcome = f"answered {predicted}, true answer {answer}, reward {sample['reward']:g}"
     if is_game:
-        mark = "✓ won" if sample["reward"] > 0 else "✗ not won"
         outcome = f"after {len(sample['turns'])} turns, reward {sample['reward']:.2g}"
     question = _visible(str(sample.get("prompt", "")), 120)
     elements += [

@@ -14,7 +14,7 @@ import math
 from itertools import zip_longest
 from pathlib import Path
 
-from lab.common import checked_steps, read_lines, run_title
+from lab.common import checked_steps, is_right, read_lines, run_title
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 CHECKPOINTS = 4  # that are kept, the first and the last among them
@@ -145,7 +145,7 @@ def _response(row, where):
     length = len(row["tokens"])
     response = {key: row[key] for key in KEPT if key in row} | {
         "id": name,
-        "won": row.get("correct", row["reward"] > (0 if "turns" in row else 0.5)),
+        "won": is_right(row),
         "written": row.get("written", [True] * length),
         "entropy": row.get("entropy"),
         "values": row.get("token_values"),

@@ -169,6 +169,26 @@ def test_a_game_is_shown_turn_by_turn(run):
     assert lefts == sorted(set(lefts))
 
 
+@pytest.mark.parametrize(
+    ("told", "mark"),
+    [({"reward": 0.2}, "✓ won"), ({"reward": 0.2, "correct": False}, "✗ not won")],
+)
+def test_a_game_is_won_where_it_says_so_and_else_where_it_earns(run, told, mark):
+    played = sample(list("<go>"), turns=[{"first": 0, "last": 3, "said": "Begin."}])
+    (head,) = of_class(draw(run, [{**played, **told}]), "head")
+    assert "".join(head.itertext()).startswith(mark)
+
+
+def test_right_and_wrong_take_turns_by_what_a_row_says(run):
+    rows = [(0.9, False), (0.1, True), (0.9, False), (0.1, True)]
+    written = [
+        sample(list("ab"), reward, correct=correct, predicted=str(i))
+        for i, (reward, correct) in enumerate(rows)
+    ]
+    heads = ["".join(head.itertext()) for head in of_class(draw(run, written), "head")]
+    assert [head[:7] for head in heads] == ["✓ right", "✗ wrong"] * 2
+
+
 def test_a_game_without_pictures_and_values_is_shown_too(run):
     turns = [{"first": 0, "last": 3, "said": "Begin."}]
     played = sample(list("<go>"), turns=turns)
