@@ -108,7 +108,7 @@ class Method:
     )
 
     def __post_init__(self):
-        sapo.check_ranges(self)
+        sapo.check_settings(self)
 
 
 def responses_per_prompt(method: Method) -> int:
@@ -155,7 +155,7 @@ def fixed_ends(mask: Tensor, tokens: int) -> Tensor:
     """
     if tokens < 1:
         raise ValueError(f"segment_tokens: {tokens}, expected at least 1")
-    return mask & (mask.cumsum(1) % tokens == 0) | sapo.response_ends(mask)
+    return (mask & (mask.cumsum(1) % tokens == 0)) | sapo.response_ends(mask)
 
 
 def is_delimiter(texts: list[list[str]], mask: Tensor) -> Tensor:

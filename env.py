@@ -91,7 +91,8 @@ class Episode(gym.Env):
 
     def _chosen(self, options):
         """The options of `reset` with what stands for those not given: index, split, response."""
-        # Drawn in any case: the generator's way must not depend on the options.
+        self.end_reason = "not reset"  # until it is: a refused reset leaves no episode to go on
+        # Drawn even where it is not used, so that later draws are the same
         drawn = int(self.np_random.integers(2**31))
         chosen = {"index": drawn, "split": "train", "response": ""}
         if options is not None:
@@ -248,7 +249,7 @@ class SegmentEnv(Episode):
             "segment_index": len(self.segments),
         }
         if self.task.side:
-            # (H, W, 3), a copy: who writes on it spoils only his own
+            # (H, W, 3), a copy, so that a caller may change it
             observation["image"] = self._pixels.copy()
         return observation
 
@@ -378,14 +379,26 @@ class GameEnv(Episode):
         chosen = self._chosen(options)
         self.example = self.task.example_at(chosen["index"], chosen["split"])
         self.example_id = self.example.key
-        self.response, self.turn, self.reply = "", "", ""
+        self.response = ""  # all turns that the policy has written
+        self.turn = ""  # the present one
         self.turn_is_open = True  # nothing has ended it yet: no closed command, no `END`
         self.turns = []  # (what was written, the reply to it) of each finished one
+        self.reply = ""
         self.picture = self.example.image
-        self.segments, self.end_reason, self.won = [], "", False
+        self.won = False
         self.earned = 0.0  # in the whole game, the turns of a prefix included
+        self._begin_episode()
+        self._play_prefix(chosen["response"])
+        self._begin_episode()  # what a prefix earned is not the episode's
+        return self._report()
+
+    def _begin_episode(self):
+        self.segments = []
         self.reward_terms = {"game": 0.0}
-        prefix = chosen["response"]
+        self.end_reason = ""
+
+    def _play_prefix(self, prefix):
+        """Obey what was written before the episode. ValueError for what is no unfinished game."""
         is_text = isinstance(prefix, str)
         for turn in games.turns_of(prefix) if is_text else ():
             self._write(turn)
@@ -397,8 +410,6 @@ class GameEnv(Episode):
                 f"response={prefix!r:.200} is not valid; expected what was written in a game "
                 "that is not over"
             )
-        self.segments, self.reward_terms = [], {"game": 0.0}
-        return self._report()
 
     def step(self, action):
         """Append a segment, any string. Returns Gymnasium's five values. TypeError for what is no
@@ -406,25 +417,30 @@ class GameEnv(Episode):
         self._check_action(action)
         reward, terminated, truncated = self._write(action)
         if not (terminated or truncated) and len(self.segments) == self.max_segments:
-            truncated, self.end_reason = True, "max_segments"
+            truncated = True
+            self.end_reason = "max_segments"
         observation, info = self._report()
         return observation, reward, terminated, truncated, info
 
     def _write(self, text):
         """Append to the turn, and play it where it closes. -> (reward, terminated, truncated)."""
         room = self.max_chars - len(self.response)
-        written, why = games.until_end(self.turn + text[:room])
-        self.segments.append(written[len(self.turn) :])
+        turn, reason = games.until_end(self.turn + text[:room])
+        self.segments.append(turn[len(self.turn) :])
         self.response += self.segments[-1]
-        self.turn, self.reply = written, ""
-        self.turn_is_open = not why
-        reward, terminated, truncated = 0.0, why == "end", False
-        if why == "act":
-            reward, terminated, truncated = self._play(games.command_in(written))
-        elif why == "end":
+        self.turn = turn
+        self.turn_is_open = not reason
+        self.reply = ""
+        reward = 0.0
+        terminated = truncated = False
+        if reason == "act":
+            reward, terminated, truncated = self._play(games.command_in(turn))
+        elif reason == "end":
+            terminated = True
             self.end_reason = "end"
         if not (terminated or truncated) and len(self.response) >= self.max_chars:
-            truncated, self.end_reason = True, "max_chars"
+            truncated = True
+            self.end_reason = "max_chars"
         self.reward_terms["game"] += reward
         self.earned += reward
         self.won = self.end_reason == "game" and self.earned > 0
@@ -451,7 +467,8 @@ class GameEnv(Episode):
         if terminated or truncated:
             self.end_reason = "game" if terminated else "game_truncated"
         elif len(self.turns) >= self.max_turns:
-            truncated, self.end_reason = True, "max_turns"
+            truncated = True
+            self.end_reason = "max_turns"
         return reward, terminated, truncated
 
     def _report(self):

@@ -7,6 +7,7 @@ on held-out examples, and never learns from them. `run` is a `train.Run`.
 import base64
 import io
 import json
+import math
 import sys
 import time
 import warnings
@@ -19,7 +20,6 @@ import transformers
 import models
 import rollout
 import sapo
-from lab.stats import wilson
 from tasks.games import STOP
 
 EVALUATION = ("eval_accuracy", "eval_low", "eval_high")  # a share, and its 95% interval
@@ -42,8 +42,22 @@ def evaluate(run, temperature=1.0, top_p=1.0) -> dict:
     return dict(zip(EVALUATION, (right / count, low, high), strict=True))
 
 
+def wilson(right, n, z=1.96):
+    """Wilson's score interval of a share, `right` of `n`: (low, high), in [0, 1] up to rounding.
+
+    With p = right / n:  (p + z²/2n ± z √(p (1 − p) / n + z²/4n²)) / (1 + z²/n),  here multiplied
+    through by n. z = 1.96 gives 95%. Unlike the normal interval it is right near 0 and 1. Source:
+    Wilson (1927), "Probable inference, the law of succession, and statistical inference". Raises
+    ZeroDivisionError for n = 0.
+    """
+    centre = right + z * z / 2
+    spread = z * math.sqrt(right * (n - right) / n + z * z / 4)
+    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
+
+
 def by_decoding(run, at_temperature_1) -> dict:
-    """Held-out accuracy by the way of decoding. That at temperature 1, as in training, was made.
+    """Held-out accuracy for each way of decoding: {its name: evaluation}. That at temperature 1 is
+    handed in, as it has been measured already.
 
     A model that only slips now and then is right when greedy; one that has learned a thing wrongly
     is wrong however it is decoded. So only the three together tell sharpening from learning.
@@ -109,8 +123,8 @@ def sample(run, batch, row, advantages, values) -> dict:
     """
     task, example = batch.envs[row].unwrapped.task, batch.envs[row].unwrapped.example
     info = batch.infos[row]
-    written = batch.rollout.mask[row].nonzero().flatten().tolist()  # the others were heard
-    length = written[-1] + 1
+    positions = batch.rollout.mask[row].nonzero().flatten().tolist()  # the others were heard
+    length = positions[-1] + 1
     pieces = batch.texts[row][:length]
 
     def of_tokens(numbers):
@@ -118,7 +132,7 @@ def sample(run, batch, row, advantages, values) -> dict:
 
     turns = {}
     if task.replies:
-        turns["turns"] = turns_of(task, example, pieces, written)
+        turns["turns"] = turns_of(task, example, pieces, positions)
     return {
         "iteration": run.progress.iteration,
         "example_id": info["example_id"],
@@ -139,15 +153,15 @@ def sample(run, batch, row, advantages, values) -> dict:
         "rewards": of_tokens(sapo.penalised_rewards(batch.rollout, run.config)),
         "advantages": of_tokens(advantages),
         "ends": batch.rollout.ends[row, :length].tolist(),
-        "steps": step_tokens(task, example, pieces, written),
+        "steps": step_tokens(task, example, pieces, positions),
         **turns,
     }
 
 
-def turns_of(task, example, pieces, written) -> list[dict]:
+def turns_of(task, example, pieces, positions) -> list[dict]:
     """The turns of a game: the first and the last token of each, what was said before it, and the
-    picture that was seen."""
-    parts = runs_of(written)
+    picture that was seen. positions: of the tokens that the policy wrote."""
+    parts = runs_of(positions)
     texts = ["".join(pieces[first : last + 1]) for first, last in parts]
     return [
         {"first": first, "last": last, "said": words, "image": picture and png_base64(picture)}
@@ -161,40 +175,55 @@ def add_exact_values(told, environments):
     """Give samples of a game that knows them `exact_values`: V of the prefix before each token, for
     the game's own player who gives a wrong command as often as the samples do.
 
-    V is that of the turn's beginning up to its command, and what the command leads to from the tag
-    on that closes it. A game that raises here goes without.
+    A turn begins with the V of its moment. From the tag on that closes its command, V is what the
+    command leads to. A game that raises here goes without.
     """
     task = environments[0].task
     if not (task.replies and hasattr(task.game, "exact_value") and hasattr(task.game, "check")):
         return
-    places = [[slice(turn["first"], turn["last"] + 1) for turn in row["turns"]] for row in told]
-    played = [
-        (environment.example, ["".join(row["tokens"][place]) for place in of_row])
-        for row, environment, of_row in zip(told, environments, places, strict=True)
-    ]
+    examples = [environment.example for environment in environments]
+    turns = [["".join(_pieces(row, turn)) for turn in row["turns"]] for row in told]
     try:
-        right = [is_right for game in played for is_right in task.were_right(*game)]
+        right = []
+        for example, of_row in zip(examples, turns, strict=True):
+            right += task.were_right(example, of_row)
         error_rate = 1 - np.mean(right).item() if right else 0.0
-        values = [task.exact_values(*game, error_rate) for game in played]
+        values = [
+            task.exact_values(example, of_row, error_rate)
+            for example, of_row in zip(examples, turns, strict=True)
+        ]
     except Exception as error:  # whatever a foreign game does, the run goes on
         warnings.warn(f"{task}: no exact values, as they raised {error!r}", stacklevel=2)
         return
     if None in values:
         return
-    for row, of_row, of_turns in zip(told, places, values, strict=True):
-        exact = np.zeros(len(row["tokens"]))
-        for place, (before, behind) in zip(of_row, of_turns, strict=True):
-            pieces = row["tokens"][place]
-            starts = np.cumsum([0, *map(len, pieces[:-1])])  # of each token, in characters
-            closed = "".join(pieces).find(STOP)
-            exact[place] = np.where((closed >= 0) & (starts >= closed), behind, before)
-        row["exact_values"] = exact.round(6).tolist()
+    for row, of_turns in zip(told, values, strict=True):
+        row["exact_values"] = _exact_values_of_tokens(row, of_turns)
 
 
-def runs_of(written) -> list[tuple[int, int]]:
+def _pieces(row, turn):
+    """What the tokens of a sample's turn read."""
+    return row["tokens"][turn["first"] : turn["last"] + 1]
+
+
+def _exact_values_of_tokens(row, of_turns):
+    """V before each token of a sample, from (V before it, V behind its command) of its turns."""
+    exact = [0.0] * len(row["tokens"])  # what was heard has none
+    for turn, (before, behind) in zip(row["turns"], of_turns, strict=True):
+        pieces = _pieces(row, turn)
+        text = "".join(pieces)
+        closes_at = text.find(STOP) if STOP in text else len(text)
+        start = 0  # of the token, in characters of its turn
+        for t, piece in enumerate(pieces, turn["first"]):
+            exact[t] = round(behind if start >= closes_at else before, 6)
+            start += len(piece)
+    return exact
+
+
+def runs_of(positions) -> list[tuple[int, int]]:
     """(first, last) of every run of neighbours among some positions, in order."""
     runs = []
-    for t in written:
+    for t in positions:
         if runs and runs[-1][1] == t - 1:
             runs[-1] = runs[-1][0], t
         else:
@@ -202,17 +231,17 @@ def runs_of(written) -> list[tuple[int, int]]:
     return runs
 
 
-def step_tokens(task, example, pieces, written=None) -> list[list]:
+def step_tokens(task, example, pieces, positions=None) -> list[list]:
     """[first token, last token, was it right?] of every reasoning step in a response, whose tokens
     read `pieces`. A step is given in characters; a token counts to it if one of its characters
     does.
 
-    written: the positions that the policy wrote, all if None. The others are replies, which part
+    positions: of the tokens that the policy wrote, all if None. The others are replies, which part
     its turns.
     """
-    written = range(len(pieces)) if written is None else written
-    turns = ["".join(pieces[first : last + 1]) for first, last in runs_of(written)]
-    token_of = [t for t in written for _ in pieces[t]]  # character of all turns -> token
+    positions = range(len(pieces)) if positions is None else positions
+    turns = ["".join(pieces[first : last + 1]) for first, last in runs_of(positions)]
+    token_of = [t for t in positions for _ in pieces[t]]  # character of all turns -> token
     steps = []
     for (start, end), right in task.checked(example, turns):
         if end > start:

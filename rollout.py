@@ -120,8 +120,8 @@ def ask(run, indices, split):
     """
     envs = run.envs[: len(indices)]
     observations = []
-    for episode, index in zip(envs, indices, strict=True):
-        observation, _ = episode.reset(options={"index": int(index), "split": split})
+    for environment, index in zip(envs, indices, strict=True):
+        observation, _ = environment.reset(options={"index": int(index), "split": split})
         observations.append(observation)
     _, first, place = np.unique(indices, return_index=True, return_inverse=True)
     distinct = [observations[i] for i in first]
@@ -230,7 +230,7 @@ def play_side_by_side(run, envs, transcripts, rows, temperature, top_p):
         observations = {}  # row -> what followed its turn, of the episodes that go on
         for k, row in enumerate(live):
             room = longest - in_turn[k]  # less for a row that begins in the middle of a turn
-            written[k] &= written[k].cumsum(0) <= room
+            written[k] &= written[k].cumsum(0) <= room  # of its tokens the first `room`
             pieces = pieces_of[k][:room]
             transcripts.write(row, tokens[k][written[k]])
             texts[row] += pieces
@@ -342,9 +342,10 @@ def _answered_after(run, responses, rows, positions, split):
 def _played_after(run, responses, rows, positions, split):
     """What games earn that are played on from the middle: their commands are given again."""
     envs = run.envs[: len(rows)]
-    for episode, row, t in zip(envs, rows.tolist(), positions.tolist(), strict=True):
-        index, prefix = int(responses.indices[row]), written_text(responses, row, t)
-        episode.reset(options={"index": index, "split": split, "response": prefix})
+    for environment, row, t in zip(envs, rows.tolist(), positions.tolist(), strict=True):
+        index = int(responses.indices[row])
+        prefix = written_text(responses, row, t)
+        environment.reset(options={"index": index, "split": split, "response": prefix})
     transcripts = responses.transcripts.up_to(rows, positions)
     _, rewards = play_on(run, envs, transcripts, run.settings.temperature)
     return rewards
@@ -393,8 +394,8 @@ def first_threshold(run, indices, split) -> float:
 def begin_again(responses, split):
     """Reset each environment to its example, if writing has played it to its end."""
     if responses.envs[0].unwrapped.task.replies:
-        for episode, index in zip(responses.envs, responses.indices, strict=True):
-            episode.reset(options={"index": int(index), "split": split})
+        for environment, index in zip(responses.envs, responses.indices, strict=True):
+            environment.reset(options={"index": int(index), "split": split})
 
 
 def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
@@ -408,12 +409,13 @@ def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
     rewards = np.zeros(mask.shape, np.float32)
     used = mask.to("cpu", copy=True)
     infos = []
-    for row, (episode, pieces, ends_segment, was_written) in enumerate(
+    for row, (environment, pieces, ends_segment, was_written) in enumerate(
         zip(envs, texts, ends.tolist(), used.tolist(), strict=True)
     ):
         if not any(ends_segment[: len(pieces)]):
             raise ValueError(f"ends: response {row} has no segment, expected at least one")
-        first, over = 0, False
+        first = 0  # token of the segment that is being gathered
+        over = False
         for last in range(len(pieces)):
             if not ends_segment[last]:
                 continue
@@ -423,7 +425,7 @@ def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
             segment = "".join(
                 piece for t, piece in enumerate(pieces[first : last + 1], first) if was_written[t]
             )
-            _, reward, terminated, truncated, info = episode.step(segment)
+            _, reward, terminated, truncated, info = environment.step(segment)
             rewards[row, last] = reward
             over = terminated or truncated
             first = last + 1

@@ -44,7 +44,8 @@ ValueError naming the argument that is wrong.
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from numbers import Integral
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -55,21 +56,31 @@ from torch import Tensor, nn
 
 def setting(default, help, within=""):
     """A dataclass field with its meaning and, of a number or a list of them, the interval that it
-    lies in, as it is written in mathematics: "[0, 1)". Command lines show both."""
+    lies in, as it is written in mathematics: "[0, 1)".
+
+    Both stand in the help text, which is all that HfArgumentParser lets a field say: so the command
+    line shows the same interval that `check_settings` holds a value to.
+    """
     metadata = {"help": f"{help}; in {within}" if within else help}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def check_ranges(settings) -> None:
-    """ValueError, naming the field, for a number outside the interval of its `setting`."""
+def check_settings(settings) -> None:
+    """ValueError, naming the field, for a number outside the interval of its `setting`, a fraction
+    where the field is an int, and a word that is not one of the field's Literal."""
     for part in fields(settings):
-        _, has_range, within = part.metadata.get("help", "").rpartition("; in ")
         value = getattr(settings, part.name)
+        _, has_range, within = part.metadata.get("help", "").rpartition("; in ")
         numbers = value if isinstance(value, list) else [value]
         if has_range and not all(_is_within(number, within) for number in numbers):
             raise ValueError(f"{part.name}: {value}, expected a number in {within}")
+        if part.type is int and not isinstance(value, Integral):
+            raise ValueError(f"{part.name}: {value!r}, expected a whole number")
+        if get_origin(part.type) is Literal and value not in get_args(part.type):
+            words = ", ".join(get_args(part.type))
+            raise ValueError(f"{part.name}: {value!r}, expected one of {words}")
 
 
 def _is_within(number, within):
@@ -151,7 +162,7 @@ class SAPOConfig:
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", "(0, inf]")
 
     def __post_init__(self):
-        check_ranges(self)
+        check_settings(self)
 
     @classmethod
     def paper(cls):
@@ -242,11 +253,18 @@ def token_entropy(logits: Tensor) -> Tensor:
 
         H_t = -sum_v pi(v) log pi(v)
 
-    logits (..., V) -> (...), in float32 or better. A banned token (logit -inf) contributes 0.
+    logits (..., V) -> (...), in float32 or better. A banned token (logit -inf) contributes 0. Where
+    a logit is NaN, or every token is banned, so is the entropy, and a cut that meets it raises.
     """
+    _require(
+        logits.dim() > 0 and logits.numel() > 0,
+        "logits",
+        tuple(logits.shape),
+        "(..., V), not empty",
+    )
     logp = _wide(logits).log_softmax(-1)
     # exp(-inf) * -inf is NaN: a banned token's log-probability is set to 0 before the product
-    return -(logp.exp() * logp.masked_fill(logp == -math.inf, 0.0)).sum(-1)
+    return (logp.exp() * -logp.masked_fill(logp == -math.inf, 0.0)).sum(-1)
 
 
 def response_ends(mask: Tensor) -> Tensor:
@@ -284,9 +302,10 @@ def entropy_ends(entropy: Tensor, mask: Tensor, top_k: float = 0.30) -> Tensor:
     # point: without the 1e-9 it would count as 8
     wanted = (top_k * mask.sum(1).double() - 1e-9).ceil().clamp(min=1)  # (B,)
     by_entropy = entropy.masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)
-    is_wanted = torch.arange(mask.shape[1], device=mask.device) < wanted[:, None]  # of falling H
+    # True for the first `wanted` ranks of each row; rank 0 has the highest entropy
+    is_wanted = torch.arange(mask.shape[1], device=mask.device) < wanted[:, None]
     chosen = torch.zeros_like(mask).scatter(1, by_entropy, is_wanted)
-    return mask & chosen | response_ends(mask)
+    return (mask & chosen) | response_ends(mask)
 
 
 def threshold_ends(entropy: Tensor, mask: Tensor, threshold: float) -> Tensor:
@@ -297,11 +316,16 @@ def threshold_ends(entropy: Tensor, mask: Tensor, threshold: float) -> Tensor:
     (exactly so at lambda = gamma = 1; below, GAE brings in the critic's errors). The always-ends
     end a segment too.
 
-    entropy (B, T) in nats -> bool (B, T). ValueError for a threshold that is NaN.
+    entropy (B, T) in nats -> bool (B, T). ValueError for a threshold that is None or NaN.
     """
     _check(mask, entropy=entropy)
-    _require(not math.isnan(threshold), "threshold", threshold, "nats (entropy_quantile gives one)")
-    return mask & (_wide(entropy) > threshold) | response_ends(mask)
+    _require(
+        threshold is not None and not math.isnan(threshold),
+        "threshold",
+        threshold,
+        "nats (entropy_quantile gives one)",
+    )
+    return (mask & (_wide(entropy) > threshold)) | response_ends(mask)
 
 
 def entropy_quantile(entropy: Tensor, mask: Tensor, top_k: float = 0.30) -> float:
@@ -320,7 +344,8 @@ def entropy_quantile(entropy: Tensor, mask: Tensor, top_k: float = 0.30) -> floa
     wanted = math.ceil(top_k * len(ordered) - 1e-9)
     if wanted < len(ordered):
         return ordered[wanted].item()
-    return ordered[-1].item() - 1e-6  # all of them: just below the smallest
+    lowest = ordered[-1].item()
+    return lowest - 1e-6 * max(1.0, abs(lowest))  # all of them: just below, also in float32
 
 
 def delimiter_ends(is_delimiter: Tensor, mask: Tensor) -> Tensor:
@@ -329,7 +354,7 @@ def delimiter_ends(is_delimiter: Tensor, mask: Tensor) -> Tensor:
     is_delimiter bool (B, T) -> bool (B, T).
     """
     _check(mask, is_delimiter=is_delimiter)
-    return mask & is_delimiter | response_ends(mask)
+    return (mask & is_delimiter) | response_ends(mask)
 
 
 def low_prob_ends(logp: Tensor, mask: Tensor, threshold: float = 0.9, every: int = 5) -> Tensor:
@@ -337,13 +362,13 @@ def low_prob_ends(logp: Tensor, mask: Tensor, threshold: float = 0.9, every: int
     ends a segment, and so do the always-ends.
 
     logp (B, T): log pi_old of each token, in nats -> bool (B, T). ValueError for a threshold
-    outside (0, 1], or an `every` below 1.
+    outside (0, 1], or an `every` that is no whole number of at least 1.
     """
     _check(mask, logp=logp)
     _require(0 < threshold <= 1, "threshold", threshold, "a probability in (0, 1]")
-    _require(every >= 1, "every", every, "at least 1")
+    _require(every >= 1 and every % 1 == 0, "every", every, "a whole number, at least 1")
     improbable = mask & (_wide(logp) < math.log(threshold))
-    return improbable & (improbable.cumsum(1) % every == 0) | response_ends(mask)
+    return (improbable & (improbable.cumsum(1) % every == 0)) | response_ends(mask)
 
 
 def segment_index(ends: Tensor) -> Tensor:
@@ -500,13 +525,14 @@ def segment_gae(
     reads = starts if value_at == "start" else boundaries(ends, mask, value_at)
     segments = int(index.max()) + 1  # M
     segment_rewards = _sums(rewards, index, mask, segments)  # (B, M)
-    # (B, M): a sum of one; 0 after the last segment
-    segment_values = _sums(values, index, reads, segments)
+    segment_values = _sums(values, index, reads, segments)  # (B, M): each the sum of one number
     next_values = F.pad(segment_values[:, 1:], (0, 1))  # (B, M)
     deltas = segment_rewards + gamma * next_values - segment_values
 
-    advantage, backwards = 0.0, []
-    for delta in reversed(deltas.T.contiguous().unbind()):  # (B,) each, the last segment first
+    # Eq. 7, from the last segment backwards: A_m = delta_m + gamma lam A_{m+1}
+    advantage = torch.zeros_like(deltas[:, 0])  # (B,): nothing follows the last segment
+    backwards = []
+    for delta in reversed(deltas.T.contiguous().unbind()):  # (B,) each
         advantage = delta + gamma * lam * advantage
         backwards.append(advantage)
     advantages = torch.stack(backwards[::-1], dim=1)  # (B, M)
@@ -535,7 +561,8 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     centred = torch.where(mask, shifted - shifted.sum() / count, 0.0)
     scale = centred.abs().max().clamp(min=1.0)
     centred = centred / scale
-    return centred * (centred.square().sum() / (count - 1) + 1e-8 / scale**2).rsqrt()
+    variance = centred.square().sum() / (count - 1)
+    return centred / (variance + 1e-8 / scale**2).sqrt()
 
 
 # -------------------------------------------------------------------------------------- ratio
@@ -636,12 +663,15 @@ def policy_loss(
     grad log pi(y_i). A segment's length cancels: at ratio 1 each token is pushed by A_m / T.
 
     ratio, advantages (B, T) -> (scalar, stats). stats["clip_fraction"] is the share of policy
-    tokens that the two-sided clip leaves without gradient. ValueError for a dual_clip of 1 or less.
+    tokens that the two-sided clip leaves without gradient. ValueError for a dual_clip of 1 or less,
+    and a clip below 0.
     """
     _check(mask, ratio=ratio, advantages=advantages)
     _require(
         dual_clip is None or dual_clip > 1, "dual_clip", dual_clip, "a number above 1, or None"
     )
+    _require(clip_low >= 0, "clip_low", clip_low, "a number of at least 0")
+    _require(clip_high >= 0, "clip_high", clip_high, "a number of at least 0")
     advantages = torch.where(mask, advantages, 0.0)  # a NaN off the mask: 0 * NaN is NaN
     plain = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
@@ -672,15 +702,20 @@ def value_loss(
     +-value_clip of old_values, the rollout's (as PPO's value clipping).
 
     values, returns, old_values (B, T) -> (scalar, stats). stats["value_clip_fraction"] is the
-    share of segments where the clip was active. ValueError for a value_clip without old_values.
+    share of segments where the clip was active. ValueError for a value_clip without old_values, or
+    not above 0.
     """
     _check(mask, values=values, returns=returns, ends=ends)
+    if old_values is not None:
+        _check(mask, old_values=old_values)
     reads = boundaries(ends, mask, value_at)
-    error = clipped_error = torch.where(reads, values - returns, 0.0)
-    if value_clip is not None:
+    error = torch.where(reads, values - returns, 0.0)
+    if value_clip is None:
+        clipped_error = error
+    else:
         expected = "the rollout's values (B, T), as value_clip is set"
         _require(old_values is not None, "old_values", None, expected)
-        _check(mask, old_values=old_values)
+        _require(value_clip > 0, "value_clip", value_clip, "a number above 0, or None")
         near_old = values.clamp(old_values - value_clip, old_values + value_clip)
         clipped_error = torch.where(reads, near_old - returns, 0.0)
     loss = _average(torch.maximum(error.square(), clipped_error.square()), reads, average)
@@ -748,8 +783,9 @@ def outcomes(rollout: Rollout, config: SAPOConfig) -> Tensor:
     Eq. 7's R_m at lambda 1, where the critic cancels out. Rewards less the KL penalty. -> (B, T),
     one number per segment, 0 off the mask.
     """
-    rewards, nothing = penalised_rewards(rollout, config), torch.zeros_like(rollout.rewards)
-    returns, _ = segment_gae(rewards, nothing, rollout.ends, rollout.mask, config.gamma, lam=1.0)
+    rewards = penalised_rewards(rollout, config)
+    no_values = torch.zeros_like(rewards)
+    returns, _ = segment_gae(rewards, no_values, rollout.ends, rollout.mask, config.gamma, lam=1.0)
     return returns
 
 
@@ -836,16 +872,17 @@ def sapo_update(
     def critic_objective(rows):
         return _critic_objective(rows, value, rollout, returns, config)
 
-    history, stays = [], False
+    history = []
+    policy_stays = False  # as it is: it has been moved as far as target_kl allows
     for _ in range(config.epochs):
         order = torch.randperm(len(mask), generator=generator).to(mask.device)
         minibatches = order.split(config.minibatch)
         finite = []  # the stats of those whose numbers are all finite
         for rows in minibatches:
-            stats = {"policy_steps": 1.0 - stays}
-            if not stays:
+            stats = {"policy_steps": 0.0 if policy_stays else 1.0}
+            if not policy_stays:
                 stats |= _descend("policy", policy_objective, rows, mask, actor_optimizer, config)
-                stays = _finite(stats) and stats["approx_kl"] > config.target_kl
+                policy_stays = _finite(stats) and stats["approx_kl"] > config.target_kl
             if value is not None:
                 stats |= _descend("value", critic_objective, rows, reads, critic_optimizer, config)
             if _finite(stats):
@@ -919,24 +956,25 @@ def _critic_objective(rows, value, rollout, returns, config):
 
 
 def _descend(name, objective, rows, counted, optimizer, config) -> dict:
-    """One optimizer step on some rows, skipped if a number is not finite. -> stats.
+    """One optimizer step on some rows, skipped if a number is not finite. -> stats: what the
+    objective reports, and "policy_loss", "policy_grad_norm" or, by `name`, those of "value".
 
-    A micro-batch weighs as much as it holds of the minibatch: of its responses, or of its
-    `counted` positions (B, T) when losses are means over tokens. So the split changes memory, not
-    numbers. What an objective reports (ratio, entropy, ...) is a mean over the counted positions.
+    A micro-batch weighs as much as it holds of the minibatch, so the split changes memory, not
+    numbers. Its loss weighs by its responses, or by its `counted` positions (B, T) where losses are
+    means over tokens; what the objective reports (ratio, entropy, ...) by its counted positions.
     """
     stats = defaultdict(float)
     for part in rows.split(config.micro_batch or len(rows)):
-        share = (counted[part].sum() / counted[rows].sum().clamp(min=1)).item()
-        weight = len(part) / len(rows) if config.average == "response" else share
+        stats_weight = (counted[part].sum() / counted[rows].sum().clamp(min=1)).item()
+        loss_weight = len(part) / len(rows) if config.average == "response" else stats_weight
         try:
             loss, part_stats = objective(part)
-            (weight * loss).backward()
+            (loss_weight * loss).backward()
         except NaNError:  # the model gave a NaN: the same as a loss that is not finite
             loss, part_stats = torch.tensor(math.nan), {}
-        stats[f"{name}_loss"] += weight * loss.item()
+        stats[f"{name}_loss"] += loss_weight * loss.item()
         for key, number in part_stats.items():
-            stats[key] += share * number
+            stats[key] += stats_weight * number
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     stats[f"{name}_grad_norm"] = grad_norm.item()

@@ -423,7 +423,8 @@ def make_env(settings) -> gym.Env:
         if module:  # "my_module:MyTask-v0" registers itself on import
             importlib.import_module(module)
         spec = gym.registry.get(name)
-        made_of = spec.kwargs.get("task") or spec.kwargs.get("game") if spec else None
+        of_spec = {} if spec is None else spec.kwargs
+        made_of = of_spec.get("task") or of_spec.get("game")
         if isinstance(made_of, str) and made_of in {**TASKS, **GAMES}:
             keywords = {"habits": settings.habits} | keywords
         made = gym.make(settings.env, disable_env_checker=True, **keywords)
@@ -557,7 +558,8 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
         raise ValueError(
             f"--name {settings.name:.40}...: longer than 200 bytes; give a shorter one"
         )
-    if ":" in settings.env and settings.env != known.env:  # who sends a run's folder sends no code
+    # A run's folder may come from elsewhere, and must not choose what is imported
+    if ":" in settings.env and settings.env != known.env:
         raise ValueError(
             f"--resume {settings.resume}: its environment is {settings.env}, and a module is "
             f"imported only where it is named; add --env {settings.env}"

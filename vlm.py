@@ -484,7 +484,7 @@ def _between_turns(vlm, reply, count):
 
 
 def _check_picture_of_reply(tensors):
-    """ValueError for the families whose further inputs speak of a prompt's pictures: the kind of
+    """ValueError for the families whose extra inputs describe the prompt's pictures: the kind of
     each of its tokens (Qwen-VL, PaliGemma), or how many pictures there are (LLaVA-OneVision)."""
     for name, tensor in tensors.items():
         is_kind = name in ("mm_token_type_ids", "token_type_ids")

@@ -1,25 +1,10 @@
-"""The statistics of this repository: intervals, interquartile mean, AUROC and Lift; numpy alone.
+"""The statistics of this repository: intervals, interquartile mean, AUROC, Lift; numpy alone.
 
 Means over seeds and their intervals follow Agarwal et al. (arXiv:2108.13264, the rliable paper).
 Left out: significance tests; read the intervals.
 """
 
-import math
-
 import numpy as np
-
-
-def wilson(right, n, z=1.96):
-    """Wilson's score interval of a share, `right` of `n`: (low, high), in [0, 1] up to rounding.
-
-    With p = right / n:  (p + z²/2n ± z √(p (1 − p) / n + z²/4n²)) / (1 + z²/n),  here multiplied
-    through by n. z = 1.96 gives 95%. Unlike the normal interval it is right near 0 and 1. Source:
-    Wilson (1927), "Probable inference, the law of succession, and statistical inference". Raises
-    ZeroDivisionError for n = 0.
-    """
-    centre = right + z * z / 2
-    spread = z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
 
 
 def iqm(values):

@@ -54,7 +54,8 @@ def read_answer(text):
 
     None unless there is exactly one `<answer>`, closed exactly once, before any `END`, and not
     inside a `<see>` or `<think>` that is still open. So whoever writes several answers, or buries
-    one in a thought, has given none.
+    one in a thought, has given none. (An environment ends a response at its first closed answer,
+    and grades what it took: there nobody comes to write a second.)
     """
     response, reason = until_end(text)
     if reason != "answer" or text.count("<answer>") != 1 or text.count("</answer>") != 1:

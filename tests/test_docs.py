@@ -275,7 +275,7 @@ def test_the_readmes_table_of_runs_is_what_results_hold():
 
 def test_the_time_from_start_to_end_is_what_results_hold():
     whole = next(run["wall_seconds"] for run in RUNS if run["seed"] == 0)
-    said = f"{whole // 60:.0f} min {whole % 60:.0f} s from its start to its end"
+    said = f"{whole // 60:.0f} min {whole % 60:.0f} s in all"
     assert said in prose("README.md")
 
 
@@ -700,7 +700,7 @@ def test_what_the_narrower_clip_did_is_what_the_trials_hold():
     assert f"It ended at {fourth['accuracy']:.3f}, {fourth['greedy']:.3f} greedy" in page
     (earlier,) = [trial for trial in trials(0.7, 2, 65) if trial["seed"] == 4]
     assert f"half-life ({earlier['accuracy']:.3f}, {earlier['greedy']:.3f} greedy)" in page
-    assert f"a fourth ended at {fourth['greedy']:.0%}" in prose("README.md")
+    assert f"seed 4 ended at {fourth['greedy']:.0%}" in prose("README.md")
     of_trials = result("trials.json")["trials"]
     small = [t["mid_run"] for t in of_trials if t["lam"] == 0.6 and "mid_run" in t]
     shares = sorted(seen["own_credit"]["share_on_first_wrong_step"][0] for seen in small)

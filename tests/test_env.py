@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from task_responses import EXAMPLES, TASKS, play, soup
 
 import env
-from env import END, SegmentEnv
+from env import END, GameEnv, SegmentEnv
 from tasks import SPLITS, ArrowPath, DiceSum, TextSum
 
 IDS = ("SAPO/DiceSum-v0", "SAPO/ArrowPath-v0", "SAPO/TextSum-v0")
@@ -214,6 +214,17 @@ def test_a_wrong_option_is_a_value_error_that_names_it(options, named):
         SegmentEnv("DiceSum").reset(options=options)
 
 
+@pytest.mark.parametrize("made", [SegmentEnv, GameEnv])
+@pytest.mark.parametrize("options", [{"split": "z"}, {"index": -1}, {"response": 3}, {"idx": 1}])
+def test_after_a_refused_reset_no_episode_goes_on(made, options):
+    episode = made()
+    episode.reset(seed=0)
+    with pytest.raises(ValueError):
+        episode.reset(options=options)
+    with pytest.raises(gym.error.ResetNeeded, match="not reset"):
+        episode.step("a")
+
+
 def test_an_unknown_option_lists_the_valid_ones():
     with pytest.raises(ValueError, match=r"index.*split.*response"):
         SegmentEnv("DiceSum").reset(options={"idx": 1})
@@ -348,7 +359,8 @@ def test_any_partition_of_a_text_gives_the_same_response_end_and_reward(data):
     max_chars = data.draw(st.sampled_from([30, 2048]))
     episode = SegmentEnv(task, format_reward=0.5, max_chars=max_chars)
     outcomes = []
-    for pieces in ([text], split_anywhere(data, text), [*text[:400], text[400:]]):
+    by_character = [*text[:400], text[400:]] if len(text) > 400 else list(text) or [""]
+    for pieces in ([text], split_anywhere(data, text), by_character):
         last, total = play(episode, text, pieces, index=3)
         observation, _, terminated, truncated, info = last
         keys = ("predicted", "correct", "reward_terms", "end_reason", "steps_correct")

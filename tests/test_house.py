@@ -55,10 +55,10 @@ def test_only_the_training_script_looks_into_the_laboratory():
     looking = {
         module for module in above if any(name.split(".")[0] == "lab" for name in IMPORTS[module])
     }
-    assert looking == {"train", "evaluation"}  # for its figures, and for an interval
+    assert looking == {"train"}  # for its figures
 
 
 def test_a_reader_of_the_algorithm_needs_torch_alone():
-    standard = {"math", "collections", "dataclasses", "typing"}
+    standard = {"math", "collections", "dataclasses", "numbers", "typing"}
     packages = {name.split(".")[0] for name in imported_names(ROOT / "sapo.py")}
     assert packages == standard | {"torch"}

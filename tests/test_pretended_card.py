@@ -18,12 +18,12 @@ from small_sweeps import LEARNED, SUM_TASK, parsed_sweep
 
 import baselines
 import checkpoint
-import env
 import evaluation
 import tiny
 import train
 import vlm
 from lab import critic, treasure, truth
+from tasks import games
 
 
 # -------------------------------------------------------------------------- the card itself
@@ -184,8 +184,7 @@ def start(runs):
 @pytest.fixture(autouse=True)
 def every_turn_closes(monkeypatch):
     """A game goes on after whatever was written: an untrained policy would not close its turn."""
-    step = env.GameEnv.step
-    monkeypatch.setattr(env.GameEnv, "step", lambda game, text: step(game, f"{text}<act></act>"))
+    monkeypatch.setattr(games, "until_end", lambda text: (text, "act"))
 
 
 def one_iteration(start, name):

@@ -35,7 +35,7 @@ TENSORS = {
     "policy_loss": ("ratio", "advantages", "mask"),
     "value_loss": ("values", "returns", "old_values", "ends", "mask"),
 }
-# what else they are called with here: value_loss reads old_values only beside a value_clip
+# what else they are called with here
 OPTIONS = {
     "threshold_ends": {"threshold": 0.9},
     "value_loss": {"value_clip": 0.5},
@@ -251,9 +251,11 @@ def test_segment_index_needs_a_cut(wrong):
         *product(["boundaries", "segment_gae", "value_loss"], ["value_at"], ["middle", None]),
         *product(["policy_loss", "value_loss"], ["average"], ["batch", None]),
         *product(["policy_loss"], ["dual_clip"], [1.0, 0.5, math.nan]),
+        *product(["policy_loss"], ["clip_low", "clip_high"], [-0.1, math.nan]),
+        *product(["value_loss"], ["value_clip"], [0.0, -0.5, math.nan]),
         *product(["low_prob_ends"], ["threshold"], [0.0, 1.1, math.nan]),
-        ("low_prob_ends", "every", 0),
-        ("threshold_ends", "threshold", math.nan),
+        *product(["low_prob_ends"], ["every"], [0, 1.5, math.nan]),
+        *product(["threshold_ends"], ["threshold"], [math.nan, None]),
         ("value_loss", "old_values", None),
     ],
 )

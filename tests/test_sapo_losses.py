@@ -188,3 +188,12 @@ def test_value_loss_term_by_term(batch, average, value_clip, value_at):
     )
     assert loss.item() == pytest.approx(mean_of(errors, average))
     assert stats["value_clip_fraction"] == pytest.approx(mean_of(clipped, "token"))
+
+
+def test_old_values_are_checked_even_where_no_clip_reads_them():
+    x = torch.zeros(2, 4)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    for wrong in (x[:1], torch.full_like(x, math.nan)):
+        with pytest.raises(ValueError, match=r"^old_values\b"):
+            sapo.value_loss(x, x, mask, mask, old_values=wrong)
+    assert sapo.value_loss(x, x, mask, mask, old_values=x + 1)[0] == 0

@@ -53,6 +53,36 @@ def test_token_entropy_has_a_finite_gradient_beside_banned_tokens():
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (0, 3, 5)])
+def test_token_entropy_needs_a_vocabulary(shape):
+    with pytest.raises(ValueError, match=r"^logits: .* expected \(\.\.\., V\), not empty"):
+        sapo.token_entropy(torch.zeros(shape))
+
+
+def test_the_entropy_of_a_certain_token_is_a_plain_zero():
+    entropy = sapo.token_entropy(torch.tensor([[0.0, -math.inf], [200.0, 0.0]]))
+    assert entropy.tolist() == [0.0, 0.0] and not entropy.signbit().any()
+
+
+def test_where_there_is_no_distribution_a_cut_says_so():
+    nothing = torch.full((1, 2, 3), -math.inf)
+    unknown = torch.tensor([[[math.nan, 0.0, 0.0]] * 2])
+    for logits in (nothing, unknown):
+        entropy = sapo.token_entropy(logits)
+        assert entropy.isnan().all()
+        with pytest.raises(ValueError, match="entropy: NaN on a policy token"):
+            sapo.entropy_ends(entropy, torch.ones(1, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("height", [0.0, 1.0, 100.0, 1e6])
+def test_a_quantile_of_one_cuts_everywhere(height):
+    """Also where 1e-6 is less than the distance between two numbers."""
+    entropy = torch.full((1, 3), height)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    threshold = sapo.entropy_quantile(entropy, mask, top_k=1.0)
+    assert sapo.threshold_ends(entropy, mask, threshold).all()
+
+
 def test_token_entropy_is_computed_in_float32_or_better():
     assert sapo.token_entropy(torch.zeros(3, 8, dtype=torch.bfloat16)).dtype == torch.float32
     assert sapo.token_entropy(torch.zeros(3, 8, dtype=torch.float64)).dtype == torch.float64

@@ -61,6 +61,22 @@ def test_released_departs_from_the_paper_as_listed():
     assert released["clip_low"] == 0.2
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "expected"),
+    [
+        ("value_at", "middle", "'middle', expected one of start, end"),
+        ("average", None, "None, expected one of response, token"),
+        ("ratio", "sequence", "'sequence', expected one of segment, token, response, product"),
+        ("minibatch", 2.5, "2.5, expected a whole number"),
+        ("lam", 1.5, r"1.5, expected a number in \[0, 1\]"),
+        ("gamma", math.nan, r"nan, expected a number in \[0, 1\]"),
+    ],
+)
+def test_a_setting_that_is_not_allowed_is_named(name, wrong, expected):
+    with pytest.raises(ValueError, match=f"^{name}: {expected}$"):
+        SAPOConfig(**{name: wrong})
+
+
 @pytest.mark.parametrize("name", vars(SAPOConfig()))
 def test_every_setting_says_what_it_means(name):
     field = SAPOConfig.__dataclass_fields__[name]

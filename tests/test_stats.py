@@ -10,25 +10,6 @@ from hypothesis import strategies as st
 from lab import stats
 
 
-def test_wilson_against_known_values():
-    """Wilson (1927): 8 of 10 gives 0.490 to 0.943; 0 of 10 gives 0 to 0.278, 10 its mirror."""
-    assert stats.wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-5)
-    assert stats.wilson(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-5)
-    assert stats.wilson(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-5)
-    for right in range(51):
-        low, high = stats.wilson(right, 50)
-        assert -1e-12 <= low <= right / 50 <= high <= 1 + 1e-12
-
-
-@given(st.integers(1, 1000), st.data())
-def test_wilson_holds_the_shares_that_the_normal_test_does_not_refuse(n, data):
-    """Its two ends p solve |right / n - p| = z sqrt(p (1 - p) / n), the score test's edge."""
-    right = data.draw(st.integers(0, n))
-    for share in stats.wilson(right, n):
-        edge = 1.96 * math.sqrt(max(0, share * (1 - share)) / n)
-        assert abs(right / n - share) == pytest.approx(edge, abs=1e-6)
-
-
 @pytest.mark.parametrize(
     "values, expected",
     [

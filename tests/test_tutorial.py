@@ -106,7 +106,7 @@ def test_the_right_digit_hardly_moved_and_the_wrong_one_did():
 def test_the_baselines_and_the_guard_are_what_the_text_says():
     text = " ".join(TEXT.split())
     assert f"half-way through the run, 0 − {EPISODE['baseline']:.2f}.)" in text
-    assert f"less the mean reward, 0 − {-EPISODE['step']['advantage']:.2f} " in text
+    assert f"less that model's mean reward, 0 − {-EPISODE['step']['advantage']:.2f} " in text
     assert f"`target_kl`, {sapo.SAPOConfig().target_kl} in `train.py`" in text
 
 
