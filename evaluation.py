@@ -310,10 +310,23 @@ def summarise(run, evaluations) -> dict:
         "seconds": progress.seconds,
         "warm_start_seconds": progress.warm_start_seconds,
         "peak_rss_mb": models.peak_megabytes(),
+        **of_card(settings.device),
         "eval_episodes": settings.eval_episodes,
         "mechanism": mechanism(run.folder),
         "evaluations_before": progress.evaluations_before,
         "evaluations": evaluations,
+    }
+
+
+def of_card(device) -> dict:
+    """What a run on a card says of it, its most memory too; nothing of a CPU."""
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return {}
+    return {
+        "card": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "peak_card_mb": torch.cuda.max_memory_allocated(device) / 2**20,
     }
 
 

@@ -705,9 +705,10 @@ def value_loss(
     share of segments where the clip was active. ValueError for a value_clip without old_values, or
     not above 0.
     """
-    _check(mask, values=values, returns=returns, ends=ends)
+    given = {"values": values, "returns": returns, "ends": ends}
     if old_values is not None:
-        _check(mask, old_values=old_values)
+        given["old_values"] = old_values
+    _check(mask, **given)
     reads = boundaries(ends, mask, value_at)
     error = torch.where(reads, values - returns, 0.0)
     if value_clip is None:

@@ -39,7 +39,12 @@ from PIL import Image
 from tokenizers import decoders
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LogitsProcessor,
+    StoppingCriteria,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -698,12 +703,16 @@ def generate(
         max_new_tokens=max_new_tokens,
         eos_token_id=vlm.eos_ids,
         pad_token_id=vlm.eos_ids[0],
-        suppress_tokens=vlm.banned.nonzero().flatten().tolist(),
         return_dict_in_generate=True,
         output_scores=return_logp,
         **sampling,
     )
-    output = vlm.enter().generate(**inputs, generation_config=config, stopping_criteria=[stopping])
+    output = vlm.enter().generate(
+        **inputs,
+        generation_config=config,
+        logits_processor=[_Ban(vlm.banned)],
+        stopping_criteria=[stopping],
+    )
     tokens = output.sequences[:, P:]  # (B, T)
     T = tokens.shape[1]
     lengths = stopping.lengths.masked_fill(stopping.lengths == 0, T)  # (B,): 0 means never stopped
@@ -713,6 +722,21 @@ def generate(
     all_logp = torch.stack(output.scores, 1).float().log_softmax(-1)  # (B, T, V)
     logp = all_logp.gather(2, tokens[..., None]).squeeze(2)  # (B, T)
     return tokens, mask, torch.where(mask, logp, 0.0)
+
+
+class _Ban(LogitsProcessor):
+    """Banned tokens get a logit of -inf. It stands before temperature and top-p, as all processors
+    that a caller brings do.
+
+    `suppress_tokens` would do the same, but looks through the whole vocabulary again at each token
+    (`torch.isin`), which a card is waited for.
+    """
+
+    def __init__(self, banned):
+        self.banned = banned  # bool (V,)
+
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill(self.banned.to(scores.device), -float("inf"))
 
 
 class _Stop(StoppingCriteria):

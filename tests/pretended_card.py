@@ -36,6 +36,8 @@ WAITING = {
     *("_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount"),
     *("_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"),
 }
+# torch.multinomial asks twice, out of sight: are the numbers probabilities, is their sum 0?
+HIDDEN_WAITS = {"multinomial": 2}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 COPYING = {"copy_", "_to_copy"}
 # Elsewhere a number, as a tensor without dimensions on the CPU, may meet tensors of the card
@@ -215,7 +217,7 @@ class _Operations(TorchDispatchMode):
 
     def _count(self, name, args, lie_there):
         """Count what waits: for an answer, for a copy, or for a mask's number of True."""
-        if name in WAITING:
+        for _ in range(HIDDEN_WAITS.get(name, name in WAITING)):
             self.card.wait("to host")
         if name == "copy_" and not lie_there[0]:
             self.card.wait("to host")

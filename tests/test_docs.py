@@ -404,6 +404,16 @@ def test_the_cost_of_turns_is_what_results_hold():
     assert f"at each turn, {five:.2f} and {twenty:.2f} times" in page
 
 
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python train.py --model Hugging")]
+)
+def test_a_large_models_rate_does_not_die_away(command):
+    """The default's half-life is of tokens of the tiny model: a batch of long answers has many."""
+    settings, config = train.parse(arguments(command, "python train.py"))
+    tokens = settings.iterations * settings.batch * settings.max_new_tokens
+    assert tokens / settings.actor_half_life < 4
+
+
 def test_the_earlier_races_are_what_results_hold():
     races = result("bench_iteration_earlier.json")["races"]
     ours = [race["of_grpo"]["SAPO"] for race in races]

@@ -184,6 +184,20 @@ def test_the_table_says_whether_the_parts_did_their_work(capsys):
     assert "clip" not in capsys.readouterr().out
 
 
+def test_a_run_on_a_card_names_it(monkeypatch):
+    """Not a run on the CPU of a machine that has one, or one that only pretends to have it."""
+    assert evaluation.of_card("cpu") == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert evaluation.of_card("cuda") == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the card {device}")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    told = evaluation.of_card("cuda:1")
+    assert told.keys() == {"card", "cuda", "cudnn", "peak_card_mb"}
+    assert (told["card"], told["peak_card_mb"]) == ("the card cuda:1", 3)
+    assert evaluation.of_card("cpu") == {}
+
+
 def mechanism_of(folder, rows):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return evaluation.mechanism(folder)

