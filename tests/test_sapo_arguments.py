@@ -260,8 +260,11 @@ def test_segment_index_needs_a_cut(wrong):
     ],
 )
 def test_settings_out_of_range_are_refused(function, name, wrong):
-    with pytest.raises(ValueError, match=rf"^{name}\b"):
+    """In one line: the name, the value seen, and what was expected."""
+    with pytest.raises(ValueError) as refused:
         call(function, random_batch(3), **{name: wrong})
+    said, expected = str(refused.value).split(", expected ")
+    assert said == f"{name}: {wrong!r}" and expected != "None"
 
 
 # -------------------------------------------------------------- batches without policy tokens
@@ -269,7 +272,7 @@ def test_settings_out_of_range_are_refused(function, name, wrong):
 
 def test_a_quantile_needs_a_policy_token():
     batch = random_batch(3)
-    with pytest.raises(ValueError, match=r"^mask\b"):
+    with pytest.raises(ValueError, match="^mask: 'no policy token', expected at least one$"):
         sapo.entropy_quantile(batch.entropy, torch.zeros_like(batch.mask))
 
 

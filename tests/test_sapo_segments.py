@@ -81,6 +81,14 @@ def test_a_quantile_of_one_cuts_everywhere(height):
     mask = torch.ones(1, 3, dtype=torch.bool)
     threshold = sapo.entropy_quantile(entropy, mask, top_k=1.0)
     assert sapo.threshold_ends(entropy, mask, threshold).all()
+    assert threshold == pytest.approx(height, rel=2e-6, abs=2e-6)
+
+
+def test_a_token_of_just_the_threshold_is_not_improbable():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    logp = torch.full((1, 3), 0.9, dtype=torch.float64).log()
+    assert sapo.low_prob_ends(logp, mask, 0.9, every=1).tolist() == [[False, False, True]]
+    assert sapo.low_prob_ends(logp - 1e-9, mask, 0.9, every=1).all()
 
 
 def test_token_entropy_is_computed_in_float32_or_better():
