@@ -12,6 +12,7 @@ import count_syncs
 import numpy as np
 import pytest
 import torch
+from families import SUPPORTED, encoded_prompts
 from pretended_card import CARD, PretendedCard, on_card
 from small_runs import TASK, check_samples, resumed
 from small_sweeps import LEARNED, SUM_TASK, parsed_sweep
@@ -19,6 +20,7 @@ from small_sweeps import LEARNED, SUM_TASK, parsed_sweep
 import baselines
 import checkpoint
 import evaluation
+import sapo
 import tiny
 import train
 import vlm
@@ -168,7 +170,7 @@ CASES = {
     "vc-ppo": "--method vc-ppo --critic shared --kl_coef 0.1 --value_pretraining 1",
     "lora": f"--cut fixed --lora 2 {ALL_AT_ONCE}",
     "grpo": "--method grpo --lora 2 --dtype bfloat16",
-    "gspo": "--method gspo",
+    "gspo": "--method gspo --generate_batch 3",
     "srpo": f"--method srpo {DICE} --lora 2",
     "spo-chain": "--method spo-chain",
     "vineppo": "--method vineppo",
@@ -285,6 +287,23 @@ def test_a_sweeps_ground_truth_is_measured_on_the_card(start, runs, card, monkey
     sizes = {"count": 1, "rollouts": 0, "continuations": 1, "large": 2, "responses": 8}
     *_, measured = truth.truth(sweep, extra, **sizes, budget=1)
     assert measured["methods"].keys() == {"grpo"} and len(measured["values"]) == 2
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_no_family_of_models_mixes_devices(family, open_family, card):
+    """Opened, asked with pictures, answered in parts and at once, scored, valued, and taught."""
+    model = open_family(family, device="cuda")
+    _, inputs = encoded_prompts(model, family)
+    tokens, mask = vlm.generate(model, inputs, 4, at_once=2)
+    vlm.generate(model, vlm.extended(inputs, tokens, mask.sum(1)), 2)
+    critic = sapo.SegmentCritic(model.model.base_model, model.hidden_size, hears=True).to("cuda")
+    logp, _ = vlm.score(model, inputs, tokens, mask)
+    surprise = sapo.surprise(logp.detach(), mask)
+    values = vlm.prefix_values(critic, inputs, tokens, mask, surprise)
+    (logp.sum() + values.sum()).backward()
+    part = vlm.take(inputs, torch.tensor([2, 0]))
+    vlm.score(model, vlm.noised(part), tokens[[2, 0]], mask[[2, 0]])
+    assert on_card(logp) and on_card(values) and on_card(critic.head.weight.grad)
 
 
 # --------------------------------------------------------------------------------- the waits

@@ -20,7 +20,7 @@ import sapo
 import train
 import vlm
 
-pytest.importorskip("trl", reason='needs: pip install "trl>=1.16"')
+pytest.importorskip("trl", reason='needs: pip install "trl>=1.16,<1.17"')
 
 import small_runs
 import trl_worker
@@ -359,7 +359,7 @@ def test_the_command_says_in_one_line_what_is_wrong(words, line):
 
 def test_without_trl_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    line = 'lab.trl_trainer needs TRL: pip install "trl>=1.16" .import of trl halted.*'
+    line = 'lab.trl_trainer needs TRL: pip install "trl>=1.16,<1.17" .import of trl halted.*'
     monkeypatch.delitem(sys.modules, "lab.trl_trainer")
     monkeypatch.delattr(lab, "trl_trainer")
     with pytest.raises(ImportError, match=f"^{line}$"):
