@@ -29,7 +29,9 @@ import sapo
 try:
     import trl
 except ImportError as error:  # of TRL, or of what TRL itself imports
-    raise ImportError(f'lab.trl_trainer needs TRL: pip install "trl>=1.16,<1.17" ({error})') from error
+    raise ImportError(
+        f'lab.trl_trainer needs TRL: pip install "trl>=1.16,<1.17" ({error})'
+    ) from error
 if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
     raise ImportError(
         f"trl {trl.__version__} is installed, expected >= 1.16: pip install --upgrade trl"
