@@ -6,8 +6,8 @@
 A small SAPO run is started whose iterations never come to an end, with an evaluation, samples and a
 checkpoint every 50 of them. Every few seconds its resident memory, its open files, its threads and
 its CPU time are read from /proc (so: on Linux), and how far it has come from metrics.jsonl. An
-iteration's time is that of the CPU, so that other work on the machine does not count. At the end the
-run gets SIGTERM, saves, and must leave without an error.
+iteration's time is that of the CPU, so that other work on the machine does not count. At the end
+the run gets SIGTERM, saves, and must leave without an error.
 """
 
 import argparse
