@@ -5,6 +5,7 @@
     python -m lab.bench memory                   # scoring at a vocabulary of 151,936
     python -m lab.bench iteration                # SAPO, GRPO and TRL's GRPO
     python -m lab.bench turns                    # worlds that answer, in 1, 5 and 20 turns
+    python -m lab.bench tokens                   # is the cost linear in the tokens?
     python -m lab.bench gpu                      # true sizes, random weights, a CUDA card
     python -m lab.bench gpu --small              # narrow models, with or without one, printed only
 
@@ -27,6 +28,7 @@ FILES = {
     "memory": "bench_memory.json",
     "iteration": "bench_iteration.json",
     "turns": "bench_turns.json",
+    "tokens": "bench_tokens.json",
     "gpu": "gpu.json",
 }
 
@@ -94,6 +96,10 @@ def measure(args, keep) -> dict:
         from lab import bench_turns
 
         return bench_turns.measure()
+    if args.what == "tokens":
+        from lab import bench_tokens
+
+        return bench_tokens.measure()
     from lab import bench_gpu
 
     return bench_gpu.small() if args.small else bench_gpu.measure(keep=keep)

@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 
-from lab import bench, bench_gpu, bench_iteration, bench_math, bench_memory, bench_turns
+from lab import (
+    bench,
+    bench_gpu,
+    bench_iteration,
+    bench_math,
+    bench_memory,
+    bench_tokens,
+    bench_turns,
+)
 
 
 # ---------------------------------------------------------------------------- the mathematics
@@ -151,6 +159,27 @@ def test_without_a_card_the_gpu_measurement_says_so(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="needs a CUDA card"):
         bench.main(["gpu", "--out", str(tmp_path / "gpu.json")])
     assert not list(tmp_path.iterdir())
+
+
+def test_an_iteration_is_timed_for_each_of_its_tokens(monkeypatch, capsys):
+    seen = []
+    iterate = bench_tokens.train.iterate
+
+    def counted(run):
+        before = run.progress.generated_tokens
+        metrics = iterate(run)
+        seen.append(run.progress.generated_tokens - before)
+        return metrics
+
+    monkeypatch.setattr(bench_tokens.train, "iterate", counted)
+    threads = torch.get_num_threads()
+    outcome = bench_tokens.measure(sizes=((128, 32), (2, 5)), rounds=1)
+    assert seen == [128 * 32] * 2 + [2 * 5] * 2, "nothing ends early"
+    assert torch.get_num_threads() == threads
+    reference, small = outcome["rows"]
+    assert (small["responses"], small["tokens_each"]) == (2, 5)
+    assert reference["of_reference"] == 1 and reference["seconds_per_token"] > 0
+    assert "of the reference" in capsys.readouterr().out
 
 
 def test_turns_are_timed_at_equally_many_tokens(monkeypatch):

@@ -357,6 +357,17 @@ def test_the_speed_of_the_mathematics_is_what_results_hold():
     assert f"{ratio['python floats']:.0f} times on Python floats" in said
 
 
+def test_the_cost_of_tokens_is_what_results_hold():
+    measured, page = result("bench_tokens.json"), prose("docs/models.md")
+    of_reference = [row["of_reference"] for row in measured["rows"]]
+    assert f"takes {min(of_reference):.2f} to {max(of_reference):.2f} of what it takes" in page
+    assert f"(CPU seconds of one thread, the tiny model; `{measured['command']}`, " in page
+    assert f"{measured['date']}, `results/bench_tokens.json`)" in page
+    for name, unit in (("responses", "responses"), ("tokens_each", "tokens each")):
+        numbers = [row[name] for row in measured["rows"]]
+        assert f"from {min(numbers)} to {max(numbers)} {unit}" in page
+
+
 def test_the_memory_of_scoring_is_what_results_hold():
     ways = result("bench_memory.json")["ways"]
     pieces = ways["in pieces"]["megabytes"]
