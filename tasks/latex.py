@@ -489,6 +489,7 @@ def is_worked(tree, known=()):
     number    a decimal, or a fraction in lowest terms that is no whole number
     sum       no two members alike: not 2 + 3, nor \pi + 2\pi
     product   the same: not 3 * 5, nor \sqrt2 \sqrt3, nor x x
+              where there are no letters, a sum is in no other sum, and not multiplied by one
     quotient  the numbers above and below have no common factor, and nothing is above and below
     power     of e and \pi; of numbers not: 2^{10} is 1024
     root      of a whole number without a square in it (for a cube root: a cube)
@@ -503,6 +504,8 @@ def is_worked(tree, known=()):
     inner = [member for member in members if isinstance(member, tuple)]
     if not all(is_worked(member, known) for member in inner):
         return False
+    if not _is_expanded(tree):
+        return False
     if kind == "number":
         return _is_lowest(tree)
     if kind == "sum":
@@ -515,12 +518,21 @@ def is_worked(tree, known=()):
     if kind == "power":
         base, exponent = inner
         is_left = base in (("constant", "e"), ("constant", r"\pi")) and exponent[0] == "number"
-        return bool(symbols(tree)) or is_left
+        return bool(symbols(tree)) or (is_left and number(exponent) not in (0, 1))
     if kind == "root":
         return _is_lowest_root(*inner)
     if kind == "call" and members[0] != "°":
         return bool(symbols(tree))
     return True
+
+
+def _is_expanded(tree):
+    r"""A value has no sum within a sum, and of sums no product: \sqrt2 - (\sqrt2 - 16) is 16."""
+    if tree[0] not in ("sum", "product", "quotient") or symbols(tree):
+        return True
+    members = tree[1:] if tree[0] == "sum" else [tree]
+    sums = [base for member in members for base in _bases(member) if base[0] == "sum"]
+    return len(sums) <= (0 if tree[0] == "sum" else 1)
 
 
 def _differ(keys):
