@@ -25,6 +25,7 @@ follow a bad habit (a six taken for a five, a carry forgotten, an arrow up taken
     textworld.py games made by the package textworld, seen in one line
     dataset.py   your own pictures, questions and answers
     grading.py   how their answers are compared
+    latex.py     answers read as mathematics, and which are worked out
     reasoning.py any data set of the package reasoning-gym, with its own grader
     judge.py     the process in which graders work that may never end
 

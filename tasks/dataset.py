@@ -38,7 +38,7 @@ from tasks.base import (
     split_of,
     until_end,
 )
-from tasks.grading import MAX_ANSWER, read_boxed, same
+from tasks.grading import MAX_ANSWER, is_copied, read_boxed, same
 from tasks.pictures import to_rgb
 
 # What the model is told first: to reason, and then to answer once, where the grader looks for it.
@@ -400,8 +400,9 @@ class DatasetTask(StepsUnknown):
         return read_answer(text) if self.style == "tags" else read_boxed(text)
 
     def grade(self, example, text):
-        """1.0 if the answer given is the `same` as the true one, else 0.0."""
+        """1.0 if the answer given is the `same` as the true one and not just copied, else 0.0."""
         answer = self.read_answer(text)
         if answer is None:
             return 0.0
-        return float(same(answer, example.answer))
+        is_right = same(answer, example.answer)
+        return float(is_right and not is_copied(answer, example.answer, example.question))

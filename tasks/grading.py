@@ -1,22 +1,37 @@
-r"""Is a free-form answer right? "1/2" is 0.5, and \sqrt{12} is 2\sqrt{3}.
+r"""Is a free-form answer right? 2\sqrt{3} is, where \sqrt{12} is true; 3526*17 is not.
 
     read_boxed   the answer of a response that gives it in \boxed{...}
     tidy         an answer without what does not matter: dollar signs, blanks, a period
     same         is the given answer the true one?
+    is_copied    does the answer only repeat the question?
 
 An answer is a *value in the form that was asked for*: 3526*17 is no answer to "3526*17 = ?", though
-it is equal. So `same` settles by itself what it can: equal texts, plain numbers, and what differs
-in form (`other_form`). All else goes to the package math-verify, if it is installed, in a process
-of its own (tasks/judge.py).
+it is equal. So an answer is first read without its typesetting (tasks/latex.py). Equal texts earn.
+All else earns only as a value that is worked out, with the true one's unit, brackets and letters;
+whether the two values are equal is then asked of the package math-verify, if it is installed, in a
+process of its own (tasks/judge.py). It sees what was read, never the response's own text.
 """
 
+import contextlib
 import functools
 import importlib.util
 import re
-from fractions import Fraction
 
 from tasks.base import END
 from tasks.judge import Judge
+from tasks.latex import (
+    RELATIONS,
+    UNORDERED,
+    Unreadable,
+    by_value,
+    is_worked,
+    joins_numbers,
+    read_tree,
+    subtrees,
+    symbols,
+    to_latex,
+    tokens,
+)
 
 MAX_ANSWER = 1000  # characters; a longer answer is wrong
 
@@ -59,13 +74,6 @@ _WRAPPED = re.compile(
     r"|\\\[(.*)\\\]"
     r"|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}"
 )
-_NUMBER = re.compile(
-    r"[+-]?(?:"
-    r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"  # 1,234.5 or 1234.5
-    r"|\.[0-9]+"  # .5
-    r"|[0-9]+/0*[1-9][0-9]*"  # 1/2, but not 1/0
-    r")"
-)
 _AS_LATEX = {ord("−"): "-", ord("°"): r"^\circ"}
 
 
@@ -98,71 +106,182 @@ def _unwrapped(text):
 def same(given, true):
     """Is the given answer the true one?
 
-    Equal texts are, once tidied. Of plain numbers (0.5, .5, 1/2; 1,234) only equal ones are. What
-    has another form is not. On all else math-verify decides, if it is installed, but not on words:
-    to it "act" is a*c*t, and so is "cat".
+    Equal texts are, without their typesetting. Any other answer has to be a value in its form: not
+    unworked (`is_worked`), with the true one's unit, brackets and letters (`other_form`). Then
+    equal numbers are the same (0.5, .5, 1/2; 1,234), and on all else math-verify decides, if it
+    is installed.
     """
     if len(given) > MAX_ANSWER:
         return False
-    given, true = given.translate(_AS_LATEX), true.translate(_AS_LATEX)
-    tidy_given, tidy_true = tidy(given), tidy(true)
-    if tidy_given == tidy_true:
+    if has_same_text(given, true):
         return True
-    if _NUMBER.fullmatch(tidy_given) and _NUMBER.fullmatch(tidy_true):
-        return _number(tidy_given) == _number(tidy_true)
-    if other_form(tidy_given, tidy_true):
+    if _has_only_words(true.translate(_AS_LATEX)):
+        return False  # to math-verify "act" is a*c*t, and so is "cat"
+    pair = _read_alike(tokens(given.translate(_AS_LATEX)), tokens(true.translate(_AS_LATEX)))
+    if pair is None or other_form(*pair):
         return False
-    if _has_only_words(true) or importlib.util.find_spec("math_verify") is None:
+    given_value, true_value = map(by_value, pair)
+    if given_value == true_value:
+        return True
+    if given_value[0] == true_value[0] == "number":
         return False
-    return bool(_MATH_VERIFY(given, true))
+    if importlib.util.find_spec("math_verify") is None:
+        return False
+    return bool(_MATH_VERIFY(_for_judge(pair[0]), _for_judge(pair[1])))
 
 
-# Digits, operators and brackets alone, LaTeX's among them: nothing that could stay as it is
-_ARITHMETIC = re.compile(r"(?:[-+*/^!:×·÷().,{}\[\]\d\s]|\\(?:times|cdot|div|left|right|[,;! ]))+")
-_FRACTION = re.compile(r"[+-]?\\[dt]?frac(?:\{[+-]?\d+\}|\d){2}")
-_DATE = re.compile(r"\d+[-/.]\d+[-/.]\d+|\d+:\d\d(?::\d\d)?")  # or a time
-_NAMED = re.compile(r"\\?[A-Za-z]\w*(?:\([A-Za-z]\))?=")  # x=, f(x)=
-_BRACKETS = re.compile(r"(?:\\left)?(\\\{|[(\[{]).*?(?:\\right)?(\\\}|[)\]}])", re.DOTALL)
-_UNIT = re.compile(r"[-+\d.,/\s]+(?:\\(?:text|mathrm|textbf)\{([^{}]+)\}|([^\W\d_]{1,}[^\W_]*))")
+def has_same_text(given, true):
+    """Are the two one text, but for typesetting?"""
+    given, true = given.translate(_AS_LATEX), true.translate(_AS_LATEX)
+    if tidy(given) == tidy(true):
+        return True
+    words = tokens(tidy(given))
+    return bool(words) and words == tokens(tidy(true))
+
+
+def is_copied(given, true, question):
+    """Does the answer stand in the question, in a form that the true answer does not have?
+
+    To factor x^2-1, or to write 1/2 as a decimal, is more than to repeat it. What counts is the
+    value, without a unit or a name before it: of "AB is 5 cm long" the 5 is no copy if 5 is right.
+    """
+    if has_same_text(given, true):
+        return False
+    value = _value(given)
+    return value is not None and value != _value(true) and value in _expressions(question)
+
+
+def _value(text):
+    """The tree of an answer without name and unit, or None."""
+    _, words = _split_name(tokens(text.translate(_AS_LATEX)))
+    try:
+        return _split_unit(words)[0]
+    except Unreadable:
+        return None
+
+
+@functools.lru_cache(256)
+def _expressions(question):
+    """All that can be read in a question, and every part of it, as trees."""
+    found = set()
+    for run in (*_runs(question, 1), *_runs(question, 2)):
+        for words in (run, *_split_at(run, (",", *RELATIONS))):
+            if len(words) <= MAX_ANSWER:
+                with contextlib.suppress(Unreadable):
+                    found.update(subtrees(_split_unit(words)[0]))
+    return found
+
+
+def _runs(question, longest):
+    """The tokens between dollar signs, stops and words that are longer than so many letters."""
+    runs = []
+    for piece in re.split(r"\$+|\\[()\[\]]", question.translate(_AS_LATEX)):
+        runs.append([])
+        for token in tokens(piece):
+            is_prose = token.kind == "text" or (token.kind == "word" and len(token) > longest)
+            if is_prose or token in (".", "?", ":", ";"):
+                runs.append([])
+            else:
+                runs[-1].append(token)
+    return runs
+
+
+def _split_at(words, marks):
+    parts = [[]]
+    for word in words:
+        if word in marks:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
+
+
+# ------------------------------------------------------------------- names, units, and the form
+
+
+def _read_alike(given, true):
+    """Two answers' tokens as the trees that are to be compared, or None if there are none, or if
+    their names or units differ.
+
+    A name before a value (x=16, f(x)=2x, x in (1,2)) or a unit behind it may be left out by either
+    side, but not be another one. A percent sign is no unit: it divides by 100.
+    """
+    (given_name, given_rest), (true_name, true_rest) = _split_name(given), _split_name(true)
+    try:
+        if "=" in given and "=" in true and given_name != true_name:
+            # Two curves, y=2x+1 and 2x-y=-1; but x+1=17 is no solution like x=16
+            is_curve = true_name is None or symbols(read_tree(true_rest))
+            return (read_tree(given), read_tree(true)) if is_curve else None
+        if given_name and true_name and given_name != true_name:
+            return None
+        (given_tree, given_unit), (true_tree, true_unit) = map(_split_unit, (given_rest, true_rest))
+        if given_unit and true_unit:
+            return (given_tree, true_tree) if given_unit == true_unit else None
+        unit, other_tree = given_unit or true_unit, true_tree if given_unit else given_tree
+        if unit == "%" or (unit and symbols(other_tree)):
+            # "2ab" beside "ab*2": no unit, but letters
+            return read_tree(given_rest), read_tree(true_rest)
+        return given_tree, true_tree
+    except Unreadable:
+        return None
+
+
+_NAME = re.compile(r"\\?[A-Za-z]+(?: _ \w+)?(?: \( [A-Za-z]+ \))? (?:=|∈)")
+
+
+def _split_name(words):
+    """(the name before a value or None, the tokens after it)"""
+    name = _NAME.match(" ".join(words))
+    if name is None:
+        return None, words
+    length = len(name[0].split())
+    if any(word in RELATIONS for word in words[length:]):
+        return None, words
+    return words[: length - 1], words[length:]
+
+
+_CURRENCY = (r"\$", "£", "€", "¥")
+_UNIT_MARKS = ("°", "%", "/", "^", ".", "*", *_CURRENCY)
+
+
+def _split_unit(words):
+    """(the tree of an answer without its unit, the unit in lower case). Unreadable if there is no
+    tree. A unit stands behind a value without letters: cm, square feet, m/s^2, °, % (or is a
+    currency before it); a single letter is none unless it is in \\text."""
+    if words and words[0] in _CURRENCY:
+        return read_tree(words[1:]), str(words[0])
+    for at in range(len(words) - 1, 0, -1):
+        is_power = words[at].kind == "number" and words[at - 1] == "^"
+        is_of_unit = words[at].kind in ("word", "text") or words[at] in _UNIT_MARKS or is_power
+        if not is_of_unit:
+            break
+    else:
+        at = 0
+    for start in range(at + 1, len(words)):
+        first = words[start]
+        is_word = first.kind == "text" or (first.kind == "word" and len(first) > 1)
+        if is_word or first in ("°", "%", *_CURRENCY):
+            with contextlib.suppress(Unreadable):
+                tree = read_tree(words[:start])
+                if not symbols(tree):
+                    unit = [word for word in words[start:] if word != "."]
+                    return tree, " ".join(unit).casefold()
+            break
+    return read_tree(words), ""
 
 
 def other_form(given, true):
-    r"""Does an answer differ from the true one in its form, whatever their values? Both tidied.
+    r"""Does an answer differ from the true one in its form, whatever their values? Both as trees.
 
-    unworked    arithmetic with nothing but numbers left in it, where the true answer has none:
-                3526*17, 10!, 2^{10}; a fraction is worked
-    equation    anything before a "=", but for the name of what is asked: x=16
-    date, time  2024-01-02 or 12:30, on either side
-    percent     a % on one side only
-    unit        5 kg and 5 cm
-    brackets    (1,2), [1,2] and \{1,2\}
+    unworked    3526*17, 10!, 2^{10}, \sqrt{12}, 12/18, \ln e, where the true answer has it not
+    joined      a true answer of two plain numbers with a sign between them: a date, a score, a size
+    letters     3+x-x is not 3
+    kind        (1,2), [1,2], 1,2 and \{1,2\}; x<2 and 2
     """
-    if not _NAMED.match(true):
-        given = given[named.end() :] if (named := _NAMED.match(given)) else given
-        if "=" in given and "=" not in true:
-            return True
-    if _DATE.fullmatch(given) or _DATE.fullmatch(true):
-        return True  # equal ones have equal texts
-    if is_unworked(given) and not is_unworked(true):
+    if not is_worked(given, set(subtrees(true))) or joins_numbers(true):
         return True
-    if ("%" in given) != ("%" in true):
-        return True
-    units = [_UNIT.fullmatch(text) for text in (given, true)]
-    if all(units) and len({(unit[1] or unit[2]).strip().casefold() for unit in units}) == 2:
-        return True
-    kinds = [_BRACKETS.fullmatch(text) for text in (given, true)]
-    return all(kinds) and len({(kind[1], kind[2]) for kind in kinds}) == 2
-
-
-def is_unworked(text):
-    """Is it arithmetic with numbers alone, not yet worked out?"""
-    is_plain = _NUMBER.fullmatch(text) or _FRACTION.fullmatch(text)
-    has_operator = re.search(r"\d.*(?:[-+*/^!×·÷]|\\times|\\cdot|\\div)", text)
-    return bool(not is_plain and has_operator and _ARITHMETIC.fullmatch(text))
-
-
-def _number(text):
-    return Fraction(text.replace(",", ""))
+    is_compound = "list" in (given[0], true[0]) or "relation" in (given[0], true[0])
+    return symbols(given) != symbols(true) or (is_compound and given[:2] != true[:2])
 
 
 def _has_only_words(text):
@@ -171,6 +290,17 @@ def _has_only_words(text):
 
 
 # ------------------------------------------------------- math-verify, in a process of its own
+
+
+def _for_judge(tree):
+    """A tree as JSON: [kind, do its members come in any order?, members], or LaTeX."""
+    kind, *members = tree
+    if kind == "list":
+        return [members[0], members[0] in UNORDERED, [*map(_for_judge, members[1:])]]
+    if kind == "relation" and members[0] != "=":
+        return [members[0], False, [*map(_for_judge, members[1:])]]
+    return to_latex(tree)
+
 
 _MATH_VERIFY = Judge(
     "math-verify",
@@ -181,6 +311,17 @@ def read(text):  # as LaTeX only: plain expressions would go through Python's ev
     return parse(r"\boxed{" + text + "}", [LatexExtractionConfig()], parsing_timeout=None)
 
 def judge(given, true):
-    return verify(read(true), read(given), timeout_seconds=None)
+    if isinstance(given, str) and isinstance(true, str):
+        return verify(read(true), read(given), timeout_seconds=None)
+    if isinstance(given, str) or isinstance(true, str) or given[:2] != true[:2]:
+        return False
+    kind, in_any_order, members = given
+    left = list(true[2])
+    for member in members:  # each takes the first that is left, or the first that is like it
+        like = [one for one in (left if in_any_order else left[:1]) if judge(member, one)]
+        if not like:
+            return False
+        left.remove(like[0])
+    return not left
 """,
 )

@@ -67,6 +67,12 @@ STRICT = [  # (given, true, right), with and without math-verify
     ("漢字", "漢字", 1),
     ("\ud800", "\ud800", 1),
 ]
+
+
+def both_ways(one, other):
+    return [(one, other), (other, one)]
+
+
 UNEARNED = [  # (given, true): of equal value to math-verify, and no answer in the form asked for
     ("3526*17", "59942"),
     (r"3526 \times 17", "59942"),
@@ -94,6 +100,136 @@ UNEARNED = [  # (given, true): of equal value to math-verify, and no answer in t
     ("(1,2)", "[1,2]"),
     (r"\left(1,2\right)", "[1,2]"),
     ("(1,2]", "(1,2)"),
+    # unworked, in all kinds of typesetting
+    ("3526∗17", "59942"),
+    ("3526⋅17", "59942"),
+    ("(3526)(17)", "59942"),
+    (r"3526*17\quad", "59942"),
+    (r"\displaystyle 3526*17", "59942"),
+    (r"\text{}3526*17", "59942"),
+    (r"3526 \times 17 \text{ }", "59942"),
+    (r"\boxed{3526*17}", "59942"),
+    (r"\mathbf{3526}*17", "59942"),
+    ("Compute $3526*17$.", "59942"),
+    (r"What is $3526 \times 17$?", "59942"),
+    ("x=3526*17", "59942"),
+    ("x=3526*17", "x=59942"),
+    ("x+1=59943", "x=59942"),
+    (r"\frac{3526*17}{1}", "59942"),
+    (r"\dfrac{59942}{1}", "59942"),
+    (r"\frac{\frac{119884}{2}}{1}", "59942"),
+    ("|3526*17|", "59942"),
+    (r"\lvert 3526*17\rvert", "59942"),
+    (r"\sqrt{3526^2*17^2}", "59942"),
+    ("59942+0", "59942"),
+    ("59942+x-x", "59942"),
+    ("59942*x/x", "59942"),
+    ("-(-16)", "16"),
+    (r"\sqrt2-(\sqrt2-16)", "16"),
+    (r"(1+\sqrt2)(1-\sqrt2)", "-1"),
+    (r"\frac{2+\sqrt2}{1+\sqrt2}", r"\sqrt2"),
+    ("16e^0", "16"),
+    (r"3526*17\text{ cm}", "59942"),
+    ("3526*17 cm", "59942 cm"),
+    ("3526*17 apples", "59942 apples"),
+    (r"3526*17^\circ", r"59942^\circ"),
+    ("3526*17 x", "59942 x"),
+    ("(3526*17,1)", "(59942,1)"),
+    (r"\{3526*17\}", r"\{59942\}"),
+    (r"\int_0^1 2x dx", "1"),
+    (r"\gcd(12,18)", "6"),
+    (r"\binom{10}{3}", "120"),
+    (r"\lfloor 16.5 \rfloor", "16"),
+    (r"\log_2 1024", "10"),
+    (r"\ln e", "1"),
+    (r"\cos\pi", "-1"),
+    (r"i^2", "-1"),
+    ("|3-8|", "5"),
+    (r"\sqrt{256}", "16"),
+    (r"\sqrt{12}", r"2\sqrt{3}"),
+    (r"\sqrt2\sqrt3", r"\sqrt6"),
+    (r"2\pi+3\pi", r"5\pi"),
+    (r"\frac{4\sqrt3}{2}", r"2\sqrt3"),
+    (r"\frac{12}{18}", r"\frac{2}{3}"),
+    ("12/18", "2/3"),
+    (r"\frac{7052}{2}", "3526"),
+    (r"\sin^2x+\cos^2x", "1"),
+    ("1+1,2", "2,2"),
+    # another unit, on either side
+    *both_ways(r"5\text{ cm}^2", r"5\text{ cm}^3"),
+    *both_ways("5 cm^2", "5 cm"),
+    *both_ways("5 km/h", "5 m/s"),
+    *both_ways(r"5\,\text{kg}", r"5\,\text{cm}"),
+    *both_ways(r"\sqrt{5} cm", r"\sqrt{5} kg"),
+    *both_ways(r"2\pi\text{ cm}", r"2\pi\text{ m}"),
+    *both_ways(r"\frac{1}{2} cm", r"\frac{1}{2} kg"),
+    *both_ways("5 square feet", "5 square meters"),
+    *both_ways("3 hours 20 minutes", "3 hours 20 seconds"),
+    *both_ways(r"30\text{ rad}", r"30^\circ"),
+    *both_ways(r"30^\circ", r"30\text{ cm}"),
+    *both_ways(r"\$5", "€5"),
+    *both_ways("5x", "5"),
+    *both_ways("10 percent", "0.1"),
+    *both_ways("10 percent", "10"),
+    *both_ways(r"10\text{ pct}", "10"),
+    # dates, scores, ratios, sizes
+    *both_ways("2023", "2024-01"),
+    *both_ways("1", "3-2"),
+    *both_ways("-1", "2–3"),
+    *both_ways("1.25", "5:4"),
+    *both_ways("10:8", "5:4"),
+    *both_ways("20", r"5\times4"),
+    # other brackets, other members
+    *both_ways("1,2", "(1,2)"),
+    *both_ways("1,2", r"\{1,2\}"),
+    *both_ways(r"x\in[1,2]", "(1,2)"),
+    *both_ways(r"(1,2)\cup(3,4)", r"[1,2]\cup[3,4]"),
+    *both_ways("x<2", r"x\le 2"),
+    *both_ways("x<2", "2"),
+    *both_ways("1,1", "1"),
+    *both_ways("1,1,2", "1,2,2"),
+    *both_ways(r"\{16\}", "16"),
+    *both_ways("(2,1)", "(1,2)"),
+    *both_ways("(1,234)", "1234"),
+    *both_ways("y=5", "x=5"),
+    *both_ways("x", "y"),
+]
+EARNED = [  # either way round, with and without math-verify
+    (r"\frac{1}{2}", "0.5"),
+    (r"\dfrac12", "1/2"),
+    (r"1\frac{1}{2}", "1.5"),
+    (r"5\text{ cm}", "5 cm"),
+    (r"100\,\text{m}^2", "100 m²"),
+    (r"30^\circ", "30"),
+    ("30°", r"30 \text{ degrees}"),
+    ("5", "5 cm"),
+    (r"\$5", "5"),
+    (r"50\%", "50%"),
+    ("50%", "50 percent"),
+    ("1{,}234", "1,234"),
+    (r"1,\!234", "1234"),
+    ("x=16", "16"),
+    ("y=5", "5"),
+    (r"x\in(1,2)", "(1,2)"),
+    ("y+x", "x+y"),
+    ("x^2+2x+1", "1+2x+x^2"),
+    (r"2\pi r", r"2 \cdot \pi \cdot r"),
+    (r"\frac{-\sqrt3}{2}", r"-\frac{\sqrt{3}}{2}"),
+    ("(1, 2)", r"\left(1,2\right)"),
+    (r"(2,\frac12)", "(2, 0.5)"),
+    ("2,1", "1, 2"),
+    (r"2\text{ and }1", "1, 2"),
+    (r"2\pm\sqrt3", r"2-\sqrt3, 2+\sqrt3"),
+    (r"\{2,1\}", r"\{1,2\}"),
+    (r"x\leq 2", "2 >= x"),
+    ("2^{100}", "2^100"),
+    (r"\ln(2)", r"\ln 2"),
+    (r"3526 \times 17", "3526*17"),
+    (r"\text{(B)}", "B"),
+    (r"\boxed{5}", "5"),
+    ("(1,234)", "(1, 234.0)"),
+    (r"\frac{1+\sqrt5}{2}", r"\frac{\sqrt{5}+1}{2}"),
+    (r"2(1+\sqrt3)", r"(\sqrt{3}+1) \cdot 2"),
 ]
 
 
@@ -102,17 +238,17 @@ def test_an_equal_value_in_another_form_earns_nothing(given, true):
     assert not same(given, true)
 
 
+@pytest.mark.parametrize(("given", "true"), EARNED)
+def test_one_value_in_another_dress_earns(given, true, without_math_verify):
+    assert same(given, true) and same(true, given)
+
+
 MATHS = [  # equal for math-verify only
-    (r"\frac{1}{2}", "0.5", 1),
-    (r"\frac12", r"\frac{1}{2}", 1),
-    (r"x=16", "16", 1),
     (r"2\sqrt{3}", r"\sqrt{12}", 1),
-    ("y+x", "x+y", 1),
-    (r"30^\circ", "30", 1),
-    ("30°", "30", 1),
-    (r"2\pi r", r"2 \cdot \pi \cdot r", 1),
     ("2.2360679", r"\sqrt{5}", 1),
-    ("(1, 2)", r"\left(1,2\right)", 1),
+    ("(x+1)^2", "x^2+2x+1", 1),
+    (r"\frac{ab}{2}", r"\frac12 ab", 1),
+    ("2x-y+1=0", "y=2x+1", 1),
     ("2.236", r"\sqrt{5}", 0),
     ("16, 17", "16", 0),
     ("$16$ or $17$", "16", 0),
@@ -275,6 +411,7 @@ def test_any_text_is_graded(styled, text, true):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grading, "_MATH_VERIFY", lambda *_: False)
         assert same(text, true) in (True, False)
+        assert same(true, true) or len(true) > grading.MAX_ANSWER
         for style, task in styled.items():
             assert task.grade(asking(true or "0"), text) in (0.0, 1.0)
             answer = task.read_answer(text)
@@ -283,3 +420,119 @@ def test_any_text_is_graded(styled, text, true):
             assert text.startswith(response) and task.until_end(response) == (response, reason)
             assert reason in ("", "end", "answer") and (style == "tags" or reason != "answer")
             assert task.check_steps(None, text) == task.step_spans(text) == []
+
+
+# ----------------------------------------------------------------- copies, and mutated answers
+
+numbers = st.integers(11, 99)
+OPERATIONS = {  # how it is written, and what its value is
+    "{a}*{b}": lambda a, b: a * b,
+    r"{a} \times {b}": lambda a, b: a * b,
+    r"({a})\cdot({b})": lambda a, b: a * b,
+    "{a}⋅{b}": lambda a, b: a * b,
+    "{a}+{b}": lambda a, b: a + b,
+    "{b}+{a}+1": lambda a, b: a + b + 1,
+    "|{a}-100*{b}|": lambda a, b: 100 * b - a,
+    r"\frac{{{a}*{b}}}{{1}}": lambda a, b: a * b,
+    r"\sqrt{{{a}^2*{b}^2}}": lambda a, b: a * b,
+    "{a}^{{2}}": lambda a, b: a * a,
+    r"\binom{{{a}}}{{2}}": lambda a, b: a * (a - 1) // 2,
+    r"\left\lfloor \frac{{{a}}}{{3}} \right\rfloor + {b}": lambda a, b: a // 3 + b,
+}
+TYPESETTING = [
+    *("{}", "${}$", "$${}$$", r"\({}\)", r"\[ {} \]", r"\boxed{{{}}}", r"\displaystyle {}"),
+    *(r"\text{{}}{}", r"{}\quad", r"\left({}\right)", r"{}\text{{ cm}}", "x={}", "$x = {}$"),
+]
+PROSE = ["{}", "What is {}?", "Compute {}.", "Evaluate: {}", "{} = ?", "Let {}. Find $x$."]
+
+
+@st.composite
+def unworked(draw):
+    """(a question that holds arithmetic, the arithmetic as it is set there, its value)"""
+    operation = draw(st.sampled_from(sorted(OPERATIONS)))
+    a, b = draw(numbers), draw(numbers)
+    typeset = draw(st.sampled_from(TYPESETTING)).format(operation.format(a=a, b=b))
+    question = draw(st.sampled_from(PROSE)).format(typeset)
+    return question, typeset, OPERATIONS[operation](a, b)
+
+
+@given(unworked(), st.data())
+def test_a_copied_question_earns_nothing_whole_or_in_part(styled, asked, data):
+    pytest.importorskip("math_verify", reason="needs: pip install math-verify")
+    question, typeset, value = asked
+    start = data.draw(st.integers(0, len(question)))
+    part = question[start : data.draw(st.integers(start, len(question)))]
+    for task in styled.values():
+        example = Example(None, question, "k", (), str(value))
+        for copied in (question, typeset, part):
+            if copied.strip(" $.") != str(value):  # a part may be the value itself
+                assert task.grade(example, FORMS[task.style].format(copied)) == 0
+        assert task.grade(example, FORMS[task.style].format(value)) == 1
+
+
+COPIES = [  # (question, true, copied): equal, but in the form that the question has
+    ("Factor $x^2-1$.", "(x-1)(x+1)", "x^2-1"),
+    ("Factor x^2-1.", "(x-1)(x+1)", "-1+x^2"),
+    (r"Expand \((x+1)^2 = \)", "x^2+2x+1", "(x+1)^2"),
+    (r"Rationalize $\frac{1}{\sqrt2}$.", r"\frac{\sqrt2}{2}", r"\frac{1}{\sqrt2}"),
+    ("Write $0.5$ as a fraction.", r"\frac{1}{2}", "0.5"),
+    (r"Simplify $\frac{12}{18}$.", r"\frac{2}{3}", r"\frac{12}{18}"),
+]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("question", "true", "copied"), COPIES)
+def test_a_form_that_stands_in_the_question_earns_nothing(styled, style, question, true, copied):
+    example = Example(None, question, "k", (), true)
+    for answer, right in ((copied, 0), (question, 0), (true, 1)):
+        assert styled[style].grade(example, FORMS[style].format(answer)) == right
+
+
+@pytest.mark.parametrize(
+    ("question", "true", "answer"),
+    [
+        ("AB is 5 cm long. And BC?", "5", "5 cm"),
+        ("Is it A or B?", "a", "A"),
+        ("What is x in $x=5.0$?", "5", "5"),
+        (r"Is $\frac{1}{2}$ or $\frac{1}{3}$ more?", "1/2", r"\frac{1}{2}"),
+    ],
+)
+def test_a_value_that_stands_in_the_question_earns_in_the_true_answers_form(
+    styled, question, true, answer
+):
+    example = Example(None, question, "k", (), true)
+    assert styled["tags"].grade(example, FORMS["tags"].format(answer)) == 1
+
+
+values = st.one_of(
+    st.integers(2, 999).map(str),
+    st.integers(2, 99).map("0.{}1".format),
+    st.integers(2, 99).map(r"\frac{{1}}{{{}}}".format),
+    st.sampled_from([2, 3, 5, 6, 7, 10]).map(r"\sqrt{{{}}}".format),
+    st.integers(2, 99).map(r"{}\pi".format),
+)
+MUTATIONS = {  # {what the true answer is made of a value: what it is mutated to}
+    "{}": [
+        "{}+0",
+        r"1\cdot{}",
+        r"\frac{{{}}}{{1}}",
+        "{}+x-x",
+        r"\sqrt{{({})^2}}",
+        r"\left|{}\right|",
+    ]
+    + ["{0},{0}", r"\{{{}\}}", "[{}]", "{}%", r"{}\%", "{} percent", "{}=x=3", "({})^1", "{}:1"],
+    "{} cm": ["{} kg", r"{}\text{{ m}}", "{} cm^2", "{} cm^3", "{}%", r"{}^\circ", "{}+0 cm"],
+    "({},1)": ["[{},1]", "{},1", r"\{{{},1\}}", "({},1]", "({}+0,1)", "({},1,1)", "(1,1,{})"],
+    r"\{{{},1\}}": ["({},1)", "{},1", r"\{{{},1,1\}}", r"\{{{}+0,1\}}", r"\{{{}\}}"],
+    "x={}": ["x={}+0", "y={}", "x<{}", "2x=2*{}", "x={0}={0}", "x={}%"],
+}
+mutations = st.sampled_from([(kind, to) for kind, tos in MUTATIONS.items() for to in tos])
+
+
+@given(values, mutations)
+def test_a_mutated_true_answer_earns_nothing(styled, value, mutation):
+    """With the real math-verify, where it is installed."""
+    true, mutated = (form.format(value) for form in mutation)
+    for style, task in styled.items():
+        assert grade(task, mutated, true) == 0, (mutated, true)
+        assert grade(task, f"  ${true}$. " if style == "tags" else true, true) == 1

@@ -19,8 +19,8 @@ from tasks.grading import same
 pytest.importorskip("math_verify", reason="needs: pip install math-verify")
 pytestmark = pytest.mark.usefixtures("dataset_cache")
 
-HALF = r"\frac{1}{2}"
-TOWER = r"\sqrt{9^{9^{9^{9}}}}"  # takes for ever
+HALF = r"\frac{x}{2}"  # the answer given, to questions whose true answers only math-verify can read
+TOWER = r"\sqrt{9^{9^{9^{9}}}}"  # as a true answer, takes for ever
 
 
 @pytest.fixture(autouse=True)
@@ -36,56 +36,57 @@ def this_worker():
 @given(latex_soup)
 def test_any_text_gets_a_verdict(text):
     assert same(text, HALF) in (True, False)
-    assert same("1/2", HALF) is True  # the worker is in step
+    assert same(HALF, text) in (True, False)
+    assert same("0.5x", HALF) is True  # the worker is in step
 
 
 def test_an_answer_that_never_ends_is_wrong_and_the_next_one_gets_its_verdict(monkeypatch):
-    same(r"\frac{2}{4}", HALF)  # started
+    same(HALF, r"\frac{2x}{4}")  # started
     worker = this_worker()
     monkeypatch.setattr(grading._MATH_VERIFY, "deadline", 1.0)
     same.cache_clear()
     start = time.perf_counter()
-    assert same(TOWER, "16") is False
+    assert same("16", TOWER) is False
     assert 0.9 < time.perf_counter() - start < 4
     assert worker.returncode == -signal.SIGKILL
     assert worker.stdin.closed and worker.stdout.closed
     monkeypatch.setattr(
         grading._MATH_VERIFY, "deadline", 20.0
     )  # a busy machine needs more for the first answer
-    assert same(r"\frac{3}{6}", HALF) is True and this_worker().pid != worker.pid
+    assert same(HALF, r"\frac{3x}{6}") is True and this_worker().pid != worker.pid
     start = time.perf_counter()
-    assert same(TOWER, "16") is False and time.perf_counter() - start < 0.5  # known
+    assert same("16", TOWER) is False and time.perf_counter() - start < 0.5  # known
 
 
 def test_a_worker_that_something_else_killed_is_replaced():
-    assert same(r"\frac{2}{4}", HALF)
+    assert same(HALF, r"\frac{2x}{4}")
     this_worker().kill()
     this_worker().wait()
-    assert same(r"\frac{5}{10}", HALF)
+    assert same(HALF, r"\frac{5x}{10}")
 
 
 def test_a_question_that_was_interrupted_does_not_leave_its_reply_to_the_next(monkeypatch):
-    assert same(r"\frac{2}{4}", HALF)
+    assert same(HALF, r"\frac{2x}{4}")
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(judge, "wait", interrupted)
-        same(r"\frac{7}{14}", HALF)
-    assert not same(r"\frac{1}{3}", HALF)
+        same(HALF, r"\frac{7x}{14}")
+    assert not same(HALF, r"\frac{1x}{3}")
 
 
 def test_threads_take_turns():
     fractions = {}
     for i in range(1, 6):
         for j in range(1, 11):
-            fractions[rf"\frac{{{i}}}{{{j}}}"] = 2 * i == j
+            fractions[rf"\frac{{{i}x}}{{{j}}}"] = 2 * i == j
     verdicts = {}
 
     def ask(share):
         for fraction in share:
-            verdicts[fraction] = same(fraction, HALF)
+            verdicts[fraction] = same(HALF, fraction)
 
     shares = [list(fractions)[i::4] for i in range(4)]
     threads = [threading.Thread(target=ask, args=(share,)) for share in shares]
@@ -102,8 +103,8 @@ def test_a_reply_that_is_no_verdict_ends_the_worker(monkeypatch):
     chatty = f"print('hm', flush=True)\n{grading._MATH_VERIFY.program}"
     with monkeypatch.context() as patch:
         patch.setattr(grading, "_MATH_VERIFY", judge.Judge("math-verify", chatty))
-        assert not same(r"\frac{2}{4}", HALF)
-    assert not same(r"\frac{2}{6}", HALF) and same(r"\frac{3}{6}", HALF)
+        assert not same(HALF, r"\frac{2x}{4}")
+    assert not same(HALF, r"\frac{2x}{6}") and same(HALF, r"\frac{3x}{6}")
 
 
 def test_a_broken_math_verify_is_told(monkeypatch):
@@ -111,20 +112,20 @@ def test_a_broken_math_verify_is_told(monkeypatch):
         broken = judge.Judge("math-verify", "import no_such_package")
         patch.setattr(grading, "_MATH_VERIFY", broken)
         with pytest.raises(RuntimeError, match="math-verify is installed, but fails"):
-            same(r"\frac{2}{4}", HALF)
-    assert same(r"\frac{2}{4}", HALF)
+            same(HALF, r"\frac{2x}{4}")
+    assert same(HALF, r"\frac{2x}{4}")
 
 
 # ---------------------------------------------------------------------------- forks, and ends
 
 
 def grade_in_a_child(pipe):
-    pipe.send((same(r"\frac{6}{12}", HALF), this_worker().pid))
+    pipe.send((same(HALF, r"\frac{6x}{12}"), this_worker().pid))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_daemonic_fork_gets_a_worker_of_its_own_that_ends_with_it():
-    assert same(r"\frac{2}{4}", HALF)
+    assert same(HALF, r"\frac{2x}{4}")
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     child = context.Process(target=grade_in_a_child, args=(theirs,), daemon=True)
@@ -133,7 +134,7 @@ def test_a_daemonic_fork_gets_a_worker_of_its_own_that_ends_with_it():
     right, pid = ours.recv()
     child.join(20)
     assert right and child.exitcode == 0 and pid != this_worker().pid
-    assert ends(pid) and same(r"\frac{8}{16}", HALF)
+    assert ends(pid) and same(HALF, r"\frac{8x}{16}")
 
 
 def ends(pid, seconds=10):
@@ -160,7 +161,7 @@ ENDS = {
     "ordinary": "pass",
     "killed while the worker waits": KILLED,
     "killed while it computes": (
-        "threading.Thread(target=same, args=(TOWER, '16'), daemon=True).start();"
+        "threading.Thread(target=same, args=('16', TOWER), daemon=True).start();"
         f"time.sleep(1); {KILLED}"
     ),
 }
@@ -176,7 +177,7 @@ def test_no_worker_outlives_its_parent(end):
             "from tasks.grading import same",
             "grading._MATH_VERIFY.deadline = 2.0",
             f"TOWER = {TOWER!r}",
-            r"same(r'\frac{1}{2}', r'\frac{2}{4}')",
+            r"same(r'\frac{x}{2}', r'\frac{2x}{4}')",
             "print(grading._MATH_VERIFY.process.pid, flush=True)",
             ENDS[end],
         ]
