@@ -55,7 +55,7 @@ def test_the_usual_measurements_go_to_results(tmp_path, monkeypatch):
         bench.main([what])
         stored = json.loads((tmp_path / name).read_text())
         assert {"trl", "torch", "numpy", "python"} == stored["versions"].keys()
-    assert len(list(tmp_path.iterdir())) == len(bench.FILES) == 5
+    assert len(list(tmp_path.iterdir())) == len(bench.FILES) == 6
 
 
 # ------------------------------------------------------------------------------------- memory
