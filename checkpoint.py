@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 import models
 
+CHECKPOINTS = ("checkpoint", "checkpoint.old")  # the latter after a kill between two renames
 STATEFUL = ("critic", "actor_optimizer", "critic_optimizer")  # of models.Models, beside the policy
 
 
@@ -105,11 +106,16 @@ def set_aside(folder) -> None:
         folder.rename(f"{folder}-{moment}-{time.time_ns() % 10**6:06d}")
 
 
+def is_there(folder) -> bool:
+    """Has a run's folder a checkpoint, whole or not?"""
+    return any((Path(folder) / name / "trainer.pt").is_file() for name in CHECKPOINTS)
+
+
 def newest(folder) -> Path:
     """The whole checkpoint of a run's folder: `checkpoint`, or `checkpoint.old` after a kill
     between the two renames. ValueError if there is none, or only a damaged one."""
     damage = ""
-    for name in ("checkpoint", "checkpoint.old"):
+    for name in CHECKPOINTS:
         stored = Path(folder) / name
         if not (stored / "trainer.pt").is_file():
             continue

@@ -29,6 +29,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -341,27 +342,43 @@ def is_done(run) -> bool:
 
 
 @contextlib.contextmanager
-def stop_as_a_flag() -> Iterator[Callable[[], bool]]:
-    """`with stop_as_a_flag() as interrupted`: the first Ctrl-C, or the SIGTERM that clusters send,
-    makes interrupted() true and no more, so that an iteration ends in order; a second one
-    interrupts as ever."""
-    received = []
-    previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+def signals_handled(handler) -> Iterator[Callable[[], None]]:
+    """`with signals_handled(handler) as restore`: Ctrl-C, and the SIGTERM that clusters send, call
+    it, until the block ends or restore() is called. Only a main thread may have handlers: in
+    another nothing changes."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
 
     def restore():
-        for kind, handler in previous.items():
-            signal.signal(kind, handler)
+        for kind, earlier in previous.items():
+            signal.signal(kind, earlier)
+
+    for kind in previous:
+        signal.signal(kind, handler)
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def stop_as_a_flag() -> Iterator[Callable[[], bool]]:
+    """`with stop_as_a_flag() as interrupted`: the first signal makes interrupted() true and no
+    more, so that an iteration ends in order; a second one interrupts at once."""
+    received = []
 
     def on_signal(*_):
         received.append(True)
         restore()
 
-    for kind in previous:
-        signal.signal(kind, on_signal)
-    try:
+    with signals_handled(on_signal) as restore:
         yield lambda: bool(received)
-    finally:
-        restore()
+
+
+def interrupt(*_) -> None:
+    """A handler that interrupts at once, wherever the program is: SIGTERM as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def log(run, name, *rows) -> None:
@@ -568,19 +585,43 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
 
 
 def main(argv=None) -> None:
-    """The command line. Whatever is wrong with the input becomes one line here."""
+    """The command line. Whatever is wrong with the input becomes one line here, and so does an
+    interruption."""
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    with contextlib.ExitStack() as lock:
+    run = None
+    try:
+        with signals_handled(interrupt), contextlib.ExitStack() as lock:
+            run = begin(argv, command, lock)
+            run_to_its_end(run)
+    except KeyboardInterrupt:
+        if run is None:
+            print("interrupted before training began; the same command begins it again")
+        else:
+            print(f"interrupted in iteration {run.progress.iteration}; {how_to_go_on(run)}")
+
+
+def begin(argv, command, lock) -> Run:
+    """The run that the command line asks for. lock, an ExitStack, holds its folder.
+
+    SystemExit, with one line, for whatever is wrong.
+    """
+    try:
+        settings, config = parse(argv)
+        lock.enter_context(checkpoint.held(folder_of(settings)))
         try:
-            settings, config = parse(argv)
-            lock.enter_context(checkpoint.held(folder_of(settings)))
-            try:
-                run = build(settings, config, command)
-            except RuntimeError as error:
-                raise OSError(models.explain_out_of_memory_at_start(settings, error)) from None
-        except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(f"train.py: {error}") from error
-        run_to_its_end(run)
+            return build(settings, config, command)
+        except RuntimeError as error:
+            raise OSError(models.explain_out_of_memory_at_start(settings, error)) from None
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"train.py: {error}") from error
+
+
+def how_to_go_on(run) -> str:
+    """The command that goes on with a run that has not come to its end."""
+    if not checkpoint.is_there(run.folder):
+        return "there is no checkpoint yet: the same command begins it again"
+    named = f" --env {run.settings.env}" if ":" in run.settings.env else ""  # see `parse`
+    return f"python train.py --resume {run.folder}{named} goes on from the last checkpoint"
 
 
 def run_to_its_end(run) -> None:
@@ -604,11 +645,7 @@ def run_to_its_end(run) -> None:
     if finished:
         finish(run)
     else:
-        named = f" --env {run.settings.env}" if ":" in run.settings.env else ""  # see `parse`
-        print(
-            f"stopped at iteration {run.progress.iteration}; "
-            f"python train.py --resume {run.folder}{named} goes on"
-        )
+        print(f"stopped at iteration {run.progress.iteration}; {how_to_go_on(run)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,48 @@ def test_ctrl_c_saves_and_says_how_to_go_on(runs, sent):
     whole = built(runs, "--name", f"left-alone-{sent.name}", *flags, *iterations)
     assert train.train(whole)
     assert_same_run(folder, whole.folder)
+
+
+START = """
+import signal, sys
+import train
+
+def interrupted_there(*_):
+    signal.raise_signal(getattr(signal, sys.argv[1]))
+
+where, name = sys.argv[2].split(".")
+setattr(getattr(train, where), name, interrupted_there)
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("tiny.warm_start", "interrupted before training began; the same command begins it again"),
+        (
+            "evaluation.final_evaluations",
+            r"interrupted in iteration 0; python train.py --resume \S* goes on from the last",
+        ),
+    ],
+)
+def test_an_interruption_before_or_after_the_loop_is_one_line(runs, tmp_path, sent, where, said):
+    flags = [*SHORT, "--iterations", "0", "--name", "cut"]
+    folder = tmp_path if where == "tiny.warm_start" else runs
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", START, sent, where, *flags, "--runs", str(folder)],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert re.match(said, done.stdout) and done.stdout.count("\n") == 1
+    with checkpoint.held(folder / "cut"):
+        pass  # nothing is left that would block the next start
+    assert not list(folder.glob("*.holder"))
 
 
 # -------------------------------------------------------------------------------------- kills
