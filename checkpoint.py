@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 import models
 
@@ -30,18 +31,34 @@ def replacing(folder):
 
     An exception in the block leaves the old folder as it was. Between the two renames only
     `<folder>.old` exists, and `newest` finds it: a kill at any moment leaves a whole one.
+    OSError where the disk is full, whoever writes.
     """
     folder = Path(folder)
     aside = Path(f"{folder}.new")
     old = Path(f"{folder}.old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    yield aside
+    with failed_writes_as_oserror(aside):
+        yield aside
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def failed_writes_as_oserror(folder):
+    """Within it a write that fails is an OSError, as it is of every Python file: torch and
+    safetensors have errors of their own for a full disk."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        of_torch_save = "inline_container" in str(error)  # the file in which it writes an archive
+        if not of_torch_save and not isinstance(error, SafetensorError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{folder} could not be written: is the disk full? ({reason})") from error
 
 
 @contextlib.contextmanager

@@ -625,9 +625,12 @@ def how_to_go_on(run) -> str:
 
 
 def run_to_its_end(run) -> None:
-    """Train, and write what came out."""
+    """Train, and write what came out. SystemExit, with one line, where something prevents it."""
     try:
-        finished = train(run)
+        if train(run):
+            finish(run)
+        else:
+            print(f"stopped at iteration {run.progress.iteration}; {how_to_go_on(run)}")
     except OSError as error:  # a full disk, a folder that is gone
         raise SystemExit(f"iteration {run.progress.iteration}: {error}") from error
     except FloatingPointError as error:  # the last checkpoint is from before it
@@ -642,10 +645,6 @@ def run_to_its_end(run) -> None:
             run.models, run.settings, run.config, run.folder, error
         )
         raise SystemExit(f"iteration {run.progress.iteration}: {reason}") from None
-    if finished:
-        finish(run)
-    else:
-        print(f"stopped at iteration {run.progress.iteration}; {how_to_go_on(run)}")
 
 
 if __name__ == "__main__":

@@ -275,6 +275,71 @@ def test_a_folder_that_is_gone_is_said_in_one_line(runs, monkeypatch):
         train.main([*SHORT, "--runs", str(runs), "--name", "gone", "--iterations", "3"])
 
 
+FULL = """
+import resource, sys
+import train
+
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+where, name = sys.argv[1].split(".")
+module = getattr(train, where)
+then = getattr(module, name)
+
+def fill_the_disk(*arguments):  # from here on no file grows beyond this
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), most))
+    return then(*arguments)
+
+setattr(module, name, fill_the_disk)
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "size", "said"),
+    [
+        ("checkpoint.save", 100_000, r"iteration 0: .*checkpoint.new could not be written: is"),
+        # enough for the weights, not for the optimizers beside them
+        ("checkpoint.save", 1_500_000, r"iteration 1: .*checkpoint.new could not be written: is"),
+        ("evaluation.summarise", 10, r"iteration 0: .*File too large"),
+        ("tiny.warm_start", 100_000, r"train.py: .*\.new could not be written: is the disk full"),
+    ],
+    ids=["weights", "trainer.pt", "summary", "warm start"],
+)
+def test_a_full_disk_is_said_in_one_line(runs, tmp_path, where, size, said):
+    """A bound on the size of a file stands for it."""
+    folder = tmp_path if where == "tiny.warm_start" else runs
+    flags = [*SHORT, "--warm_start_steps", "1"] if where == "tiny.warm_start" else SHORT
+    name = f"full-{size}"
+    flags = [*flags, "--iterations", "1" if size > 1e6 else "0"]
+    flags += ["--runs", str(folder), "--name", name]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FULL, where, str(size), *flags],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    *_, line = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.match(said, line), line
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (FileNotFoundError("no such folder"), "no such folder"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory beyond"),
+    ],
+)
+def test_what_goes_wrong_in_the_last_evaluation_is_one_line(runs, monkeypatch, failure, said):
+    def refused(_):
+        raise failure
+
+    monkeypatch.setattr(train.evaluation, "final_evaluations", refused)
+    with pytest.raises(SystemExit, match=f"^iteration 0: .*{said}"):
+        train.main([*SHORT, "--runs", str(runs), "--name", "end", "--iterations", "0"])
+
+
 def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     folder = tmp_path / "run"
     with checkpoint.held(folder), pytest.raises(ValueError, match="is writing there"):  # noqa: SIM117
