@@ -7,6 +7,7 @@ manifest.json holds the sha256 of its files, so that damage is seen before it is
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 import models
@@ -62,27 +62,53 @@ def failed_writes_as_oserror(folder):
 
 
 @contextlib.contextmanager
-def held(folder):
+def held(folder, within=None):
     """`with held(folder)`: no other process writes into a run's folder. ValueError where one does,
-    saying which. The lock goes with the process, however that ends."""
-    folder = Path(folder)
+    saying which. The locks go with the process, however that ends.
+
+    within: the folder of all runs. A run that lies deeper in it holds the folders between, too, so
+    that none of them becomes a run and is moved away meanwhile. That is shared: the runs of a sweep
+    stand side by side in one. ValueError also for a folder inside another run's, or around one.
+
+    The lock files stay. Were they removed, a process that had just opened one could lock a file
+    that is no more, and another process the next of that name.
+    """
+    named, folder = folder, Path(folder).resolve()  # one lock, by whatever path the folder is named
+    above = []
+    if within is not None and Path(within).resolve() in folder.parents:
+        depth = len(folder.relative_to(Path(within).resolve()).parts)
+        above = folder.parents[: depth - 1]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(f"{folder}.lock", timeout=0), Path(f"{folder}.holder")
-    try:
-        lock.acquire()
-    except Timeout:
-        who = holder.read_text() if holder.is_file() else "another process"
-        raise ValueError(
-            f"{folder}: {who} is writing there; let it end, or give this run another --name"
-        ) from None
-    try:
-        holder.write_text(f"process {os.getpid()}")
+    with contextlib.ExitStack() as locks:
+        for parent in above:
+            locks.enter_context(_locked(parent, fcntl.LOCK_SH, named))
+        own = locks.enter_context(_locked(folder, fcntl.LOCK_EX, named))
+        for run in (*above, *(file.parent for file in folder.glob("*/**/metrics.jsonl"))):
+            if (run / "metrics.jsonl").exists():
+                raise ValueError(
+                    f"{named}: {run} is a run, and one cannot lie within another; give this one "
+                    "another --name"
+                )
+        own.write(f"process {os.getpid()}")
+        own.flush()
         yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-        if not folder.exists():  # what was refused leaves nothing behind
-            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder, kind, named):
+    """Hold the lock file beside a folder, shared or not. -> the open file, which names the holder.
+    ValueError where another process holds it."""
+    with open(f"{folder}.lock", "a+") as lock:
+        lock.seek(0)
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = lock.read() or "a run within or around it"
+            raise ValueError(
+                f"{named}: {who} is writing there; let it end, or give this run another --name"
+            ) from None
+        lock.truncate(0)  # who was named there has ended
+        yield lock
 
 
 def write_whole(file, text) -> None:

@@ -607,7 +607,7 @@ def begin(argv, command, lock) -> Run:
     """
     try:
         settings, config = parse(argv)
-        lock.enter_context(checkpoint.held(folder_of(settings)))
+        lock.enter_context(checkpoint.held(folder_of(settings), settings.runs))
         try:
             return build(settings, config, command)
         except RuntimeError as error:

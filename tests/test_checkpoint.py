@@ -340,18 +340,54 @@ def test_what_goes_wrong_in_the_last_evaluation_is_one_line(runs, monkeypatch, f
         train.main([*SHORT, "--runs", str(runs), "--name", "end", "--iterations", "0"])
 
 
-def test_a_folder_is_held_by_one_at_a_time(tmp_path):
-    folder = tmp_path / "run"
-    with checkpoint.held(folder), pytest.raises(ValueError, match="is writing there"):  # noqa: SIM117
-        with checkpoint.held(folder):
-            pass
-    with checkpoint.held(folder):
-        folder.mkdir()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "run.lock"]
-    folder.rmdir()
-    with checkpoint.held(folder):
+IS_HELD = f"process {os.getpid()} is writing there"
+
+
+def hold(folder, within=None):
+    with checkpoint.held(folder, within):
         pass
-    assert list(tmp_path.iterdir()) == [], "what was refused leaves nothing behind"
+
+
+def test_a_folder_is_held_by_one_at_a_time_by_whatever_path(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    with checkpoint.held(folder):
+        for path in (folder, f"{folder}/", ".", "../run", tmp_path / "link"):
+            with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {IS_HELD}"):
+                hold(path)
+    hold(".")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "run", "run.lock"]
+
+
+def test_a_lock_file_stays_the_same_or_two_could_hold_it(tmp_path):
+    """A process may have opened it before another let it go."""
+    with checkpoint.held(tmp_path / "run"):
+        first = (tmp_path / "run.lock").stat().st_ino
+    with checkpoint.held(tmp_path / "run"):
+        assert (tmp_path / "run.lock").stat().st_ino == first
+
+
+def test_a_folder_is_held_together_with_those_around_it(tmp_path):
+    """A start on `sweep` would move the folder in which a run writes."""
+    with checkpoint.held(tmp_path / "sweep" / "one", tmp_path):
+        hold(tmp_path / "sweep" / "two", tmp_path)  # beside it there is room
+        with pytest.raises(ValueError, match="sweep: a run within or around it is writing there"):
+            hold(tmp_path / "sweep", tmp_path)
+    with checkpoint.held(tmp_path / "sweep", tmp_path), pytest.raises(ValueError, match=IS_HELD):
+        hold(tmp_path / "sweep" / "one", tmp_path)
+
+
+@pytest.mark.parametrize(("there", "new"), [("a", "a/b"), ("a", "a/b/c"), ("a/b/c", "a")])
+def test_a_run_does_not_lie_within_another(tmp_path, there, new):
+    (tmp_path / there).mkdir(parents=True)
+    (tmp_path / there / "metrics.jsonl").touch()
+    flags = ["--runs", str(tmp_path), "--name", new]
+    said = f"^train.py: {tmp_path / new}: {tmp_path / there} is a run, and one cannot lie within"
+    with pytest.raises(SystemExit, match=said):
+        train.main(flags)
+    hold(tmp_path / there, tmp_path)  # itself it may go on
 
 
 def test_a_resumed_run_imports_no_module_that_its_folder_names(runs, tmp_path, monkeypatch):
