@@ -31,6 +31,7 @@ import signal
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -540,6 +541,62 @@ def prepare_folder(folder, settings, config, progress) -> None:
 
 # --------------------------------------------------------------------------- the command line
 
+# What a run is, to its end: another value would be another run, or not fit its weights
+FIXED = ("method", "credit", "critic", "critic_hears", "lora", "env", "env_args", "model", "seed")
+FIXED += ("name",)
+
+
+def stored_settings(folder) -> dict:
+    """The settings of a run's config.json, all of them in one dict; those that are new since then
+    are left out. ValueError, naming the file, for anything that the command line would refuse."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise SystemExit(
+            f"--resume {folder}: no config.json there; give the folder of a run, runs/<name>"
+        )
+    stored = {}
+    try:
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("expected an object")
+        for key, kind in (("settings", Settings), ("config", sapo.SAPOConfig)):
+            part = content.get(key)
+            check_types(kind, key, part)
+            kind(**part)  # checks ranges and words
+            stored |= part
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: {error}; put it back from a copy, or start the run again without --resume"
+        ) from None
+    return stored
+
+
+def check_types(kind, key, part) -> None:
+    """ValueError for what is no dict of settings of a dataclass, each of its field's type."""
+    if not isinstance(part, dict):
+        raise ValueError(f"{key}: {part!r}, expected an object")
+    hints = typing.get_type_hints(kind)
+    for name, value in part.items():
+        if name not in hints:
+            raise ValueError(f"{name}: not a setting of this version")
+        if not is_of_type(value, hints[name]):
+            expected = getattr(hints[name], "__name__", hints[name])
+            raise ValueError(f"{name}: {value!r}, expected {expected}")
+
+
+def is_of_type(value, hint) -> bool:
+    """Has a value, read from JSON, the type of a setting? Words are not looked at."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(is_of_type(item, inner[0]) for item in value)
+    if inner:  # a union, as float | None
+        return any(is_of_type(value, one) for one in inner)
+    if isinstance(value, bool):  # which is an int to Python
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
 
 def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     """The command line -> settings.
@@ -550,20 +607,20 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
         (Settings, sapo.SAPOConfig), description=__doc__.split("\n\n")[0]
     )
     known, _ = parser.parse_known_args(argv)
+    stored = {}
     if known.resume:
-        file = Path(known.resume) / "config.json"
-        if not file.is_file():
-            raise SystemExit(
-                f"--resume {known.resume}: no config.json there; give the folder of a run, "
-                "runs/<name>"
-            )
-        earlier = json.loads(file.read_text())
-        parser.set_defaults(**earlier["settings"])
-        parser.set_defaults(**earlier["config"])
-        parser.set_defaults(resume=known.resume)
+        stored = stored_settings(known.resume)
+        parser.set_defaults(**stored | {"resume": known.resume})
     else:
         parser.set_defaults(**baselines.SETTINGS[known.method])
     settings, config = parser.parse_args_into_dataclasses(argv)
+    for name in FIXED:
+        given = getattr(settings, name)
+        if name in stored and given != stored[name]:
+            raise ValueError(
+                f"--{name}: {given!r}, but the run of --resume {known.resume} has "
+                f"{stored[name]!r}, and that cannot change; leave the flag out, or begin a new run"
+            )
     if not settings.name:
         task = settings.env.split("/")[-1].split("-")[0]  # SAPO/DiceSum-v0 -> DiceSum
         words = [task, settings.method, settings.cut, *settings.env_args, f"seed{settings.seed}"]

@@ -207,6 +207,34 @@ def test_resuming_takes_the_runs_own_settings_and_flags_beside_it_win(tmp_path):
     assert as_dict(*longer) == as_dict(*again) | {"iterations": 20, "clip_high": 0.2}
 
 
+@pytest.mark.parametrize(
+    ("flags", "was"),
+    [
+        (["--method", "grpo"], "'sapo'"),
+        (["--credit", "group"], "'critic'"),
+        (["--critic", "shared"], "'separate'"),
+        (["--critic_hears", "nothing"], "'logp'"),
+        (["--lora", "4"], "0"),
+        (["--env", "SAPO/DiceSum-v0"], "'SAPO/TextSum-v0'"),
+        (["--env_args", "n=4"], r"\['n=1', 'largest=99'\]"),
+        (["--model", "elsewhere"], "'tiny'"),
+        (["--seed", "7"], "0"),
+        (["--name", "other"], "'fixed'"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_what_a_run_is_does_not_change_where_it_is_resumed(tmp_path, runs, flags, was):
+    write_config(tmp_path, *parsed(runs, "--name", "fixed"))
+    said = f"^{flags[0]}: .*{flags[1]}.*, but the run of --resume {tmp_path} has {was}, and that"
+    with pytest.raises(ValueError, match=said):
+        train.parse(["--resume", str(tmp_path), *flags])
+    stored = parsed(runs, "--name", "fixed")[0]
+    same = getattr(stored, flags[0].strip("-"))  # who repeats it changes nothing
+    words = same if isinstance(same, list) else [str(same)]
+    again, _ = train.parse(["--resume", str(tmp_path), flags[0], *words])
+    assert asdict(again) == asdict(stored) | {"resume": str(tmp_path)}
+
+
 def test_the_length_of_a_name_is_of_no_matter_where_its_run_is_resumed(tmp_path, runs):
     write_config(tmp_path, *parsed(runs, "--name", "n" * 200))
     stored = json.loads((tmp_path / "config.json").read_text())
