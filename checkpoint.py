@@ -119,14 +119,11 @@ def write_whole(file, text) -> None:
 
 
 def damaged(folder) -> list[str]:
-    """The files of a folder that are not as its manifest.json says. [] without a manifest, which
-    folders of earlier versions have not got."""
+    """The files of a folder that are not as its manifest.json says, or itself if it is lost."""
     manifest = Path(folder) / "manifest.json"
-    if not manifest.is_file():
-        return []
     try:
         expected, found = dict(json.loads(manifest.read_text())), digest(folder)
-    except (ValueError, TypeError, OSError):  # no object of JSON; a folder where a file should be
+    except (ValueError, TypeError, OSError):  # no object of JSON; no file at all
         return [manifest.name]
     return sorted(name for name in expected | found if expected.get(name) != found.get(name))
 
@@ -160,12 +157,15 @@ def newest(folder) -> Path:
     damage = ""
     for name in CHECKPOINTS:
         stored = Path(folder) / name
-        if not (stored / "trainer.pt").is_file():
+        if not stored.exists():
             continue
         files = damaged(stored)
         if not files:
             return stored
-        damage = damage or f"{stored}: damaged, {', '.join(files)}; start the run again"
+        damage = damage or (
+            f"{stored}: damaged, {', '.join(files)}; start the run again without --resume, or put "
+            "a whole copy there"
+        )
     raise ValueError(
         damage or f"{folder}: no checkpoint there yet; start the run again without --resume"
     )
@@ -217,11 +217,24 @@ def append_lines(file, rows) -> None:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def drop_lines_after(file, iteration) -> None:
-    """Keep a file's JSON lines up to an iteration. What a killed run wrote after its last
-    checkpoint goes, a torn last line too."""
-    kept = []
-    for line in file.read_text().splitlines(keepends=True):
-        if line.endswith("}\n") and json.loads(line)["iteration"] <= iteration:
-            kept.append(line)
+def drop_lines_after(file, iteration) -> list[int]:
+    """Keep a file's JSON lines up to an iteration. -> the iterations of what was kept. What a
+    killed run wrote after its last checkpoint goes, a torn last line too. ValueError for any other
+    line that is no row of a run."""
+    lines = file.read_text(errors="replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("}\n"):
+        lines.pop()
+    kept, iterations = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            of_line = json.loads(line)["iteration"]
+            if of_line <= iteration:
+                kept.append(line)
+                iterations.append(of_line)
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{file}, line {number}: no row of a run ({line.strip():.40}); take it out, or "
+                "start the run again without --resume"
+            ) from None
     write_whole(file, "".join(kept))
+    return iterations

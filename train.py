@@ -536,7 +536,13 @@ def prepare_folder(folder, settings, config, progress) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         file.touch()
-        checkpoint.drop_lines_after(file, progress.iteration)
+        kept = checkpoint.drop_lines_after(file, progress.iteration)
+        was_logged = progress.evaluations_before is not None and name == "metrics.jsonl"
+        if was_logged and progress.iteration not in kept:
+            raise ValueError(
+                f"{file}: no row of iteration {progress.iteration}, that of the checkpoint; put "
+                "it back from a copy, or start the run again without --resume"
+            )
 
 
 # --------------------------------------------------------------------------- the command line

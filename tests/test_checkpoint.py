@@ -250,6 +250,92 @@ def test_a_damaged_checkpoint_is_named_and_the_older_whole_one_used(runs, damage
         train.main(["--resume", str(run.folder)])
 
 
+def change_config(key, value):
+    """A function that changes one setting in the config.json of a run's folder."""
+
+    def change(folder):
+        file = folder / "config.json"
+        stored = json.loads(file.read_text())
+        of = "config" if key in stored["config"] else "settings"
+        stored[of][key] = value
+        file.write_text(json.dumps(stored))
+
+    return change
+
+
+def write_into(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def lose(name):
+    return lambda folder: (folder / name).unlink()
+
+
+DAMAGED = {  # what was done to a run's folder, and what is said
+    "config.json empty": (write_into("config.json", b""), "config.json: Expecting value"),
+    "config.json cut": (write_into("config.json", b"{"), "config.json: Expecting property"),
+    "config.json no text": (write_into("config.json", b"\xff"), "config.json: 'utf-8' codec"),
+    "config.json a list": (write_into("config.json", b"[]"), "config.json: expected an object"),
+    "no settings": (write_into("config.json", b"{}"), "config.json: settings: None, expected an"),
+    "settings a list": (
+        write_into("config.json", b'{"settings": [1], "config": {}}'),
+        r"config.json: settings: \[1\], expected an object",
+    ),
+    "batch a list": (change_config("batch", [1]), r"config.json: batch: \[1\], expected int"),
+    "batch a fraction": (change_config("batch", 2.5), "config.json: batch: 2.5, expected int"),
+    "batch true": (change_config("batch", True), "config.json: batch: True, expected int"),
+    "batch 0": (
+        change_config("batch", 0),
+        r"config.json: batch: 0, expected a number in \[1, inf\)",
+    ),
+    "env a number": (change_config("env", 5), "config.json: env: 5, expected str"),
+    "env_args numbers": (
+        change_config("env_args", [1]),
+        r"config.json: env_args: \[1\], expected list",
+    ),
+    "method unknown": (
+        change_config("method", "nope"),
+        "config.json: method: 'nope', expected one of sapo",
+    ),
+    "ratio unknown": (
+        change_config("ratio", "word"),
+        "config.json: ratio: 'word', expected one of segment",
+    ),
+    "lam null": (change_config("lam", None), "config.json: lam: None, expected float"),
+    "key unknown": (
+        change_config("new_setting", 3),
+        "config.json: new_setting: not a setting of this version",
+    ),
+    "trainer.pt lost": (lose("checkpoint/trainer.pt"), "checkpoint: damaged, trainer.pt; start"),
+    "manifest lost": (lose("checkpoint/manifest.json"), "checkpoint: damaged, manifest.json; st"),
+    "metrics.jsonl empty": (write_into("metrics.jsonl", b""), "metrics.jsonl: no row of iterat"),
+    "a garbage line": (write_into("metrics.jsonl", b"x}\n"), r"metrics.jsonl, line 1: no row"),
+    "no text": (write_into("samples.jsonl", b"\xff}\n"), r"samples.jsonl, line 1: no row of a"),
+    "no iteration": (write_into("samples.jsonl", b'{"a": 1}\n'), r"samples.jsonl, line 1: no r"),
+    "not a number": (
+        write_into("samples.jsonl", b'{"iteration": "x"}\n'),
+        r"samples.jsonl, line 1: no row of a run",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_run(runs):
+    run = built(runs, "--name", "whole-files", "--iterations", "0")
+    assert train.train(run)
+    return run.folder
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_of_a_run_is_named_in_one_line(whole_run, tmp_path, damage, said):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    damage(folder)
+    with pytest.raises(SystemExit, match=f"^train.py: {folder}/{said}") as left:
+        train.main(["--resume", str(folder)])
+    assert "\n" not in left.value.code and "start the run again" in left.value.code
+
+
 def test_a_text_file_is_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "config.json"
     checkpoint.write_whole(file, "old")
