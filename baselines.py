@@ -142,6 +142,33 @@ def check(settings, has_picture: bool, replies: bool = False) -> None:
         )
 
 
+def check_numbers(settings, config: sapo.SAPOConfig) -> None:
+    """ValueError for numbers that contradict each other in a run that is to be trained.
+
+    A minibatch that nobody chose may be larger than the batch: then it is all of it. So may a
+    method's own pre-training be longer than a run, which is then a trial of its parts.
+    """
+    if settings.credit == "tree":
+        _check_room(settings)
+    if config.minibatch > settings.batch and config.minibatch != sapo.SAPOConfig.minibatch:
+        raise ValueError(
+            f"--minibatch {config.minibatch}: above --batch {settings.batch}, the responses that "
+            "there are; lower it, or raise --batch"
+        )
+    if config.micro_batch > config.minibatch:
+        raise ValueError(
+            f"--micro_batch {config.micro_batch}: above --minibatch {config.minibatch}, of which "
+            "it is a part; lower it, or give 0 for the whole minibatch"
+        )
+    pretraining = settings.value_pretraining
+    of_method = SETTINGS[settings.method].get("value_pretraining", 0)
+    if pretraining > settings.iterations and pretraining != of_method:
+        raise ValueError(
+            f"--value_pretraining {pretraining}: above --iterations {settings.iterations}, so the "
+            "policy would never learn; lower it, or raise --iterations"
+        )
+
+
 # ----------------------------------------------------------------------------------- segments
 
 # What parts the moves of a response: our tasks write ";" where prose has newlines

@@ -434,6 +434,8 @@ def make_env(settings) -> gym.Env:
     refuses."""
     try:
         keywords = dict(pair.split("=", 1) for pair in settings.env_args)
+        if len(keywords) < len(settings.env_args):
+            raise ValueError("a name stands there twice")
         for name, word in keywords.items():
             with contextlib.suppress(ValueError):  # not a number: it stays a word
                 keywords[name] = json.loads(word)
@@ -670,6 +672,7 @@ def begin(argv, command, lock) -> Run:
     """
     try:
         settings, config = parse(argv)
+        baselines.check_numbers(settings, config)
         lock.enter_context(checkpoint.held(folder_of(settings), settings.runs))
         try:
             return build(settings, config, command)

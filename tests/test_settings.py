@@ -351,6 +351,42 @@ def test_what_is_wrong_with_the_input_is_one_line(tmp_path, flags, said):
     assert said in str(left.value) and "\n" not in str(left.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--method", "spo-tree", "--branching", "2", "2", "--max_new_tokens", "10"],
+            r"branching: \[2, 2\], segment_tokens: 10; .* within max_new_tokens=10",
+        ),
+        (["--minibatch", "256"], "--minibatch 256: above --batch 128"),
+        (["--micro_batch", "33"], "--micro_batch 33: above --minibatch 32"),
+        (
+            ["--value_pretraining", "11", "--iterations", "10"],
+            "--value_pretraining 11: above --iterations 10",
+        ),
+        (["--env_args", "n=9", "n=4"], "--env_args n=9 n=4: .*a name stands there twice"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_settings_that_contradict_each_other_are_refused_before_any_work(tmp_path, flags, said):
+    with pytest.raises(SystemExit, match=f"^train.py: .*{said}"):
+        train.main([*flags, "--runs", str(tmp_path)])
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch", "8"],  # a minibatch that nobody chose is all of it
+        ["--method", "vc-ppo", "--iterations", "2"],
+        ["--branching", "9", "9", "--max_new_tokens", "4"],  # of a tree that does not grow
+    ],
+    ids=lambda flags: flags[-1],
+)
+def test_what_nobody_asked_for_contradicts_nothing(flags):
+    baselines.check_numbers(*train.parse(flags))
+
+
 def test_srpo_without_a_picture_says_so(runs):
     flags = ["--name", "blind", "--method", "srpo", "--group", "4"]
     with pytest.raises(ValueError, match="SAPO/TextSum-v0 has no picture.*--method grpo"):
