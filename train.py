@@ -25,6 +25,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
@@ -90,7 +91,7 @@ class Settings(baselines.Method):
         False, "keep fewer activations and make them again for the gradient"
     )
     seed: int = setting(
-        0, "of the weights, the demonstrations, the sampling and the shuffling", "[0, inf)"
+        0, "of the weights, the demonstrations, the sampling and the shuffling", "[0, 4294967295]"
     )
     name: str = setting("", "the run's folder under --runs; made from the settings when empty")
     runs: str = setting("runs", "folder of all runs and of the warm-start cache")
@@ -111,12 +112,12 @@ class Settings(baselines.Method):
         "[0, inf)",
     )
     max_new_tokens: int = setting(64, "longest response, in tokens", "[1, inf)")
-    temperature: float = setting(1.0, "of sampling and scoring in training", "(0, inf)")
+    temperature: float = setting(1.0, "of sampling and scoring in training", "[0.01, 100]")
     warm_start_steps: int = setting(
         600, "supervised steps on noisy demonstrations before RL; 0 for none", "[0, inf)"
     )
     warm_start_batch: int = setting(64, "demonstrations per step", "[1, inf)")
-    warm_start_lr: float = setting(3e-3, "peak learning rate of the warm start", "(0, inf)")
+    warm_start_lr: float = setting(3e-3, "peak learning rate of the warm start", "(0, 1]")
     habits: float = setting(
         0.6,
         "how often a demonstration follows a bad habit of the task where there is one; 0: none",
@@ -436,9 +437,7 @@ def make_env(settings) -> gym.Env:
         keywords = dict(pair.split("=", 1) for pair in settings.env_args)
         if len(keywords) < len(settings.env_args):
             raise ValueError("a name stands there twice")
-        for name, word in keywords.items():
-            with contextlib.suppress(ValueError):  # not a number: it stays a word
-                keywords[name] = json.loads(word)
+        keywords = {name: value_of(name, word) for name, word in keywords.items()}
         module, _, name = settings.env.rpartition(":")
         if module:  # "my_module:MyTask-v0" registers itself on import
             importlib.import_module(module)
@@ -456,6 +455,19 @@ def make_env(settings) -> gym.Env:
             f"--env {settings.env} --env_args {' '.join(settings.env_args)}: expected a known id "
             f"and name=value pairs, such as n=9 ({error})"
         ) from None
+
+
+def value_of(name, word):
+    """The value of a task's keyword: as in JSON, or else the word itself. ValueError for what reads
+    as a number that is not finite, which no task's is."""
+    try:
+        value = json.loads(word)
+    except ValueError:
+        value = word
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    if is_infinite or word.lower().strip("+-") in ("nan", "inf", "infinity"):
+        raise ValueError(f"{name}={word}: expected a finite number")
+    return value
 
 
 def build(settings, config, command="") -> Run:
@@ -516,9 +528,10 @@ def folder_of(settings) -> Path:
 
 
 def check_device(name) -> None:
-    """ValueError for a device that torch does not know or this machine does not have."""
+    """ValueError for a device that torch does not know, this machine does not have, or that does
+    not compute, as meta."""
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # a CPU build asserts that CUDA is there
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: {reason}; expected cpu, or a card as cuda") from None
@@ -633,6 +646,9 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
         task = settings.env.split("/")[-1].split("-")[0]  # SAPO/DiceSum-v0 -> DiceSum
         words = [task, settings.method, settings.cut, *settings.env_args, f"seed{settings.seed}"]
         settings.name = "-".join(words).replace("/", "_")
+    for flag, word in (("--name", settings.name), ("--runs", settings.runs)):
+        if not word or "\0" in word:
+            raise ValueError(f"{flag} {word!r}: expected the name of a folder")
     parts = Path(settings.name).parts
     if Path(settings.name).is_absolute() or ".." in parts or parts[:1] in ((), ("cache",)):
         raise ValueError(f"--name {settings.name}: expected a folder within --runs, not its cache")
@@ -707,6 +723,12 @@ def run_to_its_end(run) -> None:
             "learning rates and resume from the last checkpoint"
         ) from None
     except RuntimeError as error:
+        if "probability tensor contains" in str(error):  # torch, where it draws from NaN
+            raise SystemExit(
+                f"iteration {run.progress.iteration}: the policy's probabilities are no numbers, "
+                "so its weights are broken: lower the learning rates, --warm_start_lr too; "
+                f"{how_to_go_on(run)}"
+            ) from None
         reason = models.explain_out_of_memory(
             run.models, run.settings, run.config, run.folder, error
         )

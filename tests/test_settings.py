@@ -55,6 +55,16 @@ def test_a_number_outside_its_range_is_refused_in_one_line(field, word, tmp_path
     ("flags", "said"),
     [
         (["--device", "nonsense"], "--device nonsense: "),
+        (["--device", "meta"], "--device meta: .*meta tensors.*expected cpu, or a card"),
+        (["--temperature", "1e39"], r"temperature: 1e\+39, expected a number in \[0.01, 100\]"),
+        (["--temperature", "1e-40"], r"temperature: 1e-40, expected a number in \[0.01, 100\]"),
+        (["--warm_start_lr", "1e10"], "warm_start_lr: 10000000000.0, expected a number"),
+        (["--seed", str(2**65)], f"seed: {2**65}, expected a number in"),
+        (["--env_args", "format_reward=nan"], "format_reward=nan: expected a finite number"),
+        (["--env_args", "format_reward=-Infinity"], "format_reward=-Infinity: expected a finite"),
+        (["--env_args", "format_reward=inf"], "format_reward=inf: expected a finite number"),
+        (["--env_args", "format_reward=1e400"], "format_reward=1e400: expected a finite number"),
+        (["--name", "a\0b"], r"--name 'a\\x00b': expected the name of a folder"),
         (["--env", "CartPole-v1"], "--env CartPole-v1 .*its actions are no segments of text"),
         (["--env_args", "n=1"], "DiceSum.n=1.*too small"),
         (["--name", "../elsewhere"], "expected a folder within --runs"),
@@ -69,6 +79,12 @@ def test_what_cannot_work_is_refused_before_any_long_work(flags, said, tmp_path)
     with pytest.raises(SystemExit, match=f"^train.py: .*{said}"):
         train.main([*flags, "--runs", str(tmp_path)])
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("word", ["", "a\0b"])
+def test_a_folder_of_runs_that_is_none_is_named(word):
+    with pytest.raises(SystemExit, match="^train.py: --runs '.*': expected the name of a folder"):
+        train.main(["--runs", word])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")

@@ -200,6 +200,15 @@ def test_a_run_that_diverges_ends_in_one_line_and_leaves_its_checkpoint(runs):
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
+def test_probabilities_that_are_no_numbers_end_in_one_line(runs):
+    run = built(runs, "--name", "no-numbers", "--iterations", "1")
+    for parameter in run.models.policy.model.parameters():
+        parameter.data.fill_(math.nan)
+    said = "^iteration 0: the policy's probabilities are no numbers.*lower the learning rates"
+    with pytest.raises(SystemExit, match=f"{said}.*there is no checkpoint yet"):
+        train.run_to_its_end(run)
+
+
 # ------------------------------------------------------------------------------ one short run
 
 
