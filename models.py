@@ -12,8 +12,10 @@ are three ways to make them:
 """
 
 import copy
+import inspect
 import resource
 import sys
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,31 +222,49 @@ def peak_megabytes() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # in bytes, or in KiB
 
 
-def explain_out_of_memory(
-    models: Models, settings, config: SAPOConfig, folder, error: Exception
-) -> str:
+def explain_out_of_memory(models: Models, settings, config: SAPOConfig, error: Exception) -> str:
     """What took a run's memory, measured at the failure, and what to lower: one line.
 
+    Whether responses were written or learned from is seen by where the error comes from: the
+    one holds keys and values of --generate_batch responses, the other activations of --micro_batch.
     Any error that is not about memory is raised again.
     """
     _raise_unless_memory(error)
     fixed = _fixed_bytes(models) / 2**30
     if "cuda" in settings.device:
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated(settings.device) / 2**30
     else:
         peak = peak_megabytes() / 2**10
-    size = config.micro_batch or config.minibatch
+    written_at_once = settings.generate_batch or settings.batch
+    if _was_writing(error):
+        doing, size = "written", written_at_once
+        advice = (
+            f"Lower --generate_batch to {max(size // 2, 1)} or less, or --max_new_tokens; or add"
+        )
+    else:
+        doing, size = "scored or learned from", config.micro_batch or config.minibatch
+        advice = (
+            f"Lower --micro_batch to {max(size // 2, 1)} or less, then --generate_batch "
+            f"({written_at_once} are written at once) or --max_new_tokens; or add "
+            "--gradient_checkpointing,"
+        )
     each = max(peak - fixed, 0) / size
     return (
-        f"out of memory beyond {peak:.2f} GiB. Measured: weights, gradients and Adam take "
-        f"{fixed:.2f}, and {size} responses at once at least {each:.3f} each. "
-        f"Lower --micro_batch to {max(size // 2, 1)} or less, then --generate_batch "
-        f"({settings.generate_batch or settings.batch} are written at once) or "
-        "--max_new_tokens; or add --gradient_checkpointing, "
-        "--dtype bfloat16, --lora 16. "
-        f"`python train.py --resume {folder}` goes on from the last checkpoint. "
-        f"({str(error).splitlines()[0]})"
+        f"out of memory beyond {peak:.2f} GiB, while responses were {doing}. Measured: weights, "
+        f"gradients and Adam take {fixed:.2f}, and {size} responses at once at least {each:.3f} "
+        f"each. {advice} --dtype bfloat16, --lora 16. ({_first_line(error)})"
     )
+
+
+def _was_writing(error):
+    """Was it raised while the policy wrote responses?"""
+    writing = inspect.unwrap(vlm.generate).__code__  # within torch.no_grad, which many share
+    return any(frame.f_code is writing for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _first_line(error):
+    """What an error says, in one line; its kind where it says nothing, as a MemoryError."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def explain_out_of_memory_at_start(settings, error: Exception) -> str:
@@ -257,15 +277,25 @@ def explain_out_of_memory_at_start(settings, error: Exception) -> str:
         f"out of memory before training began: --model {settings.model} in "
         f"{settings.dtype}, --lora {settings.lora}, --critic {settings.critic}. What makes it "
         "less: --dtype bfloat16, --lora 16 (one backbone for policy, critic and reference), "
-        f"--critic shared, a smaller model. ({str(error).splitlines()[0]})"
+        f"--critic shared, a smaller model. ({_first_line(error)})"
     )
+
+
+# Of errors about memory that have no class of their own. "can't" from PyTorch, "Cannot" from Linux;
+# the others from CUDA and its libraries, which take memory beside PyTorch
+REFUSALS = (
+    "t allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 def _raise_unless_memory(error):
     """Raise an error again that is not about memory."""
-    is_cuda_refusal = isinstance(error, torch.OutOfMemoryError)
-    is_cpu_refusal = "t allocate memory" in str(error)  # "can't" from PyTorch, "Cannot" from Linux
-    if not is_cuda_refusal and not is_cpu_refusal:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return
+    if not any(words in str(error) for words in REFUSALS):
         raise error
 
 

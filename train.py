@@ -692,7 +692,7 @@ def begin(argv, command, lock) -> Run:
         lock.enter_context(checkpoint.held(folder_of(settings), settings.runs))
         try:
             return build(settings, config, command)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise OSError(models.explain_out_of_memory_at_start(settings, error)) from None
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"train.py: {error}") from error
@@ -722,17 +722,17 @@ def run_to_its_end(run) -> None:
             f"iteration {run.progress.iteration}: {error}; the weights are broken: lower the "
             "learning rates and resume from the last checkpoint"
         ) from None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if "probability tensor contains" in str(error):  # torch, where it draws from NaN
             raise SystemExit(
                 f"iteration {run.progress.iteration}: the policy's probabilities are no numbers, "
                 "so its weights are broken: lower the learning rates, --warm_start_lr too; "
                 f"{how_to_go_on(run)}"
             ) from None
-        reason = models.explain_out_of_memory(
-            run.models, run.settings, run.config, run.folder, error
-        )
-        raise SystemExit(f"iteration {run.progress.iteration}: {reason}") from None
+        reason = models.explain_out_of_memory(run.models, run.settings, run.config, error)
+        raise SystemExit(
+            f"iteration {run.progress.iteration}: {reason}; {how_to_go_on(run)}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_a_resumed_run_without_a_critic_ends_where_an_uncut_one_does(resumed_and
 # ------------------------------------------------------------------------------ out of memory
 
 
-def test_out_of_memory_is_one_line_with_what_to_lower(monkeypatch, family_folder, flags, tmp_path):
+def test_out_of_memory_is_one_line_with_what_to_lower(monkeypatch, family_folder, flags):
     def refused(*_):
         return torch.empty(2**60)  # a real refusal of the allocator
 
@@ -214,7 +214,7 @@ def test_out_of_memory_is_one_line_with_what_to_lower(monkeypatch, family_folder
         train.main(flags(family_folder("llava"), "--name", "large"))
     said = str(left.value)
     assert "\n" not in said and "allocate memory" in said and "--micro_batch to 1 or less" in said
-    for named in ("GiB", "--max_new_tokens", "--lora", f"--resume {tmp_path / 'large'}"):
+    for named in ("GiB", "--max_new_tokens", "--lora", "there is no checkpoint yet"):
         assert named in said
 
 

@@ -354,7 +354,7 @@ def large():
 def said_of(made, error):
     settings = SimpleNamespace(device="cpu", batch=8, generate_batch=0)
     config = sapo.SAPOConfig(micro_batch=2)
-    return models.explain_out_of_memory(made, settings, config, "runs/x", error)
+    return models.explain_out_of_memory(made, settings, config, error)
 
 
 def test_out_of_memory_counts_weights_gradients_and_adams_moments(large):
@@ -372,7 +372,32 @@ def test_out_of_memory_is_one_line_with_what_to_lower(large):
     said = said_of(large, RuntimeError("can't allocate memory: you tried\nat line 7"))
     assert "\n" not in said and "you tried" in said
     assert "--micro_batch to 1 or less" in said and "(8 are written at once)" in said
-    assert "--resume runs/x" in said
+    assert "responses were scored or learned from" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+        MemoryError("Unable to allocate 8.00 EiB for an array"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_every_way_to_say_that_memory_ran_out_is_known(large, error):
+    said = said_of(large, error)
+    assert "\n" not in said and (str(error).splitlines() or ["MemoryError"])[0] in said
+
+
+def test_the_peak_is_that_of_the_runs_own_card(large, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda card: asked.append(card) or 0)
+    settings = SimpleNamespace(device="cuda:1", batch=8, generate_batch=0)
+    config, error = sapo.SAPOConfig(), MemoryError()
+    models.explain_out_of_memory(large, settings, config, error)
+    assert asked == ["cuda:1"]
 
 
 def test_an_error_that_is_not_about_memory_is_raised_again(large):

@@ -209,6 +209,36 @@ def test_probabilities_that_are_no_numbers_end_in_one_line(runs):
         train.run_to_its_end(run)
 
 
+def test_memory_that_runs_out_in_the_update_is_said_so(runs, monkeypatch):
+    run = built(runs, "--name", "larger", "--iterations", "1", "--eval_every", "2")
+
+    def refused(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(sapo, "sapo_update", refused)
+    with pytest.raises(SystemExit, match="^iteration 1: out of memory beyond") as left:
+        train.run_to_its_end(run)
+    said = left.value.code
+    assert "scored or learned from" in said and "Lower --micro_batch to 4 or less" in said
+    assert said.endswith(f"python train.py --resume {run.folder} goes on from the last checkpoint")
+
+
+def test_memory_that_runs_out_while_writing_is_said_so(runs, monkeypatch):
+    """The first thing a run does, when it has no checkpoint yet."""
+    run = built(runs, "--name", "large", "--iterations", "1")
+
+    def refused(*_, **__):
+        return torch.empty(2**60)  # a real refusal of the allocator
+
+    monkeypatch.setattr(run.models.policy.model, "generate", refused)
+    with pytest.raises(SystemExit, match=r"^iteration 0: out of memory beyond [\d.]+ GiB") as left:
+        train.run_to_its_end(run)
+    said = left.value.code
+    assert "while responses were written" in said and "Lower --generate_batch to 8 or less" in said
+    assert "micro_batch" not in said and "--resume" not in said and "\n" not in said
+    assert said.endswith("there is no checkpoint yet: the same command begins it again")
+
+
 # ------------------------------------------------------------------------------ one short run
 
 
