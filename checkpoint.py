@@ -171,6 +171,13 @@ def newest(folder) -> Path:
     )
 
 
+def own_card(device) -> list[torch.device]:
+    """The card of a run, in a list, as torch takes the devices of random streams; [] on a CPU. The
+    other cards of a machine are none of a run's business: resumed elsewhere, it may see fewer."""
+    device = torch.device(device)
+    return [device] if device.type == "cuda" and torch.cuda.is_available() else []
+
+
 def save(run) -> None:
     """Write the run's checkpoint in place of the last one."""
     with replacing(run.folder / "checkpoint") as aside:
@@ -185,15 +192,17 @@ def save(run) -> None:
             # adapters and float32 copies are not in the policy's own files
             state["weights"] = models.trained_parameters(run.models)
         state["rng"] = torch.get_rng_state()
-        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+        cards = own_card(run.settings.device)
+        state["cuda_rng"] = [torch.cuda.get_rng_state(card) for card in cards]
         torch.save(state, aside / "trainer.pt")
         (aside / "manifest.json").write_text(json.dumps(digest(aside)))
 
 
-def restore(run_models, stored) -> dict:
+def restore(run_models, stored, device="cpu") -> dict:
     """Load what `save` wrote into the models and the random streams. -> the progress, as a dict.
 
     stored: the checkpoint's folder, from `newest`. The policy itself was loaded from it before.
+    device: of the run; where it is another kind than before, its random stream begins anew.
     """
     state = torch.load(Path(stored) / "trainer.pt", map_location="cpu", weights_only=True)
     for name in STATEFUL:
@@ -207,7 +216,8 @@ def restore(run_models, stored) -> dict:
             if optimizer is not None:
                 optimizer.write_back()
     torch.set_rng_state(state["rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    for card, of_card in zip(own_card(device), state["cuda_rng"], strict=False):
+        torch.cuda.set_rng_state(of_card, card)
     return state["progress"]
 
 

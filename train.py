@@ -299,7 +299,8 @@ def train(run) -> bool:
     with stop_as_a_flag() as interrupted:
         if progress.evaluations_before is None:
             start = evaluation.evaluate(run)
-            with torch.random.fork_rng():  # these leave the training's random stream alone
+            # These leave the training's random stream alone
+            with torch.random.fork_rng(devices=checkpoint.own_card(settings.device)):
                 progress.evaluations_before = evaluation.by_decoding(run, start)
                 before = samples(run)
             log(run, "metrics.jsonl", {"iteration": 0, **start})
@@ -509,7 +510,7 @@ def build(settings, config, command="") -> Run:
         checkpoint.set_aside(folder)
     run_models = models.build(settings, config, start, saved)
     if saved is not None:
-        progress = Progress(**checkpoint.restore(run_models, saved))
+        progress = Progress(**checkpoint.restore(run_models, saved, settings.device))
 
     prepare_folder(folder, settings, config, progress)
     board = None

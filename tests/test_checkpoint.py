@@ -168,6 +168,40 @@ def test_an_interruption_before_or_after_the_loop_is_one_line(runs, tmp_path, se
     assert not list(folder.glob("*.holder"))
 
 
+def test_of_the_random_streams_of_cards_only_the_runs_own_is_kept(runs, monkeypatch):
+    """Where it is resumed, other cards may be visible, or none."""
+    run = built(runs, "--name", "cards", "--iterations", "0")
+    streams = {"cuda:0": torch.tensor([0]), "cuda:1": torch.tensor([1])}
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda card: streams[str(card)])
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [*streams.values()])
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, card: restored.append((str(card), state.item()))
+    )
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
+    run.settings.device = "cuda:1"
+    checkpoint.save(run)
+    saved = checkpoint.newest(run.folder)
+    checkpoint.restore(run.models, saved, "cpu")
+    assert restored == []
+    checkpoint.restore(run.models, saved, "cuda:0")
+    assert restored == [("cuda:0", 1)]
+
+
+def test_the_first_evaluation_touches_no_card_but_the_runs_own(runs, monkeypatch):
+    run = built(runs, "--name", "own-card", "--iterations", "0")
+    forked, fork_rng = [], torch.random.fork_rng
+
+    def recorded(devices=None, **more):
+        forked.append(devices)
+        return fork_rng(devices, **more)
+
+    monkeypatch.setattr(torch.random, "fork_rng", recorded)
+    assert train.train(run)
+    assert forked == [[]]
+
+
 # -------------------------------------------------------------------------------------- kills
 
 KILLED = """
