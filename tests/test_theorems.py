@@ -376,6 +376,115 @@ def test_who_refuses_every_batch_is_told_its_own_words():
         theorem_called("telescoping").check(unusable, FEW)
 
 
+# ------------------------------------------------------------------------- wrong when large
+
+
+def forgets_late_tokens(rewards, values, mask, gamma, lam):
+    return right(rewards, values, mask, gamma, lam) * (torch.arange(values.shape[1]) < 5)
+
+
+def mixes_many_rows(rewards, values, mask, gamma, lam):
+    advantages = right(rewards, values, mask, gamma, lam)
+    return advantages if len(advantages) < 5 else advantages.flip(0)
+
+
+def clamped_at_20(rewards, values, mask, gamma, lam):
+    return right(rewards, values, mask, gamma, lam).clamp(-20, 20)
+
+
+def knows_some_discounts(rewards, values, mask, gamma, lam):
+    known = gamma if gamma in (1.0, 0.9, 0.5, 0.0) else 0.0
+    return right(rewards, values, mask, known, lam)
+
+
+def centred(rewards, group):
+    grouped_rewards = rewards.view(-1, group)
+    return (grouped_rewards - grouped_rewards.mean(1, keepdim=True)).flatten()
+
+
+def large_groups_wrong_way(rewards, group):
+    return centred(rewards, group) * (1 if group <= 4 else -1)
+
+
+def group_clamped_at_5(rewards, group):
+    return centred(rewards, group).clamp(-5, 5)
+
+
+def of_the_first_five_tokens(logp, old_logp, mask):
+    log_ratio = torch.where(mask, logp - old_logp, 0.0)
+    return log_ratio[:, :5].sum(1).div(mask[:, :5].sum(1)).exp()
+
+
+def of_small_advantages(logp, old_logp, advantages, mask):
+    return token_loss(logp, old_logp, advantages.clamp(-5, 5), mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "place"),
+    [
+        ("telescoping", forgets_late_tokens, "the advantage of row 0, token 5 is -?0, not"),
+        ("the_sum", mixes_many_rows, "the advantage of row 0, token 0 is"),
+        ("company", mixes_many_rows, r"of row \d in the batch"),
+        ("td_error", clamped_at_20, "is -?20, not"),
+        ("linear_in_the_rewards", clamped_at_20, "is -?20, not"),
+        ("the_sum", knows_some_discounts, "the advantage of row 0, token 0 is"),
+        ("better_is_better", large_groups_wrong_way, r"responses \d+ and \d+ earned"),
+        ("better_is_better", group_clamped_at_5, "and get 5 and 5|and get -5 and -5"),
+        ("sum_to_zero", group_clamped_at_5, "the sum of the group"),
+        ("equation_8", of_the_first_five_tokens, "the ratio of row 0, token 0 is"),
+        ("equation_13", of_small_advantages, "the push of row 0, token 0 is"),
+    ],
+)
+def test_a_large_case_refutes_who_is_wrong_only_there(name, wrong, place):
+    with pytest.raises(Refuted, match=f"^in a large case .*: .*({place})") as refuted:
+        theorem_called(name).check(wrong, FEW)
+    assert len("; ".join(theorems.asked(refuted.value.calls))) < 500  # no dump of its numbers
+
+
+def test_what_is_wrong_when_small_is_shown_small():
+    with pytest.raises(Refuted) as refuted:
+        theorem_called("telescoping").check(gae_with(no_baseline), FEW)
+    assert "large" not in str(refuted.value)
+
+
+def test_the_report_of_a_large_case_says_what_was_asked_without_its_numbers():
+    telescoping = theorem_called("telescoping")
+    with pytest.raises(Refuted) as refuted:
+        telescoping.check(clamped_at_20, 5)
+    verdict = theorems.Verdict(telescoping, "fails", str(refuted.value), refuted.value.calls)
+    text = theorems.report(clamped_at_20, [verdict])
+    assert "in a large case (seed 0: 9 rows, 40 tokens, gamma 1, lam 1): the advantage" in text
+    assert "asked: rewards [9 x 40 numbers], values [9 x 40 numbers]" in text
+
+
+def test_the_page_says_what_sizes_are_tried():
+    page = (estimators.ROOT / "docs" / "theorems.md").read_text()
+    small, large = theorems.Small, theorems.Large
+    assert f"| 1 to {small.rows} of up to {small.tokens} tokens | {large.rows} of up to " in page
+    assert f" of up to {large.tokens} tokens, segments of 4 on average |" in page
+    assert f"| 1 to {small.prompts} of 2 to {small.group} responses | {large.prompts} of " in page
+    assert f" of {large.group} responses |" in page
+    assert f"any number from -{large.greatest:.0f} to {large.greatest:.0f} |" in page
+    assert f"{theorems.EXAMPLES} small cases" in page and theorems.LARGE_CASES == 3
+
+
+def test_a_large_case_is_the_same_each_time():
+    first, again = (theorems.group_case(theorems.Large(1)) for _ in range(2))
+    assert first.group == 8 and torch.equal(first.rewards, again.rewards)
+    assert first.rewards.abs().max() > 100
+
+
+def test_a_large_batch_that_is_refused_is_refused_by_any_batch():
+    def small_batches_only(rewards, values, mask, gamma, lam):
+        if len(rewards) > 4:
+            raise ValueError("too many rows")
+        return right(rewards, values, mask, gamma, lam)
+
+    theorem_called("telescoping").check(small_batches_only, FEW)
+    with pytest.raises(Refuted, match="in a large case .*too many rows"):
+        theorem_called("any_batch").check(small_batches_only, FEW)
+
+
 # ----------------------------------------------------------------------- the counterexample
 
 
