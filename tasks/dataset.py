@@ -71,6 +71,7 @@ SOURCES = (
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 
 MAX_PROMPT = 65536  # characters
+EXACT_BELOW = 2**53  # every whole number below it has a float of its own
 
 
 # ------------------------------------------------------------------- a source and its columns
@@ -90,6 +91,8 @@ def _load(path, split):
     except Exception as error:  # each reader has its own kinds
         cause = error.__cause__ or error  # often the reason is in the error behind it
         reason, _, _ = str(cause).partition("\n")
+        if reason.startswith(("Value is too big", "Value is too small")):  # pandas, of a number
+            reason += ": write numbers beyond 64 bits as strings"
         raise ValueError(
             f"path={path!r}, split {split!r}: no rows ({reason}); expected {SOURCES}"
         ) from None
@@ -206,7 +209,15 @@ class Rows:
         value = record[self.columns[role]]
         is_nan = value != value
         if isinstance(value, float) and value.is_integer():
-            value = int(value)  # pandas stores whole numbers as floats if one of them is missing
+            # pandas stores whole numbers as floats if one of them is missing, and a JSON reader
+            # those beyond 64 bits. From 2^53 on neighbours share a float, so that which number
+            # stood there is no longer known.
+            if abs(value) >= EXACT_BELOW:
+                raise ValueError(
+                    f"{role} is {value!r}, a number too large to be read exactly: write it as a "
+                    "string"
+                )
+            value = int(value)
         parts = [part.strip() for part in str(value).split("<image>")]
         text = " ".join(part for part in parts if part)
         if not isinstance(value, (str, int, float)) or is_nan or not 0 < len(text) <= limit:

@@ -250,6 +250,50 @@ def test_answers_that_are_numbers_or_mixed(tmp_path):
     assert task.example_at(0, "eval").answer == "1"
 
 
+@pytest.mark.parametrize("first", [10**30, 2**63, -(10**30)])
+def test_numbers_that_a_reader_rounds_are_refused(tmp_path, first):
+    """They would all read as one, and a right answer would earn 0."""
+    rows = [{"question": f"q{i}", "answer": first + i} for i in range(5)]
+    with pytest.raises(ValueError, match="row 0: answer is .*exactly: write it as a string") as no:
+        DatasetTask(jsonl(tmp_path / "rows.jsonl", rows))
+    assert "rows.jsonl" in str(no.value) and "\n" not in str(no.value)
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="array.json.* as (a string|strings)"):
+        DatasetTask(str(tmp_path / "array.json"))
+
+
+def test_a_rounded_number_takes_only_its_own_row_away(tmp_path):
+    rows = [{"question": f"q{i}", "answer": i} for i in range(30)]
+    rows.append({"question": "large", "answer": 10**30})
+    with pytest.warns(UserWarning, match="1 of 31 rows cannot be used: row 30: answer is 1e.30"):
+        task = DatasetTask(jsonl(tmp_path / "rows.jsonl", rows))
+    answers = [one.answer for split in SPLITS for one in rows_of(task, split).values()]
+    assert sorted(answers, key=int) == [str(i) for i in range(30)]
+
+
+def test_numbers_of_64_bits_and_longer_ones_as_strings_are_exact(tmp_path):
+    numbers = [*range(2**53 - 2, 2**53 + 3), *range(2**62, 2**62 + 20)]
+    rows = [{"question": f"q{n}", "answer": n} for n in numbers]
+    task = DatasetTask(jsonl(tmp_path / "rows.jsonl", rows))
+    rows = [row | {"answer": str(10**30 + row["answer"])} for row in rows]
+    task_of_strings = DatasetTask(jsonl(tmp_path / "strings.jsonl", rows))
+    for one, more in ((task, 0), (task_of_strings, 10**30)):
+        answers = {row.answer for split in SPLITS for row in rows_of(one, split).values()}
+        assert answers == {str(more + n) for n in numbers}
+
+
+@pytest.mark.parametrize(("number", "fits"), [(2.0**53 - 1, True), (2.0**53, False)])
+def test_a_float_in_a_parquet_file_is_taken_as_far_as_it_is_exact(tmp_path, number, fits):
+    path = tmp_path / "floats.parquet"
+    table = {"question": [str(i) for i in range(9)], "answer": [number] * 9}
+    datasets.Dataset.from_dict(table).to_parquet(str(path))
+    if fits:
+        assert DatasetTask(str(path)).example_at(0).answer == "9007199254740991"
+        return
+    with pytest.raises(ValueError, match="9007199254740992.0, a number too large to be read"):
+        DatasetTask(str(path))
+
+
 def test_whole_numbers_stored_as_floats(tmp_path):
     """As pandas does if one of them is missing."""
     table = datasets.Dataset.from_dict({"question": ["a", "b"], "answer": [3.0, float("nan")]})
