@@ -4,6 +4,7 @@ Imports none of the project's modules, so that a picture can be made again long 
 """
 
 import json
+import math
 
 # The colours of Okabe and Ito (2008), told apart with any common colour blindness.
 BLUE = "#0072B2"
@@ -39,14 +40,162 @@ def read_lines(path):
             raise ValueError(
                 f"{path}, line {number} is not JSON ({reason}): repair or remove that line"
             ) from None
-        if not isinstance(line, dict) or not isinstance(line.get("iteration"), int):
+        iteration = line.get("iteration") if isinstance(line, dict) else None
+        if type(iteration) is not int or not 0 <= iteration < 2**53:
             raise ValueError(
-                f"{path}, line {number}: no object with a whole `iteration` but {row[:60]!r}"
+                f"{path}, line {number}: no object with a whole `iteration` from 0 to 2^53 but "
+                f"{row[:60]!r}"
             )
         lines.append({key: value for key, value in line.items() if value is not None})
     if not lines:
         raise ValueError(f"{path} holds no complete line: let the run finish an iteration first")
     return lines
+
+
+# Of a row of metrics.jsonl: what is drawn
+DRAWN = ("accuracy", "eval_accuracy", "eval_low", "eval_high", "entropy", "explained_variance")
+
+
+def read_metrics(path):
+    """The rows of a metrics.jsonl, as `read_lines` gives them. ValueError, naming the iteration and
+    the field, where what is drawn is no number."""
+    rows = read_lines(path)
+    for row in rows:
+        for key in DRAWN:
+            if key in row and not is_number(row[key]):
+                raise ValueError(
+                    f"{path}, iteration {row['iteration']}: {key} is {row[key]!r:.60}, expected a "
+                    "number"
+                )
+    return rows
+
+
+# Of a row of samples.jsonl: what is said of each token (in a list of numbers null is NaN), and what
+# is shown as a text
+REQUIRED = ("tokens", "advantages", "ends", "reward")
+NUMBERS = (
+    *("advantages", "entropy", "values", "token_values", "rewards", "logp", "new_logp"),
+    "exact_values",
+)
+FLAGS = ("ends", "written")
+TEXTS = ("prompt", "answer", "predicted", "example_id")
+
+
+def read_samples(path):
+    """The rows of a samples.jsonl, as `read_lines` gives them: each a response of which every field
+    is what the pages take it for.
+
+    ValueError, naming iteration, example and field, where one is not. The folder of a run may come
+    from somebody else, and a range of 10^12 tokens fits into a short line of a file, and into no
+    memory.
+    """
+    rows = read_lines(path)
+    for row in rows:
+        where = f"{path}, iteration {row['iteration']}, example {row.get('example_id')!r:.60}"
+        try:
+            _check_sample(row)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return rows
+
+
+def _check_sample(row):
+    """ValueError where a field of a response is missing, or not what it has to be."""
+    missing = [key for key in REQUIRED if key not in row]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+    tokens = row["tokens"]
+    length = len(tokens) if isinstance(tokens, list) else 0
+    _check_list("tokens", tokens, length, _is_text, "a text")
+    for key in NUMBERS:
+        if key in row:
+            _check_list(key, row[key], length, _is_number_or_null, "a number")
+    for key in FLAGS:
+        if key in row:
+            _check_list(key, row[key], length, _is_flag, "true or false")
+    for key in TEXTS:
+        if isinstance(row.get(key), list | dict):
+            raise ValueError(f"{key} is {row[key]!r:.60}, expected a text or a number")
+    if not is_number(row["reward"]) or not math.isfinite(row["reward"]):
+        raise ValueError(f"reward is {row['reward']!r:.60}, expected a finite number")
+    if not _is_flag(row.get("correct", False)):
+        raise ValueError(f"correct is {row['correct']!r:.60}, expected true or false")
+    _check_picture(row)
+    _check_steps(row.get("steps", []), length)
+    if "turns" in row:
+        _check_turns(row["turns"], length)
+
+
+def is_number(value):
+    """A float, or a whole number that is not too large for one."""
+    if type(value) is int:
+        return abs(value) < 2**1023
+    return isinstance(value, float)
+
+
+def _is_number_or_null(value):
+    return value is None or is_number(value)
+
+
+def _is_flag(value):
+    return isinstance(value, bool)
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+def _check_list(key, items, length, is_one, what):
+    """A list of `length` items, one for each token."""
+    if not isinstance(items, list):
+        raise ValueError(f"{key} is {items!r:.60}, expected a list, {what} for each token")
+    if len(items) != length:
+        raise ValueError(f"{len(items)} {key} for {length} tokens")
+    for token, item in enumerate(items):
+        if not is_one(item):
+            raise ValueError(f"{key}[{token}] is {item!r:.60}, expected {what}")
+
+
+def _check_picture(part):
+    """Of a response or a turn: PNG in base64, or nothing."""
+    image = part.get("image")
+    if image is not None and not _is_text(image):
+        raise ValueError(f"image is {image!r:.60}, expected a PNG in base64")
+
+
+def _check_steps(steps, length):
+    """[first token, last token, right?] each."""
+    if not isinstance(steps, list):
+        raise ValueError(f"steps {steps!r:.60}, expected a list")
+    for step in steps:
+        fits = isinstance(step, list) and len(step) == 3
+        if not fits or not _is_span(*step[:2], 0, length) or not _is_flag(step[2]):
+            raise ValueError(
+                f"the step {step!r:.60}, expected [first token, last token, true or false] within "
+                f"{length} tokens"
+            )
+
+
+def _check_turns(turns, length):
+    """{"first": token, "last": token, "said": text, "image": picture or null} each, one behind the
+    other."""
+    if not isinstance(turns, list):
+        raise ValueError(f"turns {turns!r:.60}, expected a list")
+    begin = 0
+    for turn in turns:
+        fits = isinstance(turn, dict) and _is_text(turn.get("said"))
+        if not fits or not _is_span(turn.get("first"), turn.get("last"), begin, length):
+            raise ValueError(
+                f"the turn {turn!r:.60}, expected the tokens `first` to `last` from {begin} on "
+                f"within {length} tokens, and what was `said`"
+            )
+        _check_picture(turn)
+        begin = turn["last"] + 1
+
+
+def _is_span(first, last, least, length):
+    """Are these two tokens, the first no earlier than `least` and no later than the last?"""
+    return type(first) is int and type(last) is int and least <= first <= last < length
 
 
 def is_right(sample):
@@ -55,31 +204,12 @@ def is_right(sample):
     return sample.get("correct", sample["reward"] > (0 if "turns" in sample else 0.5))
 
 
-def checked_steps(steps, length, where):
-    """The steps of a response of `length` tokens: [(first token, last token, right?), ...].
-
-    ValueError, saying where, for anything else. (A range of 10^12 tokens fits into a short line of
-    a file, and into no memory.)
-    """
-    if not isinstance(steps, list):
-        raise ValueError(f"{where}: steps {steps!r:.60}, expected a list")
-    for step in steps:
-        fits = isinstance(step, list) and len(step) == 3
-        fits = fits and all(type(token) is int for token in step[:2])
-        if not fits or not 0 <= step[0] <= step[1] < length or not isinstance(step[2], bool):
-            raise ValueError(
-                f"{where}: the step {step!r:.60}, expected [first token, last token, true or "
-                f"false] within {length} tokens"
-            )
-    return steps
-
-
 def run_title(run_folder):
     """A title, "SAPO on DiceSum, seed 1"; the folder's name without a usable config.json."""
     try:
         config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
         method, env, seed = config["method"], config["env"], config["seed"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return run_folder.resolve().name
     task = str(env).removeprefix("SAPO/").rsplit("-v", 1)[0]
     return f"{str(method).upper()} on {task}, seed {seed}"

@@ -22,9 +22,8 @@ from lab.common import (
     INK,
     PURPLE,
     VERMILLION,
-    checked_steps,
     is_right,
-    read_lines,
+    read_samples,
     run_title,
 )
 
@@ -85,30 +84,22 @@ def _choose(samples, count):
     return [sample for sample in by_turns if sample is not None][:count]
 
 
-def _checked(sample, path):
-    """The response, NaN for null; ValueError for a missing key or a list that does not fit."""
-    where = f"{path}, iteration {sample['iteration']}, example {sample.get('example_id')!r}"
-    missing = [key for key in ("tokens", "advantages", "ends", "reward") if key not in sample]
-    if missing:
-        raise ValueError(f"{where}: no {', '.join(missing)}")
-    for key in ("advantages", "ends", "entropy", "values"):
-        if key in sample and len(sample[key]) != len(sample["tokens"]):
-            raise ValueError(
-                f"{where}: {len(sample[key])} {key} for {len(sample['tokens'])} tokens"
-            )
-    checked_steps(sample.get("steps", []), len(sample["tokens"]), where)
-    checked = dict(sample)
+def _without_nulls(sample):
+    """The response, NaN for null."""
+    whole = dict(sample)
     for key in ("advantages", "entropy", "values"):
         if key in sample:
-            checked[key] = [math.nan if number is None else number for number in sample[key]]
-    return checked
+            whole[key] = [math.nan if number is None else number for number in sample[key]]
+    return whole
 
 
 def _last_samples(path, count):
     """The iteration that was sampled last, and at most `count` of its held-out responses."""
-    samples = [sample for sample in read_lines(path) if "learned_from" not in sample]
+    samples = [sample for sample in read_samples(path) if "learned_from" not in sample]
+    if not samples:
+        raise ValueError(f"{path} holds no held-out response")
     last = max(sample["iteration"] for sample in samples)
-    samples = [_checked(sample, path) for sample in samples if sample["iteration"] == last]
+    samples = [_without_nulls(sample) for sample in samples if sample["iteration"] == last]
     return last, _choose(samples, count)
 
 

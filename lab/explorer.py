@@ -14,7 +14,7 @@ import math
 from itertools import zip_longest
 from pathlib import Path
 
-from lab.common import checked_steps, is_right, read_lines, run_title
+from lab.common import is_right, read_samples, run_title
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 CHECKPOINTS = 4  # that are kept, the first and the last among them
@@ -26,6 +26,8 @@ KEPT = (
     *("prompt", "answer", "predicted", "reward", "tokens", "ends", "image", "turns"),
     *("logp", "new_logp"),
 )
+# What the page computes with
+FINITE = ("entropy", "token_values", "rewards", "advantages", "logp", "new_logp", "exact_values")
 
 
 def explorer(run_folder) -> Path:
@@ -36,7 +38,7 @@ def explorer(run_folder) -> Path:
     run_folder = Path(run_folder)
     path = run_folder / "samples.jsonl"
     held_out, learned = {}, {}  # iteration -> {example: its response}, in the order of the file
-    for row in read_lines(path):
+    for row in read_samples(path):
         response = _response(row, f"{path}, iteration {row['iteration']}")
         if any(response["written"]):
             by_iteration = learned if "learned_from" in row else held_out
@@ -106,9 +108,19 @@ def _settings(run_folder):
         is_sapo = is_sapo and config["value_at"] == "start"
         own = {name: float(config.get(name, number)) for name, number in begin.items()}
         own = {name: min(number, 1e9) for name, number in own.items()}  # no clip is inf
+        if not all(map(math.isfinite, own.values())):
+            raise ValueError("not all settings are numbers")
         ratio = str(config.get("ratio", "segment"))
         return {"settings": own, "ratio": ratio, "is_sapo": is_sapo}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ):
         return {"settings": begin, "ratio": "segment", "is_sapo": True}
 
 
@@ -136,37 +148,32 @@ def _checkpoint(key, name, of_example, ids):
 
 
 def _response(row, where):
-    """A row of samples.jsonl as the page takes it. ValueError, saying where, for a missing key and
-    where its lists do not fit."""
-    name = str(row.get("example_id", ""))
-    missing = [key for key in ("tokens", "advantages", "ends", "reward") if key not in row]
-    if missing:
-        raise ValueError(f"{where}, example {name!r}: no {', '.join(missing)}")
+    """A row of samples.jsonl as the page takes it, 0 for null. ValueError, saying where, for NaN,
+    which JSON does not know."""
+    for key in FINITE:
+        for token, number in enumerate(row.get(key, [])):
+            if number is not None and not math.isfinite(number):
+                raise ValueError(
+                    f"{where}, example {row.get('example_id')!r:.60}: {key}[{token}] is {number}, "
+                    "expected a finite number"
+                )
     length = len(row["tokens"])
     response = {key: row[key] for key in KEPT if key in row} | {
-        "id": name,
+        "id": str(row.get("example_id", "")),
         "won": is_right(row),
         "written": row.get("written", [True] * length),
         "entropy": row.get("entropy"),
         "values": row.get("token_values"),
         "rewards": row.get("rewards", [0.0] * (length - 1) + [row["reward"]]),
         "advantages": row["advantages"],
-        "steps": checked_steps(row.get("steps", []), length, f"{where}, example {name!r}"),
+        "steps": row.get("steps", []),
     }
     # In a game a wrong step can be made good, so only the game itself can say what it cost
     of_steps = None if "turns" in row else perfect_values(response["steps"], length)
     response["perfect"] = row.get("exact_values", of_steps)
-    numbered = (
-        *("written", "entropy", "values", "perfect", "rewards", "advantages", "ends"),
-        *("logp", "new_logp"),
-    )
-    for key in numbered:
-        numbers = response.get(key)
-        if numbers is None:
-            continue
-        if len(numbers) != length:
-            raise ValueError(f"{where}, example {name!r}: {len(numbers)} {key} for {length} tokens")
-        response[key] = [0.0 if number is None else number for number in numbers]
+    for key in ("entropy", "values", "perfect", "rewards", "advantages", "logp", "new_logp"):
+        if response.get(key) is not None:
+            response[key] = [0.0 if number is None else number for number in response[key]]
     return response
 
 

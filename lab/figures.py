@@ -26,7 +26,7 @@ from lab.common import (
     PURPLE,
     VERMILLION,
     new_figure,
-    read_lines,
+    read_metrics,
     run_title,
     save_svg,
 )
@@ -164,7 +164,7 @@ def learning_curve(run_folder):
     ImportError without matplotlib.
     """
     run_folder = Path(run_folder)
-    figure = learning_figure(read_lines(run_folder / "metrics.jsonl"), run_title(run_folder))
+    figure = learning_figure(read_metrics(run_folder / "metrics.jsonl"), run_title(run_folder))
     path = run_folder / "learning_curve.png"
     figure.savefig(path)
     return path

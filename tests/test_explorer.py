@@ -392,7 +392,7 @@ def test_a_game_that_knows_its_exact_values_shows_what_they_would_credit(run, op
     assert "“ab” was the first wrong step" in page.locator(".verdict").text_content()
     row["exact_values"] = [0.5]
     write_lines(run, "samples.jsonl", [row])
-    with pytest.raises(ValueError, match="1 perfect for 12 tokens"):
+    with pytest.raises(ValueError, match="1 exact_values for 12 tokens"):
         explorer(run)
 
 
@@ -494,7 +494,7 @@ def test_a_missing_key_is_named(run):
     row, _ = response()
     row.pop("ends")
     write_lines(run, "samples.jsonl", [row])
-    with pytest.raises(ValueError, match="samples.jsonl, iteration 4, example '7': no ends"):
+    with pytest.raises(ValueError, match="samples.jsonl, iteration 4, example 7: no ends"):
         explorer(run)
 
 
@@ -506,7 +506,7 @@ def test_lists_that_do_not_fit_are_named(run):
 
 def test_a_step_that_is_none_is_named(run):
     write_lines(run, "samples.jsonl", [response(steps=[[0, 10**12, False]])[0]])
-    with pytest.raises(ValueError, match="example '7': the step .*within 12 tokens"):
+    with pytest.raises(ValueError, match="example 7: the step .*within 12 tokens"):
         explorer(run)
 
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
-from run_files import finished_run, write_lines
+from run_files import finished_run, sample, write_lines
 
 from lab import common, critic, figures
 from lab.credit_page import credit_map
+from lab.explorer import explorer
 from lab.sweep import EXPERIMENTS, REUSED
 
 ROOT = Path(__file__).parent.parent
@@ -625,6 +626,88 @@ def test_missing_files_are_named(run, make, name):
     (run / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
         make(run)
+
+
+TOO_LARGE = 10**400  # for a float
+
+
+@pytest.mark.parametrize("make", [credit_map, explorer])
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"tokens": [1, 2, 3]}, r"tokens\[0\] is 1, expected a text"),
+        ({"tokens": "abc"}, "tokens is 'abc', expected a list, a text for each token"),
+        ({"values": ["a", 0, 0]}, r"values\[0\] is 'a', expected a number"),
+        ({"values": [0, [1], 0]}, r"values\[1\] is \[1\], expected a number"),
+        ({"advantages": [0, 0, TOO_LARGE]}, r"advantages\[2\] is 1000+, expected a number"),
+        ({"advantages": [True] * 3}, r"advantages\[0\] is True, expected a number"),
+        ({"entropy": 5}, "entropy is 5, expected a list"),
+        ({"logp": ["x"] * 3}, r"logp\[0\] is 'x', expected a number"),
+        ({"exact_values": [0.0]}, "1 exact_values for 3 tokens"),
+        ({"ends": [0, 7, 1]}, r"ends\[0\] is 0, expected true or false"),
+        ({"written": "abc"}, "written is 'abc', expected a list"),
+        ({"image": [1]}, r"image is \[1\], expected a PNG in base64"),
+        ({"reward": "x"}, "reward is 'x', expected a finite number"),
+        ({"reward": TOO_LARGE}, "reward is 1000+, expected a finite number"),
+        ({"reward": math.nan}, "reward is nan, expected a finite number"),
+        ({"correct": "no"}, "correct is 'no', expected true or false"),
+        ({"answer": {"a": 1}}, "answer is {'a': 1}, expected a text or a number"),
+        ({"steps": [[0, 10**12, True]]}, "the step .*within 3 tokens"),
+        ({"turns": "x"}, "turns 'x', expected a list"),
+        ({"turns": [{}]}, "the turn {}, expected the tokens"),
+        ({"turns": [{"first": 0, "last": 10**12, "said": ""}]}, "the turn .*within 3 tokens"),
+        ({"turns": [{"first": 0, "last": 1, "said": 5}]}, "the turn .*what was `said`"),
+        ({"turns": [{"first": 0, "last": 1, "said": ""}] * 2}, "the turn .* from 2 on within 3"),
+        ({"turns": [{"first": 0, "last": 1, "said": "", "image": 7}]}, "image is 7, expected"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_field_of_a_sample_that_is_none_is_named_in_one_line(run, make, changed, told):
+    """With its iteration and example, before anything is drawn."""
+    write_lines(run, "samples.jsonl", [sample(list("abc")), sample(list("abc")) | changed])
+    where = r"^\S*samples.jsonl, iteration 4, example 7: "
+    with pytest.raises(ValueError, match=f"{where}.*{told}") as refused:
+        make(run)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_page_computes_with_finite_numbers(run):
+    write_lines(run, "samples.jsonl", [sample(list("abc"), token_values=[0, math.nan, 0])])
+    with pytest.raises(ValueError, match=r"example 7: token_values\[1\] is nan, expected a finite"):
+        explorer(run)
+
+
+@pytest.mark.parametrize("key", common.DRAWN)
+@pytest.mark.parametrize("value", [TOO_LARGE, "x", [0.5]])
+def test_a_metric_that_is_no_number_is_named_in_one_line(run, key, value):
+    write_lines(run, "metrics.jsonl", [{"iteration": 3, key: value}])
+    with pytest.raises(ValueError, match=f"metrics.jsonl, iteration 3: {key} is .*a number"):
+        figures.learning_curve(run)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(figures.learning_curve, "metrics.jsonl"), (credit_map, "samples.jsonl")]
+)
+@pytest.mark.parametrize("iteration", [10**30, -1, True, 0.5])
+def test_an_iteration_is_a_whole_number_that_can_be_drawn(run, make, name, iteration):
+    write_lines(run, name, [{"iteration": iteration}])
+    with pytest.raises(ValueError, match="line 1: no object with a whole `iteration`"):
+        make(run)
+
+
+def test_a_run_of_which_nothing_is_held_out_is_told_so(run):
+    write_lines(run, "samples.jsonl", [sample(list("abc"), learned_from=True)])
+    with pytest.raises(ValueError, match="holds no held-out response"):
+        credit_map(run)
+
+
+@pytest.mark.parametrize("lam", ["NaN", "1" + "0" * 400, "[1]"])
+def test_settings_that_are_no_numbers_leave_those_of_the_paper(run, lam):
+    told = (
+        '{"config": {"value_at": "start", "lam": %s}, "settings": {"credit": "critic", "cut": ""}}'
+    )
+    (run / "config.json").write_text(told % lam)
+    assert '"lam":0.99' in explorer(run).read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- the command line
