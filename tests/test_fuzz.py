@@ -50,7 +50,7 @@ def nonsense(draw):
     flags = {}
     for name in chosen:
         _, hint = FIELDS[name]
-        # No control characters: argparse repeats them as they are. No "-": that may be another flag
+        # No control characters: argparse repeats them as they are. No "-" first: that may be
         # another flag. No "/", which may lead out of the test's folder
         letters = st.characters(exclude_categories=["C", "Zl", "Zp"], exclude_characters="/")
         text = st.text(letters, max_size=6)
