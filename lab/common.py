@@ -71,14 +71,14 @@ def read_metrics(path):
 
 
 # Of a row of samples.jsonl: what is said of each token (in a list of numbers null is NaN), and what
-# is shown as a text
+# is shown as a text (`answer` and `predicted` are shown, too: whatever a task of somebody's own has)
 REQUIRED = ("tokens", "advantages", "ends", "reward")
 NUMBERS = (
     *("advantages", "entropy", "values", "token_values", "rewards", "logp", "new_logp"),
     "exact_values",
 )
 FLAGS = ("ends", "written")
-TEXTS = ("prompt", "answer", "predicted", "example_id")
+TEXTS = ("prompt", "example_id")
 
 
 def read_samples(path):

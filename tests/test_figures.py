@@ -651,7 +651,7 @@ TOO_LARGE = 10**400  # for a float
         ({"reward": TOO_LARGE}, "reward is 1000+, expected a finite number"),
         ({"reward": math.nan}, "reward is nan, expected a finite number"),
         ({"correct": "no"}, "correct is 'no', expected true or false"),
-        ({"answer": {"a": 1}}, "answer is {'a': 1}, expected a text or a number"),
+        ({"prompt": {"a": 1}}, "prompt is {'a': 1}, expected a text or a number"),
         ({"steps": [[0, 10**12, True]]}, "the step .*within 3 tokens"),
         ({"turns": "x"}, "turns 'x', expected a list"),
         ({"turns": [{}]}, "the turn {}, expected the tokens"),
@@ -669,6 +669,12 @@ def test_a_field_of_a_sample_that_is_none_is_named_in_one_line(run, make, change
     with pytest.raises(ValueError, match=f"{where}.*{told}") as refused:
         make(run)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [credit_map, explorer])
+def test_a_task_of_ones_own_may_have_any_answer(run, make):
+    write_lines(run, "samples.jsonl", [sample(list("abc"), answer=[1, {"a": 2}], predicted=3)])
+    assert make(run).is_file()
 
 
 def test_the_page_computes_with_finite_numbers(run):
