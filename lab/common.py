@@ -71,7 +71,7 @@ def read_metrics(path):
 
 
 # Of a row of samples.jsonl: what is said of each token (in a list of numbers null is NaN), and what
-# is shown as a text (`answer` and `predicted` are shown, too: whatever a task of somebody's own has)
+# is shown as a text (`answer` and `predicted` may be anything: a task can be somebody's own)
 REQUIRED = ("tokens", "advantages", "ends", "reward")
 NUMBERS = (
     *("advantages", "entropy", "values", "token_values", "rewards", "logp", "new_logp"),
