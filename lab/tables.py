@@ -155,6 +155,7 @@ TEN_ARROWS = {
     "lambda 0.7, the default": "arrows-default-seed*.json",
     "lambda 0.95": "arrows-lambda-0.95-seed*.json",
     "lambda 0.7, the critic hears nothing": "arrows-deaf-seed*.json",
+    "lambda 0.7, whitened": "arrows-whitened-seed*.json",
 }
 
 

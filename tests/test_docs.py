@@ -1109,7 +1109,14 @@ def test_ten_arrows_are_what_the_page_says():
     assert abs(runs["deaf"][0]["mechanism"]["explained_variance_second_half"]) < 0.01
     fell = [run for run in runs["default"] if run["accuracy"] < run["warm_start_accuracy"]]
     assert fell == [first] and f"one run of {NUMBERS[len(runs['default'])]} fell" in page
+    whitened = result("arrows-whitened-seed3.json")
+    assert "--whiten_advantages" in whitened["command"] and whitened["seed"] == 3
+    stopped = whitened["evaluations"]["greedy"]["eval_accuracy"]
+    assert f"this run ends at {stopped:.3f} greedy" in page
+    explained = whitened["mechanism"]["explained_variance_second_half"]
+    assert f"its critic, which foretells {explained:.0%} of the outcomes" in page
     clipped = [run["mechanism"]["clip_fraction"] for of_kind in runs.values() for run in of_kind]
+    clipped.append(whitened["mechanism"]["clip_fraction"])
     assert f"holds back {min(clipped):.2%} to {max(clipped):.2%} of the tokens" in page
 
     lines = (RESULTS / "arrows-default-seed3-metrics.jsonl").read_text().splitlines()
