@@ -233,6 +233,7 @@ def test_a_restricted_rollout_keeps_the_credit_of_whole_responses(batch, data):
     """Every token that is left becomes a segment of its own."""
     loss_mask, restricted, advantages, whole = restricted_batch(batch, data)
     assert torch.equal(restricted.mask, loss_mask)
+    assert torch.equal(restricted.rewards, batch.rewards)
     assert torch.equal(restricted.ends, loss_mask)
     assert torch.equal(advantages[loss_mask], whole[loss_mask])
     assert not advantages[~loss_mask].any()

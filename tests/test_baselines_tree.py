@@ -39,10 +39,13 @@ def test_an_advantage_is_the_difference_to_the_parent():
 
 
 def test_or_that_over_the_spread_of_the_siblings():
-    """Two siblings are 1/sqrt(2) standard deviations from their mean, whatever their distance."""
+    """Two siblings are 1/sqrt(2) standard deviations from their mean, whatever their distance, but
+    for the 1e-6 that is added to the spread."""
     advantages = baselines.tree_advantages(TREE, REWARDS, "grpo")
-    expected = torch.tensor([-1, 1, 1, -1], dtype=torch.float64) / math.sqrt(2)
-    assert_close(advantages[2:6], expected, rtol=1e-4, atol=0)
+    differences = torch.tensor([-0.25, 0.25, 0.5, -0.5], dtype=torch.float64)
+    expected = differences / (differences.abs() * math.sqrt(2) + 1e-6)
+    assert_close(advantages[2:6], expected, rtol=1e-12, atol=0)
+    assert_close(expected.abs(), torch.full_like(expected, 1 / math.sqrt(2)), rtol=1e-4, atol=0)
     assert (advantages[6:] == 0).all()
 
 
