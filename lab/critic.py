@@ -145,7 +145,7 @@ def read_demonstrations(run, critic, optimizer, variant):
         inputs = vlm.encode(policy, [example.question for example in examples], pictures)
         tokens, mask = vlm.encode_responses(policy, texts)
         values = vlm.prefix_values(critic, inputs, tokens, mask)
-        targets = torch.tensor(rewards)[:, None].expand_as(values)
+        targets = values.new_tensor(rewards)[:, None].expand_as(values)
         loss, _ = sapo.value_loss(values, targets, mask, mask)  # every token a segment
         descend(critic, optimizer, loss)
 

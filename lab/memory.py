@@ -19,7 +19,7 @@ Three sums, in bytes; e is the bytes of a weight (2 in bfloat16, 4 in float32).
                 that every layer keeps. Where all weights are trained, the same of the vision tower
                 for N patches, with 9 Hv + 2 Fv (4 Fv where it is gated, as Qwen's): its layers'
                 inputs stay until the text model is done, and then one layer of its own takes the
-                place of the text's. And of the logits four float32
+                place of the text's. And of the logits five float32
                 copies of one piece (vlm.score); a head in pieces below float32 has 8 V H more, for
                 its float32 copy and gradient
 
@@ -123,7 +123,7 @@ def update_bytes(size, rank, load) -> int:
         else:
             activations += all_layers
     numbers = load.micro_batch * load.written * text.vocab_size
-    logits = 4 * 4 * min(numbers, load.piece)
+    logits = 5 * 4 * min(numbers, load.piece)
     if numbers > load.piece and not rank and e < 4:  # the head in float32, and its gradient
         logits += 8 * text.vocab_size * text.hidden_size
     return activations + logits
