@@ -930,10 +930,9 @@ def _one_more_skipped(skipped_in_a_row, stats):
 
 def _check_update(rollout, advantages, returns, value, config):
     """What a caller got wrong is an error here, before it could count as a step to skip."""
+    check_settings(config)  # once more: they may have been set since
     _check_rollout(rollout)
     _check(rollout.mask, advantages=advantages)
-    _require(config.ratio in RATIOS, "ratio", config.ratio, f"one of {', '.join(RATIOS)}")
-    _require(config.target_kl >= 0, "target_kl", config.target_kl, "nats per token, at least 0")
     if value is not None:
         _require(returns is not None, "returns", None, "returns (B, T), as there is a critic")
     if returns is not None:

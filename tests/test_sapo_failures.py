@@ -72,7 +72,8 @@ def test_a_step_that_is_not_finite_is_counted(failure):
 
 @every_failure
 def test_three_in_a_row_stop_the_run(failure):
-    with pytest.raises(FloatingPointError, match="three minibatches in a row"):
+    said = r"three minibatches in a row were not finite, the last: {.*'policy_loss': "
+    with pytest.raises(FloatingPointError, match=said):
         update(always_failing(failure), SAPOConfig(epochs=1, minibatch=2))
 
 
@@ -192,14 +193,17 @@ def test_values_of_a_wrong_shape_are_an_error_not_a_skip():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"ratio": "word"}, {"average": "batch"}, {"value_at": "middle"}]
+    ("name", "wrong"),
+    [("ratio", "word"), ("average", "batch"), ("value_at", "middle"), ("target_kl", 0.0)],
 )
-def test_an_unknown_setting_is_an_error_not_a_skip(setting):
+def test_a_setting_that_went_wrong_later_is_an_error_not_a_skip(name, wrong):
     learner = FreeNumbers()
-    advantages = torch.ones_like(learner.rollout.rewards)
-    [name] = setting
-    with pytest.raises(ValueError, match=rf"^{name}\b"):
-        update_policy(learner, advantages, SAPOConfig(**setting))
+    start = learner.logp.detach().clone()
+    config = SAPOConfig()
+    setattr(config, name, wrong)
+    with pytest.raises(ValueError, match=rf"^{name}: .*{wrong}.*, expected"):
+        update_policy(learner, torch.ones_like(start), config)
+    assert torch.equal(learner.logp.detach(), start)
 
 
 def test_a_wrong_rollout_teaches_nothing():
