@@ -155,10 +155,11 @@ def check_numbers(settings, config: sapo.SAPOConfig) -> None:
             f"--minibatch {config.minibatch}: above --batch {settings.batch}, the responses that "
             "there are; lower it, or raise --batch"
         )
-    if config.micro_batch > config.minibatch:
+    minibatch = min(config.minibatch, settings.batch)
+    if config.micro_batch > minibatch:
         raise ValueError(
-            f"--micro_batch {config.micro_batch}: above --minibatch {config.minibatch}, of which "
-            "it is a part; lower it, or give 0 for the whole minibatch"
+            f"--micro_batch {config.micro_batch}: above the {minibatch} responses of a minibatch, "
+            "of which it is a part; lower it, or give 0 for the whole minibatch"
         )
     pretraining = settings.value_pretraining
     of_method = SETTINGS[settings.method].get("value_pretraining", 0)

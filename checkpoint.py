@@ -86,8 +86,8 @@ def held(folder, within=None):
         for run in (*above, *(file.parent for file in folder.glob("*/**/metrics.jsonl"))):
             if (run / "metrics.jsonl").exists():
                 raise ValueError(
-                    f"{named}: {run} is a run, and one cannot lie within another; give this one "
-                    "another --name"
+                    f"{named}: {run} is a run, and one cannot lie within another; move it "
+                    "elsewhere, or begin a run of another --name"
                 )
         own.write(f"process {os.getpid()}")
         own.flush()
@@ -105,7 +105,7 @@ def _locked(folder, kind, named):
         except BlockingIOError:
             who = lock.read() or "a run within or around it"
             raise ValueError(
-                f"{named}: {who} is writing there; let it end, or give this run another --name"
+                f"{named}: {who} is writing there; let it end, or begin a run of another --name"
             ) from None
         lock.truncate(0)  # who was named there has ended
         yield lock
@@ -216,8 +216,12 @@ def restore(run_models, stored, device="cpu") -> dict:
             if optimizer is not None:
                 optimizer.write_back()
     torch.set_rng_state(state["rng"])
-    for card, of_card in zip(own_card(device), state["cuda_rng"], strict=False):
-        torch.cuda.set_rng_state(of_card, card)
+    streams = state["cuda_rng"]
+    for card in own_card(device):
+        if len(streams) > 1:  # of all cards that were visible, as earlier versions kept them
+            streams = streams[torch.device(card).index or 0 :]
+        if streams:  # none: the run was on another kind of device
+            torch.cuda.set_rng_state(streams[0], card)
     return state["progress"]
 
 
@@ -227,15 +231,17 @@ def append_lines(file, rows) -> None:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def drop_lines_after(file, iteration) -> list[int]:
-    """Keep a file's JSON lines up to an iteration. -> the iterations of what was kept. What a
-    killed run wrote after its last checkpoint goes, a torn last line too. ValueError for any other
-    line that is no row of a run."""
+def lines_up_to(file, iteration) -> tuple[list[str], list[int]]:
+    """A file's JSON lines up to an iteration, and the iterations of these. What a killed run wrote
+    after its last checkpoint is not among them, nor a torn last line. ValueError for any other line
+    that is no row of a run."""
     lines = file.read_text(errors="replace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("}\n"):
         lines.pop()
     kept, iterations = [], []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             of_line = json.loads(line)["iteration"]
             if of_line <= iteration:
@@ -246,5 +252,4 @@ def drop_lines_after(file, iteration) -> list[int]:
                 f"{file}, line {number}: no row of a run ({line.strip():.40}); take it out, or "
                 "start the run again without --resume"
             ) from None
-    write_whole(file, "".join(kept))
-    return iterations
+    return kept, iterations

@@ -237,12 +237,14 @@ def explain_out_of_memory(models: Models, settings, config: SAPOConfig, error: E
         peak = peak_megabytes() / 2**10
     written_at_once = settings.generate_batch or settings.batch
     if _was_writing(error):
-        doing, size = "written", written_at_once
+        doing = "written"
+        size = written_at_once
         advice = (
             f"Lower --generate_batch to {max(size // 2, 1)} or less, or --max_new_tokens; or add"
         )
     else:
-        doing, size = "scored or learned from", config.micro_batch or config.minibatch
+        doing = "scored or learned from"
+        size = config.micro_batch or min(config.minibatch, settings.batch)
         advice = (
             f"Lower --micro_batch to {max(size // 2, 1)} or less, then --generate_batch "
             f"({written_at_once} are written at once) or --max_new_tokens; or add "

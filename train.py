@@ -548,24 +548,28 @@ def prepare_folder(folder, settings, config, progress) -> None:
         "settings": asdict(settings),
         "config": asdict(config),
     }
-    checkpoint.write_whole(folder / "config.json", json.dumps(content, indent=1))
+    kept = {}  # file -> its lines up to the checkpoint; all are read before one is written
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         file.touch()
-        kept = checkpoint.drop_lines_after(file, progress.iteration)
+        kept[file], iterations = checkpoint.lines_up_to(file, progress.iteration)
         was_logged = progress.evaluations_before is not None and name == "metrics.jsonl"
-        if was_logged and progress.iteration not in kept:
+        if was_logged and progress.iteration not in iterations:
             raise ValueError(
                 f"{file}: no row of iteration {progress.iteration}, that of the checkpoint; put "
                 "it back from a copy, or start the run again without --resume"
             )
+    for file, lines in kept.items():
+        checkpoint.write_whole(file, "".join(lines))
+    checkpoint.write_whole(folder / "config.json", json.dumps(content, indent=1))
 
 
 # --------------------------------------------------------------------------- the command line
 
-# What a run is, to its end: another value would be another run, or not fit its weights
-FIXED = ("method", "credit", "critic", "critic_hears", "lora", "env", "env_args", "model", "seed")
-FIXED += ("name",)
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+# What a run is, to its end: another value would be another run, or not fit its weights. Not the
+# folder of the model that it began with: that may have moved
+FIXED = ("method", "credit", "critic", "critic_hears", "lora", "env", "env_args", "seed", "name")
 
 
 def stored_settings(folder) -> dict:
@@ -591,6 +595,19 @@ def stored_settings(folder) -> dict:
             f"{file}: {error}; put it back from a copy, or start the run again without --resume"
         ) from None
     return stored
+
+
+def is_same(name, given, stored) -> bool:
+    """Is a setting what it was? A task's keywords may come in another order, and its data may have
+    moved: a keyword named path, eval_path and the like."""
+    if name != "env_args":
+        return given == stored
+
+    def keywords(words):
+        pairs = (word.split("=", 1) for word in words if "=" in word)
+        return {key: value_of(key, value) for key, value in pairs if "path" not in key}
+
+    return keywords(given) == keywords(stored)
 
 
 def check_types(kind, key, part) -> None:
@@ -638,7 +655,7 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     settings, config = parser.parse_args_into_dataclasses(argv)
     for name in FIXED:
         given = getattr(settings, name)
-        if name in stored and given != stored[name]:
+        if name in stored and not is_same(name, given, stored[name]):
             raise ValueError(
                 f"--{name}: {given!r}, but the run of --resume {known.resume} has "
                 f"{stored[name]!r}, and that cannot change; leave the flag out, or begin a new run"
@@ -677,9 +694,10 @@ def main(argv=None) -> None:
             run_to_its_end(run)
     except KeyboardInterrupt:
         if run is None:
-            print("interrupted before training began; the same command begins it again")
+            print("interrupted before training began; give the same command again")
         else:
             print(f"interrupted in iteration {run.progress.iteration}; {how_to_go_on(run)}")
+        raise SystemExit(INTERRUPTED) from None
 
 
 def begin(argv, command, lock) -> Run:
@@ -703,8 +721,10 @@ def how_to_go_on(run) -> str:
     """The command that goes on with a run that has not come to its end."""
     if not checkpoint.is_there(run.folder):
         return "there is no checkpoint yet: the same command begins it again"
-    named = f" --env {run.settings.env}" if ":" in run.settings.env else ""  # see `parse`
-    return f"python train.py --resume {run.folder}{named} goes on from the last checkpoint"
+    words = ["python", "train.py", "--resume", str(run.folder)]
+    if ":" in run.settings.env:  # see `parse`
+        words += ["--env", run.settings.env]
+    return f"{shlex.join(words)} goes on from the last checkpoint"
 
 
 def run_to_its_end(run) -> None:

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+import train
 from lab.sweep import ROOT
 
 FLAGS = (
@@ -121,6 +122,7 @@ class Started:
     """A run that was started, by a process of its own."""
 
     process: subprocess.Popen
+    folder: Path
     phases: Path  # the file of its phases
     said: Path  # the file of its errors
 
@@ -136,6 +138,10 @@ class Started:
                 return True
             time.sleep(0.002)
         return False
+
+    def has_ended(self) -> bool:
+        """Has it come to its end? Its summary is the last thing that it writes."""
+        return (self.folder / "summary.json").is_file()
 
     def phase(self) -> str:
         """The one that it is in, or was killed in."""
@@ -158,7 +164,7 @@ def start(runs, name) -> Started:
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
-    return Started(process, phases, said)
+    return Started(process, folder, phases, said)
 
 
 # -------------------------------------------------------------------------- what it left, the same?
@@ -256,9 +262,9 @@ def kill(run, number, uncut_lengths, rng) -> dict | None:
     after = time.time() - began
     run.process.send_signal(kind)
     code = run.process.wait()
-    if code == 0 and kind is signal.SIGKILL:
+    if code == 0 and (kind is signal.SIGKILL or run.has_ended()):
         return None  # it came to its end first
-    if code not in (-kind, 0):
+    if code not in (-kind, 0, train.INTERRUPTED):
         raise RuntimeError(f"train.py: {run.said.read_text().strip()}")
     if kind is signal.SIGKILL:
         met = run.phase()  # no longer in doubt

@@ -7,8 +7,8 @@
 mutmut makes mutants: copies of a function with one thing changed (a number, a sign, a comparison,
 an argument). Each is tried with the tests that call that function (pyproject.toml has which files).
 Here its records are read: how many were tried, and how each survivor differs from the original.
-What only changes the words of a string is left out; so is `setting`, which has done its work before
-a mutant is put in.
+What only changes the wording of a sentence is left out; so is `setting`, which has done its work
+before a mutant is put in.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from lab.sweep import ROOT
 
 SOURCES = ("sapo.py", "baselines.py")
 LEFT_OUT = ("setting",)
-SURVIVED = 0  # exit status of the tests that ran with a mutant
-NOT_TRIED = None
+# What mutmut notes of a mutant. All else, a crash among it, is no answer, and counts as not tried
+SURVIVED = {0, 5, 33}  # the last two: no test calls the function
+KILLED = {1, 3, 24, -24, 36, 152, 255}  # a test failed, raised, or took far too long
 
 
 def read(folder) -> dict:
@@ -48,10 +49,12 @@ def read(folder) -> dict:
             original = lines[first - 1 : last]
             first, last = spans[name]
             was, now = changes(original, lines[first - 1 : last])
-            if status is NOT_TRIED or function in LEFT_OUT or same_but_for_words(was, now):
+            if function in LEFT_OUT or same_but_for_wording(was, now):
+                continue
+            if status not in SURVIVED | KILLED:
                 continue
             tried[f"{source}: {function}"] += 1
-            if status == SURVIVED:
+            if status in SURVIVED:
                 survivors.append({"name": f"{source}: {function}", "was": was, "is": now})
     total = sum(tried.values())
     return {
@@ -88,9 +91,13 @@ def changes(original, mutant) -> tuple[str, str]:
     return " ".join(was), " ".join(now)
 
 
-def same_but_for_words(was, now) -> bool:
-    """Does only the wording of a string differ? mutmut puts XX around it, or changes its case."""
-    return now.replace("XX", "").casefold() == was.casefold()
+def same_but_for_wording(was, now) -> bool:
+    """Does only the wording of a sentence differ, a string with a blank in it? mutmut puts XX
+    around a string, or changes its case. A single word is a name that the code acts by."""
+    before, after = re.findall(r'"([^"]*)"', was), re.findall(r'"([^"]*)"', now)
+    differ = [string for string, other in zip(before, after, strict=False) if string != other]
+    is_wording = now.replace("XX", "").casefold() == was.casefold()
+    return is_wording and all(" " in string for string in differ)
 
 
 def parse(argv=None) -> argparse.Namespace:

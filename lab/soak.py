@@ -68,10 +68,12 @@ def watch(runs, minutes, every=10.0) -> tuple[list[dict], int]:
             start, looks = None, []
             while start is None or time.time() - start < 60 * minutes:
                 time.sleep(every if start else 0.5)
-                if process.poll() is not None:
+                try:
+                    look = seen(process, metrics)
+                except (OSError, KeyError):  # it has ended, or is just ending
+                    process.wait()
                     said.seek(0)
-                    raise RuntimeError(f"the run ended by itself:\n{said.read()[-2000:]}")
-                look = seen(process, metrics)
+                    raise RuntimeError(f"the run ended by itself:\n{said.read()[-2000:]}") from None
                 if start is None and look["iterations"] > 0:
                     start = time.time()
                 if start is not None:
@@ -111,12 +113,15 @@ def growth(looks) -> dict:
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
     parser = argparse.ArgumentParser("python -m lab.soak", description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=float(LONG))
-    return parser.parse_args(argv)
+    parser.add_argument("--minutes", type=float, default=float(LONG), help="2 or more")
+    arguments = parser.parse_args(argv)
+    if not arguments.minutes >= 2:
+        parser.error(f"--minutes {arguments.minutes}: expected at least 2, to see growth")
+    return arguments
 
 
 def main(argv=None):
-    """Watch a run, and say what grew."""
+    """Watch a run, and say what grew. Exit status 1 where the run did not leave in order."""
     argv = sys.argv[1:] if argv is None else argv
     minutes = parse(argv).minutes
     with tempfile.TemporaryDirectory() as runs:
@@ -131,9 +136,10 @@ def main(argv=None):
         "looks": looks[:: max(1, len(looks) // 60)],
     }
     text = json.dumps(outcome, indent=1) + "\n"
-    if minutes >= LONG:
+    if minutes >= LONG and status == 0:
         (ROOT / "results" / "soak.json").write_text(text)
     print(text, end="")
+    sys.exit(status != 0)
 
 
 if __name__ == "__main__":

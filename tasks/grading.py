@@ -142,13 +142,25 @@ def has_same_text(given, true):
 def is_copied(given, true, question):
     """Does the answer stand in the question, in a form that the true answer does not have?
 
-    To factor x^2-1, or to write 1/2 as a decimal, is more than to repeat it. What counts is the
-    value, without a unit or a name before it: of "AB is 5 cm long" the 5 is no copy if 5 is right.
+    To factor x^2-1 is more than to repeat it. What counts is the value, without a unit or a name
+    before it: of "AB is 5 cm long" the 5 is no copy if 5 is right. Nor is the 0.5 of "heads with
+    probability 0.5" where 1/2 is right: a number may be written in any of its ways, if the question
+    does not ask for another one (`_ASKS_FOR_A_FORM`).
     """
     if has_same_text(given, true):
         return False
-    value = _value(given)
-    return value is not None and value != _value(true) and value in _expressions(question)
+    value, true_value = _value(given), _value(true)
+    if value is None or value == true_value:
+        return False
+    is_number = value[0] == "number" and by_value(value) == by_value(true_value or value)
+    if is_number and not _ASKS_FOR_A_FORM.search(question):
+        return False
+    return value in _expressions(question)
+
+
+_ASKS_FOR_A_FORM = re.compile(
+    r"decimal|fraction|percent|mixed number|lowest terms|simpl|reduce|convert|express|write", re.I
+)
 
 
 def _value(text):

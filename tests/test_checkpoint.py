@@ -107,7 +107,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(runs, sent):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
         for again in (["--name", folder.name, "--runs", str(runs)], ["--resume", str(folder)]):
-            said = f"{folder}: process {process.pid} is writing there; let it end, or give"
+            said = f"{folder}: process {process.pid} is writing there; let it end, or begin"
             with pytest.raises(SystemExit, match=said):
                 train.main(again)
         process.send_signal(sent)
@@ -143,7 +143,7 @@ train.main(sys.argv[3:])
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("tiny.warm_start", "interrupted before training began; the same command begins it again"),
+        ("tiny.warm_start", "interrupted before training began; give the same command again"),
         (
             "evaluation.final_evaluations",
             r"interrupted in iteration 0; python train.py --resume \S* goes on from the last",
@@ -161,7 +161,7 @@ def test_an_interruption_before_or_after_the_loop_is_one_line(runs, tmp_path, se
         text=True,
         timeout=100,
     )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == train.INTERRUPTED and "Traceback" not in done.stderr, done.stderr
     assert re.match(said, done.stdout) and done.stdout.count("\n") == 1
     with checkpoint.held(folder / "cut"):
         pass  # nothing is left that would block the next start
@@ -576,6 +576,7 @@ def test_lines_after_the_checkpoint_are_dropped_and_torn_ones_too(tmp_path):
     file = tmp_path / "metrics.jsonl"
     checkpoint.append_lines(file, [{"iteration": number} for number in (0, 1, 2)])
     with open(file, "a") as stream:
-        stream.write('{"iteration": 1, "torn')
-    checkpoint.drop_lines_after(file, 1)
-    assert rows_of(file) == [{"iteration": 0}, {"iteration": 1}]
+        stream.write('\n{"iteration": 1, "torn')  # a blank line is none
+    lines, iterations = checkpoint.lines_up_to(file, 1)
+    assert [json.loads(line) for line in lines] == [{"iteration": 0}, {"iteration": 1}]
+    assert iterations == [0, 1] and "torn" in file.read_text()

@@ -492,6 +492,8 @@ def test_a_form_that_stands_in_the_question_earns_nothing(styled, style, questio
     ("question", "true", "answer"),
     [
         ("AB is 5 cm long. And BC?", "5", "5 cm"),
+        ("A coin lands heads with probability 0.5. Two tosses: one head?", r"\frac{1}{2}", "0.5"),
+        ("P(A)=0.5, P(B)=0.25, disjoint. 1-P(A)-P(B)?", r"\frac{1}{4}", "0.25"),
         ("Is it A or B?", "a", "A"),
         ("What is x in $x=5.0$?", "5", "5"),
         (r"Is $\frac{1}{2}$ or $\frac{1}{3}$ more?", "1/2", r"\frac{1}{2}"),

@@ -61,7 +61,10 @@ class Pretended:
         self.signals.append(kind)
 
     def wait(self):
-        return -self.signals[-1]
+        return 0 if self.ends_with == "its end at the last moment" else -self.signals[-1]
+
+    def has_ended(self):
+        return self.ends_with == "its end at the last moment"
 
 
 def test_kills_are_spread_over_the_phases_and_both_signals():
@@ -88,6 +91,8 @@ def test_a_run_that_ends_before_its_phase_comes_is_not_counted():
     rng = kills.np.random.default_rng(0)
     lengths = {phase: [1e-6] for phase in kills.PHASES}
     assert kills.kill(Pretended("its end"), 0, lengths, rng) is None
+    for number in range(2):  # with either signal
+        assert kills.kill(Pretended("its end at the last moment"), number, lengths, rng) is None
 
 
 @pytest.mark.parametrize(("count", "is_written"), [(5, False), (50, True)])

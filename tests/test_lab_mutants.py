@@ -42,6 +42,32 @@ def spans():
     return {lines[n - 1].split("(")[0].removeprefix("def "): [n, n + 1] for n in starts}
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "expected"),
+    [
+        ('raise ValueError("no x")', 'raise ValueError("XXno xXX")', True),
+        ('raise ValueError("no x")', 'raise ValueError("NO X")', True),
+        ('raise ValueError("no x")', "raise ValueError(None)", False),
+        ('if average == "response":', 'if average == "XXresponseXX":', False),
+        ('if average == "response":', 'if average == "RESPONSE":', False),
+    ],
+)
+def test_a_sentence_may_be_worded_otherwise_and_a_name_may_not(was, now, expected):
+    assert mutants.same_but_for_wording(was, now) == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "tried", "killed"),
+    [(0, 1, 0), (33, 1, 0), (1, 1, 1), (-24, 1, 1), (None, 0, 0), (2, 0, 0), (-11, 0, 0)],
+)
+def test_what_a_status_counts_as(folder, status, tried, killed):
+    """No test for it: survived. Too slow: killed. Interrupted, or crashed: not tried."""
+    record = {"exit_code_by_key": {"sapo.x_whiten__mutmut_1": status}}
+    (folder / "sapo.py.meta").write_text(json.dumps(record))
+    found = mutants.read(folder)
+    assert (found["tried"], found["killed"]) == (tried, killed)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """What mutmut leaves of sapo.py as above, and of a baselines.py without a function."""

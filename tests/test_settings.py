@@ -233,7 +233,6 @@ def test_resuming_takes_the_runs_own_settings_and_flags_beside_it_win(tmp_path):
         (["--lora", "4"], "0"),
         (["--env", "SAPO/DiceSum-v0"], "'SAPO/TextSum-v0'"),
         (["--env_args", "n=4"], r"\['n=1', 'largest=99'\]"),
-        (["--model", "elsewhere"], "'tiny'"),
         (["--seed", "7"], "0"),
         (["--name", "other"], "'fixed'"),
     ],
@@ -249,6 +248,18 @@ def test_what_a_run_is_does_not_change_where_it_is_resumed(tmp_path, runs, flags
     words = same if isinstance(same, list) else [str(same)]
     again, _ = train.parse(["--resume", str(tmp_path), flags[0], *words])
     assert asdict(again) == asdict(stored) | {"resume": str(tmp_path)}
+
+
+def test_a_task_is_the_same_in_another_order_and_where_its_data_and_model_have_moved(
+    tmp_path, runs
+):
+    stored = ["--env_args", "n=1", "largest=99", "path=/old/a", "--model", "/old/model"]
+    write_config(tmp_path, *parsed(runs, "--name", "fixed", *stored))
+    moved = ["--env_args", "largest=99", "path=/new/a", "n=1", "--model", "/new/model"]
+    settings, _ = train.parse(["--resume", str(tmp_path), *moved])
+    assert settings.env_args == moved[1:4] and settings.model == "/new/model"
+    with pytest.raises(ValueError, match="^--env_args: .* that cannot change"):
+        train.parse(["--resume", str(tmp_path), "--env_args", "largest=98", "n=1"])
 
 
 def test_the_length_of_a_name_is_of_no_matter_where_its_run_is_resumed(tmp_path, runs):
@@ -375,7 +386,7 @@ def test_what_is_wrong_with_the_input_is_one_line(tmp_path, flags, said):
             r"branching: \[2, 2\], segment_tokens: 10; .* within max_new_tokens=10",
         ),
         (["--minibatch", "256"], "--minibatch 256: above --batch 128"),
-        (["--micro_batch", "33"], "--micro_batch 33: above --minibatch 32"),
+        (["--micro_batch", "33"], "--micro_batch 33: above the 32 responses of a minibatch"),
         (
             ["--value_pretraining", "11", "--iterations", "10"],
             "--value_pretraining 11: above --iterations 10",
