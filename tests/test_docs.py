@@ -1224,8 +1224,9 @@ def test_what_is_said_of_the_kills_is_what_they_showed():
     assert found["command"] in commands_of("docs/models.md")
     assert f"a short run of {found['seconds_uncut']:.0f} seconds" in page
     assert f"{len(found['kills'])} times in all" in page
-    early = sum(kill["rows"] == 0 for kill in found["kills"])
-    assert f"{early} of them before its first evaluation" in page
+    met = [kill["phase"] for kill in found["kills"]]
+    phases = ", ".join(f"{phase} ({met.count(phase)})" for phase in kills.PHASES)
+    assert f"of each of its phases: {phases}, " in page and set(met) == set(kills.PHASES)
     assert f"All {found['runs_ended']} runs that came to their end" in page and found["all_equal"]
     assert {kill["signal"] for kill in found["kills"]} == {"SIGKILL", "SIGTERM"}
     assert f"(`results/kills.json`, {found['date']})" in page
