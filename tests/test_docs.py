@@ -980,6 +980,33 @@ def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
         assert said.format(*of_rate) in page
 
 
+def test_what_ten_arrows_show_of_three_methods_is_what_their_runs_hold():
+    page = prose("docs/results.md")
+    runs = result("main-ArrowPath-length=10-grid=4-long.json")["runs"]
+    tuning = result("tune-ArrowPath-length=10-grid=4-long.json")["runs"]
+    assert sweep.chosen_trial(tuning, "sapo") == ["--actor_lr", "2e-4", "--lam", "0.7"]
+    first = np.mean(
+        [r["accuracy"] for r in tuning if r["label"] == "sapo --actor_lr 2e-4 --lam 0.7"]
+    )
+    assert f"it came first ({first:.3f} at temperature 1)" in page
+    assert len(tuning) == 24 and first == max(
+        np.mean([r["accuracy"] for r in tuning if r["label"] == run["label"]]) for run in tuning
+    )
+    greedy = {(run["label"], run["seed"]): run["greedy"] for run in runs}
+    low, other = greedy.pop(("sapo", 3)), greedy["ppo, lambda of sapo", 3]
+    assert f"SAPO ends at {low:.3f} greedy, and PPO at the same lambda, " in page
+    assert f"from the same warm start, at {other:.3f}." in page
+    assert low < min(greedy.values())
+    span = f"All others end at {min(greedy.values()):.3f} to {max(greedy.values()):.3f} greedy"
+    assert span in page
+    seconds = [
+        np.mean([run["seconds"] for run in runs if run["label"] == method])
+        for method in ("grpo", "sapo")
+    ]
+    assert "({:.0f} seconds to SAPO's {:.0f})".format(*seconds) in page
+    assert f"So {NUMBERS[len({run['seed'] for run in runs})]} seeds order no methods" in page
+
+
 def test_what_is_not_equal_in_the_comparison_is_what_the_page_says():
     page, runs = prose("docs/results.md"), result("tune-DiceSum.json")["runs"]
     assert f"in the {len(result('trials.json')['trials'])} trials above" in page
