@@ -21,7 +21,18 @@ import pytest
 import baselines
 import health
 import train
-from lab import compare, critic, figures, kills, sweep, tables, theorems, trl_sapo
+from lab import (
+    compare,
+    critic,
+    figures,
+    kills,
+    mutants,
+    soak,
+    sweep,
+    tables,
+    theorems,
+    trl_sapo,
+)
 from lab.stats import interval, probability_of_improvement
 from tasks import DiceSum
 from tasks.base import split_of
@@ -116,6 +127,8 @@ LOOKING = beginning_with(
     ),
     "python -m lab.steps",
     "python -m lab.trl_sapo",
+    "python -m lab.soak",
+    "python -m lab.mutants",
 )
 TESTING = beginning_with("python -m pytest", "python tests/")
 
@@ -205,6 +218,10 @@ def test_the_other_commands_of_the_laboratory_take_these_words(command):
         theorems.parse(arguments(command, "python -m lab.theorems"))
     elif "lab.kills" in command:
         kills.parse(arguments(command, "python -m lab.kills"))
+    elif "lab.soak" in command:
+        soak.parse(arguments(command, "python -m lab.soak"))
+    elif "lab.mutants" in command:
+        mutants.parse(arguments(command, "python -m lab.mutants"))
     elif "lab.trl_sapo" in command:
         trl_sapo.parse(arguments(command, "python -m lab.trl_sapo"))
     else:
@@ -1257,6 +1274,21 @@ def test_what_is_said_of_the_kills_is_what_they_showed():
     assert f"All {found['runs_ended']} runs that came to their end" in page and found["all_equal"]
     assert {kill["signal"] for kill in found["kills"]} == {"SIGKILL", "SIGTERM"}
     assert f"(`results/kills.json`, {found['date']})" in page
+
+
+def test_what_is_said_of_the_soak_is_what_was_seen():
+    found, page = result("soak.json"), prose("docs/models.md")
+    growth, last = found["growth"], found["looks"][-1]
+    assert found["exit_status"] == 0 and last["minute"] > 58
+    assert f"(`{found['command']}`, {found['date']}, `results/soak.json`)" in page
+    assert f"{last['iterations']:,} iterations, with an evaluation" in page
+    said = f"memory of {last['rss_mb']:.0f} MB grew by {growth['rss_mb_per_hour']:.1f} MB, its "
+    said += f"{last['open_files']} open files and {last['threads']} threads stayed"
+    assert said in page
+    assert abs(growth["open_files_per_hour"]) < 0.1 and abs(growth["threads_per_hour"]) < 0.1
+    first, second = growth["cpu_seconds_of_an_iteration"].values()
+    said = f"took {1000 * first:.0f} ms of the CPU in the first half and {1000 * second:.0f} in"
+    assert said in page and f": {second / first - 1:.0%} more," in page
 
 
 def test_what_is_said_of_the_made_up_inputs_is_what_was_run():
