@@ -230,6 +230,22 @@ def test_cuts_must_be_bool(function, name):
             call(function, batch, **{name: wrong})
 
 
+def test_what_is_wrong_with_a_tensor_is_said_in_full():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    wrong = {
+        "mask: (torch.float32, (2, 3)), expected a bool tensor (B, T) with B and T at least 1": (
+            torch.ones(2, 3),
+            {},
+        ),
+        "x: (2, 4), expected the mask's shape (2, 3)": (mask, {"x": torch.ones(2, 4)}),
+        "ends: torch.int64, expected torch.bool": (mask, {"x": mask, "ends": mask.long()}),
+    }
+    for said, (of_mask, tensors) in wrong.items():
+        with pytest.raises(ValueError) as refused:
+            sapo.segment_sum(**{"x": mask.float(), "ends": mask, "mask": of_mask} | tensors)
+        assert str(refused.value) == said
+
+
 NO_ROWS = torch.zeros(0, 3, dtype=torch.bool)
 
 

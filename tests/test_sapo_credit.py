@@ -17,7 +17,7 @@ from plain_loops import (
 )
 
 import sapo
-from sapo import SAPOConfig
+from sapo import Rollout, SAPOConfig
 
 # -------------------------------------------------------------------------------- segment GAE
 
@@ -225,6 +225,20 @@ def test_the_share_of_positive_advantages(of_all, share):
     advantages = torch.where(rollout.mask, of_all, 7.0)
     metrics = sapo.credit_metrics(rollout, advantages, SAPOConfig())
     assert metrics["positive_advantages"] == share
+
+
+def test_values_that_foretell_rare_rewards_explain_all_of_them():
+    """Of outcomes of 0 or 1, whose variance is below 1."""
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    rewards = torch.zeros(4, 3)
+    rewards[0, 2] = 1.0
+    values = rewards.sum(1, keepdim=True).expand(4, 3)
+    rollout = Rollout(mask, sapo.response_ends(mask), rewards, rewards, values)
+    metrics = sapo.credit_metrics(rollout, torch.zeros(4, 3), SAPOConfig())
+    assert metrics["explained_variance"] == 1
+    alone = Rollout(mask[:1], sapo.response_ends(mask[:1]), rewards[:1], rewards[:1])
+    metrics = sapo.credit_metrics(alone, torch.zeros(1, 3), SAPOConfig())
+    assert metrics["tokens_per_segment"] == 3 and metrics["segments_per_response"] == 1
 
 
 def test_without_values_there_is_no_explained_variance():

@@ -197,3 +197,12 @@ def test_old_values_are_checked_even_where_no_clip_reads_them():
         with pytest.raises(ValueError, match=r"^old_values\b"):
             sapo.value_loss(x, x, mask, mask, old_values=wrong)
     assert sapo.value_loss(x, x, mask, mask, old_values=x + 1)[0] == 0
+
+
+def test_a_clip_of_zero_is_a_clip():
+    """Then nothing is won by moving at all."""
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    ratio = torch.tensor([[1.1, 0.9]])
+    advantages = torch.tensor([[1.0, -1.0]])
+    loss, stats = sapo.policy_loss(ratio, advantages, mask, clip_low=0.0, clip_high=0.0)
+    assert loss == 0 and stats["clip_fraction"] == 1

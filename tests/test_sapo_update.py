@@ -398,3 +398,17 @@ def test_a_step_that_was_not_finite_does_not_stop_the_policy():
 def test_target_kl_below_zero_is_refused():
     with pytest.raises(ValueError, match="target_kl"):
         after(1, target_kl=-1.0)
+
+
+def test_the_numbers_of_a_single_token_are_its_own():
+    """Means over one counted position: nothing is divided by more."""
+    learner = FreeNumbers()
+    mask = torch.zeros_like(learner.rollout.mask)
+    mask[0, 0] = True
+    learner.rollout = sapo.Rollout(
+        mask, mask, learner.logp.detach().clone(), mask.float(), torch.zeros(mask.shape)
+    )
+    config = SAPOConfig(epochs=1, minibatch=len(mask), target_kl=math.inf)
+    [metrics] = update(learner, config)
+    assert metrics["ratio"] == pytest.approx(1.0)
+    assert metrics["entropy"] == pytest.approx(learner.entropy[0, 0].item(), rel=1e-6)
