@@ -1276,6 +1276,23 @@ def test_what_is_said_of_the_kills_is_what_they_showed():
     assert f"(`results/kills.json`, {found['date']})" in page
 
 
+def test_what_is_said_of_the_mutants_is_what_was_tried():
+    found, page = result("mutants.json"), prose("docs/theorems.md")
+    of_sapo = sum(n for name, n in found["functions"].items() if name.startswith("sapo.py"))
+    assert sum(found["functions"].values()) == found["tried"]
+    assert found["tried"] - found["killed"] == len(found["survivors"])
+    said = f"Of {found['tried']} mutants, {of_sapo} of `sapo.py` and {found['tried'] - of_sapo} of"
+    assert said in page and f"{found['killed']} were noticed" in page
+    assert f"The {len(found['survivors'])} others:" in page
+    kinds = re.search(r"others: (.*?) ## Every", page)[1]
+    counts = [
+        int(count) for count in re.findall(r"(?:- |\. )(\d+) (?:lived|comp|leave|chan)", kinds)
+    ]
+    assert sum(counts) == len(found["survivors"]) and len(counts) == 5
+    assert f"({found['versions']['mutmut']}" in page or f"` {found['versions']['mutmut']} " in page
+    assert f"{found['date']}, commit {found['commit']}, 10 examples" in page
+
+
 def test_what_is_said_of_the_soak_is_what_was_seen():
     found, page = result("soak.json"), prose("docs/models.md")
     growth, last = found["growth"], found["looks"][-1]

@@ -70,11 +70,18 @@ def test_released_departs_from_the_paper_as_listed():
         ("minibatch", 2.5, "2.5, expected a whole number"),
         ("lam", 1.5, r"1.5, expected a number in \[0, 1\]"),
         ("gamma", math.nan, r"nan, expected a number in \[0, 1\]"),
+        ("advantage_clamp", 0.0, r"0.0, expected a number in \(0, inf\]"),  # an open end
+        ("value_coef", math.inf, r"inf, expected a number in \[0, inf\)"),
     ],
 )
 def test_a_setting_that_is_not_allowed_is_named(name, wrong, expected):
     with pytest.raises(ValueError, match=f"^{name}: {expected}$"):
         SAPOConfig(**{name: wrong})
+
+
+def test_the_closed_end_of_an_interval_is_allowed():
+    settings = {"gamma": 0.0, "lam": 1.0, "top_k": 1.0, "target_kl": math.inf, "kl_coef": 0.0}
+    assert vars(SAPOConfig(**settings)).items() >= settings.items()
 
 
 @pytest.mark.parametrize("name", vars(SAPOConfig()))
