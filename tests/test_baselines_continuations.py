@@ -115,6 +115,13 @@ def test_each_value_is_the_mean_of_its_own_continuations():
     assert values.tolist() == [[1, 4], [7, 10]]
 
 
+def test_one_continuation_is_a_value():
+    mask = torch.ones(1, 2, dtype=torch.bool, device="cpu")
+    settings = SimpleNamespace(continuations=1, batch=8)
+    values = baselines.continuation_values(mask, mask, settings, lambda rows, _: [0.5] * len(rows))
+    assert values.tolist() == [[0.5, 0.5]] and values.dtype == torch.float32
+
+
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_continuation_at_all_is_refused(count):
     settings = SimpleNamespace(continuations=count, batch=8)

@@ -282,8 +282,15 @@ def test_a_stem_is_what_the_policy_wrote():
         prefixes.append((prefix.tolist(), lengths.tolist()))
         return torch.tensor([[7, 8, 9]]), torch.tensor([[True, False, True]]), [["a", "", "b"]]
 
-    settings = SimpleNamespace(branching=[1, 1], segment_tokens=3, max_new_tokens=9)
-    prompt, tokens, mask, tree = baselines.grow(1, settings, write, lambda text: False)
+    texts = []
+    settings = SimpleNamespace(branching=[1, 1, 1], segment_tokens=3, max_new_tokens=9)
+
+    def ended(text):  # asked of every stem but the last
+        texts.append(text)
+        return len(text) > 2
+
+    prompt, tokens, mask, tree = baselines.grow(1, settings, write, ended)
+    assert texts == ["ab", "abab"]
     assert prefixes == [([[]], [0]), ([[7, 9]], [2])]
     assert tokens.tolist() == [[7, 9, 7, 9]]
     assert mask.all()

@@ -1286,7 +1286,7 @@ def test_what_is_said_of_the_mutants_is_what_was_tried():
     said = f"Of {found['tried']} mutants, {of_sapo} of `sapo.py` and {found['tried'] - of_sapo} of"
     assert said in page and f"{found['killed']} were noticed" in page
     assert f"The {len(found['survivors'])} others:" in page
-    kinds = re.search(r"others: (.*?) ## Every", page)[1]
+    kinds = re.search(r"others: (.*?) Left out:", page)[1]
     counts = [
         int(count) for count in re.findall(r"(?:- |\. )(\d+) (?:lived|comp|leave|chan)", kinds)
     ]
