@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import train
 from lab.sweep import ROOT
 
@@ -44,7 +45,6 @@ FLAGS = (
     *("--iterations", "12", "--eval_every", "3", "--checkpoint_every", "2"),
     *("--eval_episodes", "32", "--actor_lr", "1e-3"),
 )
-CHECKPOINTS = ("checkpoint", "checkpoint.old")
 FILE = ROOT / "results" / "kills.json"
 WRITTEN_FROM = 50  # kills; of fewer, results/kills.json would say less than it does
 
@@ -152,7 +152,7 @@ class Started:
 def start(runs, name) -> Started:
     """Start the run of this name, or go on with it where it has a checkpoint."""
     folder = Path(runs) / name
-    begun = any((folder / which / "trainer.pt").is_file() for which in CHECKPOINTS)
+    begun = checkpoint.is_there(folder)
     words = ["--resume", str(folder)] if begun else [*FLAGS, "--runs", str(runs), "--name", name]
     phases, said = (Path(runs) / f"{name}.{what}" for what in ("phases", "said"))
     phases.write_text("")

@@ -316,10 +316,12 @@ def up_to(most, least=1):
 
 
 def whole(least, most):
+    """A whole number from `least` to `most`."""
     return Choice(st.integers(least, most), lambda generator: generator.randint(least, most))
 
 
 def one_of(*options):
+    """One of these, which are the same in a small and a large case."""
     return Choice(st.sampled_from(options), lambda generator: generator.choice(options))
 
 
@@ -1053,7 +1055,7 @@ def a_way_back(claimant, draw):
     sign = good.double() * 2 - 1
     case.advantages = torch.ones_like(case.advantages) * sign
     _, gradient = loss_gradient(claimant, case, logp=case.old_logp - 1.5 * sign)
-    stuck = case.mask & ~(-gradient * sign > 0)
+    stuck = case.mask & ~(-gradient * sign > 1e-9)
     if stuck.any():
         row, t = first_place(stuck)
         raise Refuted(f"the push of row {row}, token {t} is {-gradient[row, t].item():.6g}")

@@ -116,7 +116,7 @@ def test_each_value_is_the_mean_of_its_own_continuations():
 
 
 def test_one_continuation_is_a_value():
-    mask = torch.ones(1, 2, dtype=torch.bool, device="cpu")
+    mask = torch.ones(1, 2, dtype=torch.bool)
     settings = SimpleNamespace(continuations=1, batch=8)
     values = baselines.continuation_values(mask, mask, settings, lambda rows, _: [0.5] * len(rows))
     assert values.tolist() == [[0.5, 0.5]] and values.dtype == torch.float32
