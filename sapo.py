@@ -922,8 +922,8 @@ def _one_more_skipped(skipped_in_a_row, stats):
     """The count of minibatches in a row with a skipped step; FloatingPointError at the third."""
     if skipped_in_a_row + 1 >= 3:
         raise FloatingPointError(
-            f"three minibatches in a row were not finite, the last: {stats}; lower the "
-            "learning rates and resume from the last checkpoint"
+            f"three minibatches in a row were not finite, the last: {stats}; "
+            "lower the learning rates"
         )
     return skipped_in_a_row + 1
 

@@ -736,20 +736,14 @@ def run_to_its_end(run) -> None:
             print(f"stopped at iteration {run.progress.iteration}; {how_to_go_on(run)}")
     except OSError as error:  # a full disk, a folder that is gone
         raise SystemExit(f"iteration {run.progress.iteration}: {error}") from error
-    except FloatingPointError as error:  # the last checkpoint is from before it
-        raise SystemExit(f"iteration {run.progress.iteration}: {error}") from None
-    except sapo.NaNError as error:
+    except (FloatingPointError, sapo.NaNError) as error:  # the last checkpoint is from before it
+        reason = f"{error}"
+        if isinstance(error, sapo.NaNError):
+            reason += ": the weights are broken, lower the learning rates"
         raise SystemExit(
-            f"iteration {run.progress.iteration}: {error}; the weights are broken: lower the "
-            "learning rates and resume from the last checkpoint"
+            f"iteration {run.progress.iteration}: {reason}; {how_to_go_on(run)}"
         ) from None
     except (RuntimeError, MemoryError) as error:
-        if "probability tensor contains" in str(error):  # torch, where it draws from NaN
-            raise SystemExit(
-                f"iteration {run.progress.iteration}: the policy's probabilities are no numbers, "
-                "so its weights are broken: lower the learning rates, --warm_start_lr too; "
-                f"{how_to_go_on(run)}"
-            ) from None
         reason = models.explain_out_of_memory(run.models, run.settings, run.config, error)
         raise SystemExit(
             f"iteration {run.progress.iteration}: {reason}; {how_to_go_on(run)}"

@@ -44,6 +44,8 @@ from transformers import (
     AutoProcessor,
     LogitsProcessor,
     StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -674,11 +676,12 @@ def generate(
     max_new_tokens. This last token belongs to the response.
     temperature: 0 is greedy. Otherwise the draws come from torch's global random stream.
     return_logp: return also the log-probability of each token under the distribution that it was
-        sampled from. Only for small vocabularies, since it keeps (T, B, V) scores.
+        sampled from.
     at_once: prompts that are answered at a time, which bounds the memory of keys, values and
         pictures; 0: all. Each part draws in its turn, so another split gives other samples of the
         same distribution; greedy in float32, it gives the same ones. ValueError for kept keys and
         values.
+    FloatingPointError where a response was drawn from probabilities that are NaN.
     """
     B = len(inputs["input_ids"])
     if 0 < at_once < B:
@@ -695,38 +698,38 @@ def generate(
             for column, filling in zip(columns, fillings, strict=False)
         )
     P = inputs["input_ids"].shape[1]
-    stopping = _Stop(vlm, P, stop)
-    sampling = {}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    config = transformers.GenerationConfig(
+    config = transformers.GenerationConfig(  # greedy: `_Draw` makes a sample of what is likeliest
         max_new_tokens=max_new_tokens,
         eos_token_id=vlm.eos_ids,
         pad_token_id=vlm.eos_ids[0],
-        return_dict_in_generate=True,
-        output_scores=return_logp,
-        **sampling,
     )
-    output = vlm.enter().generate(
+    drawing, stopping = _Draw(temperature > 0), _Stop(vlm, P, stop)
+    processors = [_Ban(vlm.banned)]
+    if temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+    if temperature > 0 and top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    sequences = vlm.enter().generate(
         **inputs,
         generation_config=config,
-        logits_processor=[_Ban(vlm.banned)],
+        logits_processor=[*processors, drawing],
         stopping_criteria=[stopping],
     )
-    tokens = output.sequences[:, P:]  # (B, T)
+    if drawing.is_broken:
+        raise FloatingPointError(
+            "the policy's probabilities are NaN: its weights are broken, lower the learning rates"
+        )
+    tokens = sequences[:, P:]  # (B, T)
     T = tokens.shape[1]
     lengths = stopping.lengths.masked_fill(stopping.lengths == 0, T)  # (B,): 0 means never stopped
     mask = _up_to(lengths.to(tokens.device), T)  # (B, T)
     if not return_logp:
         return tokens, mask
-    all_logp = torch.stack(output.scores, 1).float().log_softmax(-1)  # (B, T, V)
-    logp = all_logp.gather(2, tokens[..., None]).squeeze(2)  # (B, T)
-    return tokens, mask, torch.where(mask, logp, 0.0)
+    return tokens, mask, torch.where(mask, torch.stack(drawing.logp, 1), 0.0)
 
 
 class _Ban(LogitsProcessor):
-    """Banned tokens get a logit of -inf. It stands before temperature and top-p, as all processors
-    that a caller brings do.
+    """Banned tokens get a logit of -inf.
 
     `suppress_tokens` would do the same, but looks through the whole vocabulary again at each token
     (`torch.isin`), which a card is waited for.
@@ -737,6 +740,29 @@ class _Ban(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         return scores.masked_fill(self.banned.to(scores.device), -float("inf"))
+
+
+class _Draw(LogitsProcessor):
+    """Draws a token from p = softmax(scores): it alone comes out with the largest score, so that
+    greedy decoding takes it. It remembers the log-probability of each.
+
+    Token i is the first of a race in which it runs for a time e_i / p_i, e_i exponentially
+    distributed, with probability p_i. `torch.multinomial` draws one token just so, from the same
+    random numbers, but asks twice per token whether p is one: a card is waited for each time.
+    """
+
+    def __init__(self, is_sampling):
+        self.is_sampling = is_sampling  # otherwise the likeliest token is the one
+        self.logp = []  # of (B,) each, per token
+        self.is_broken = False  # was p NaN? Read once, at the end
+
+    def __call__(self, input_ids, scores):
+        p = scores.softmax(-1)  # (B, V)
+        race = p / torch.empty_like(p).exponential_() if self.is_sampling else scores
+        first = race.argmax(-1, keepdim=True)
+        self.logp.append(p.gather(1, first).squeeze(1).log())
+        self.is_broken = self.is_broken | self.logp[-1].isnan().any()
+        return race
 
 
 class _Stop(StoppingCriteria):

@@ -309,12 +309,12 @@ def test_no_family_of_models_mixes_devices(family, open_family, card):
 # --------------------------------------------------------------------------------- the waits
 @pytest.fixture(scope="module")
 def waits():
-    """Of the default run, with few tokens: each of them costs two, see count_syncs.py."""
+    """Of the default run, with few tokens."""
     return count_syncs.measure("--max_new_tokens", "8")
 
 
 @pytest.mark.parametrize(
-    ("part", "most"), [("iteration", 170), ("train.samples", 80), ("evaluation.samples", 8)]
+    ("part", "most"), [("iteration", 150), ("train.samples", 65), ("evaluation.samples", 8)]
 )
 def test_an_iteration_and_its_samples_seldom_wait_for_the_card(part, most, waits):
     assert waits[part]["to host"] <= most, waits[part]["lines"]
@@ -341,6 +341,6 @@ def test_the_results_hold_what_was_won():
         {part: counts["to host"] + counts["to card"] for part, counts in stored[when].items()}
         for when in ("before", "after")
     )
-    assert after["iteration"] < 0.7 * before["iteration"]
-    assert after["train.samples"] < 0.5 * before["train.samples"]
+    assert after["iteration"] < 0.5 * before["iteration"]
+    assert after["train.samples"] < 0.4 * before["train.samples"]
     assert after["evaluation.samples"] < 0.05 * before["evaluation.samples"]

@@ -101,6 +101,23 @@ def test_greedy_takes_the_likeliest_token_and_small_top_p_too(sharp):
     assert torch.equal(tokens, sample(sharp, T=12, temperature=0.0, seed=1)[1])
 
 
+def test_a_draw_is_that_of_multinomial():
+    """The same tokens from the same random numbers, banned ones never, and their log-probability."""
+    scores = 3 * torch.randn(16, 97)
+    scores[:, ::5] = -torch.inf
+    draw = vlm._Draw(is_sampling=True)
+    for seed in range(50):
+        torch.manual_seed(seed)
+        expected = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+        torch.manual_seed(seed)
+        assert torch.equal(draw(None, scores).argmax(-1), expected)
+        logp = scores.log_softmax(-1).gather(1, expected[:, None]).squeeze(1)
+        close(draw.logp[-1], logp, rtol=0, atol=1e-5)
+    assert not draw.is_broken
+    draw(None, torch.full((2, 3), torch.nan))
+    assert draw.is_broken
+
+
 def test_sampling_follows_the_global_random_stream(sharp):
     first, again, other = (sample(sharp, T=12, seed=seed)[1] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
