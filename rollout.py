@@ -12,7 +12,8 @@ Throughout, `run` is a `train.Run`. Shapes: B responses, T token positions (righ
 """
 
 import functools
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -280,18 +281,21 @@ def continue_responses(run, inputs, rows, prefix, lengths, limit):
 def score(run, model, responses) -> tuple[Tensor, Tensor]:
     """How likely a model finds what was written: (log-probability of each token, entropy of the
     distribution it was drawn from), (B, T) each, in nats."""
+    score_rows = functools.partial(scores_of, run, model, responses)
+    return vlm.in_parts(score_rows, len(responses.tokens), _at_once(run))
 
-    def score_part(inputs, tokens, mask):
-        return vlm.score(model, inputs, tokens, mask, run.settings.temperature)
 
-    return _in_parts(run, score_part, responses)
+def scores_of(run, model, responses, rows) -> tuple[Tensor, Tensor]:
+    """`score` of some rows, all at once; differentiable in the log-probabilities."""
+    inputs = vlm.take(responses.inputs, rows)
+    tokens, written = responses.tokens[rows], responses.written[rows]
+    return vlm.score(model, inputs, tokens, written, run.settings.temperature)
 
 
 def critic_values(run, responses, logp) -> Tensor:
     """The critic's V of the prefix before each token, (B, T). logp: log pi_old of each token."""
-    critic, rows = run.models.critic, torch.arange(len(responses.tokens))
-    parts = [values_of(critic, responses, logp, part) for part in rows.split(_at_once(run))]
-    return torch.cat(parts)
+    value_rows = functools.partial(values_of, run.models.critic, responses, logp)
+    return vlm.in_parts(value_rows, len(responses.tokens), _at_once(run))
 
 
 def values_of(critic, responses, logp, rows) -> Tensor:
@@ -299,12 +303,6 @@ def values_of(critic, responses, logp, rows) -> Tensor:
     tokens, written = responses.tokens[rows], responses.written[rows]
     surprise = sapo.surprise(logp[rows], written) if critic.hears else None
     return vlm.prefix_values(critic, vlm.take(responses.inputs, rows), tokens, written, surprise)
-
-
-def _in_parts(run, function, responses):
-    return vlm.in_parts(
-        function, _at_once(run), responses.inputs, responses.tokens, responses.written
-    )
 
 
 def _at_once(run):
@@ -351,11 +349,9 @@ def _played_after(run, responses, rows, positions, split):
     return rewards
 
 
-def written_text(responses, row, end=None) -> str:
+def written_text(responses, row, end) -> str:
     """What the policy wrote in a response's first `end` tokens, without what it heard."""
-    was_written = responses.written[row].tolist()
-    pieces = responses.texts[row][:end]
-    return "".join(piece for t, piece in enumerate(pieces) if was_written[t])
+    return "".join(itertools.compress(responses.texts[row][:end], responses.written[row].tolist()))
 
 
 @torch.no_grad()
@@ -366,18 +362,9 @@ def role_signal(run, batch) -> Tensor:
     model wrote itself hidden from attention.
     """
     perceives = baselines.perception(batch.texts, batch.written)
-    temperature, policy = run.settings.temperature, run.models.policy
-
-    def score_part(inputs, tokens, mask):
-        return vlm.score(policy, inputs, tokens, mask, temperature)
-
-    size = _at_once(run)
-    noised, _ = vlm.in_parts(
-        score_part, size, vlm.noised(batch.inputs), batch.tokens, batch.written
-    )
-    without_perception, _ = vlm.in_parts(
-        score_part, size, batch.inputs, batch.tokens, batch.written & ~perceives
-    )
+    policy = run.models.policy
+    noised, _ = score(run, policy, replace(batch, inputs=vlm.noised(batch.inputs)))
+    without_perception, _ = score(run, policy, replace(batch, written=batch.written & ~perceives))
     return batch.rollout.logp - torch.where(perceives, noised, without_perception)
 
 
@@ -409,25 +396,27 @@ def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
     rewards = np.zeros(mask.shape, np.float32)
     used = mask.to("cpu", copy=True)
     infos = []
-    for row, (environment, pieces, ends_segment, was_written) in enumerate(
-        zip(envs, texts, ends.tolist(), used.tolist(), strict=True)
-    ):
-        if not any(ends_segment[: len(pieces)]):
+    rows = zip(envs, texts, ends.tolist(), used.tolist(), strict=True)
+    for row, (environment, pieces, row_ends, row_written) in enumerate(rows):
+        segments = segments_of(pieces, row_ends, row_written)
+        if not segments:
             raise ValueError(f"ends: response {row} has no segment, expected at least one")
-        first = 0  # token of the segment that is being gathered
-        over = False
-        for last in range(len(pieces)):
-            if not ends_segment[last]:
-                continue
-            if over:
-                used[row, first:] = False
-                break
-            segment = "".join(
-                piece for t, piece in enumerate(pieces[first : last + 1], first) if was_written[t]
-            )
+        for last, segment in segments:
             _, reward, terminated, truncated, info = environment.step(segment)
             rewards[row, last] = reward
-            over = terminated or truncated
-            first = last + 1
+            if terminated or truncated:
+                used[row, last + 1 :] = False
+                break
         infos.append(info)
     return torch.from_numpy(rewards).to(ends.device), used.to(ends.device), infos
+
+
+def segments_of(pieces, ends, written) -> list[tuple[int, str]]:
+    """A response's segments: (number of its last token, its text). What was heard is in no text."""
+    segments, first = [], 0
+    for last in range(len(pieces)):
+        if ends[last]:
+            own = slice(first, last + 1)
+            segments.append((last, "".join(itertools.compress(pieces[own], written[own]))))
+            first = last + 1
+    return segments

@@ -18,11 +18,11 @@ With one token per segment this is PPO. With one segment per response it is GSPO
 
 What differs. The authors' released code departs from their paper in several places (the table is
 in tutorial.md, appendix A): `SAPOConfig.paper()` and `SAPOConfig.released()` are its two sides.
-In neither: `threshold_ends`, our cut that does not look ahead; a critic that hears; the bound on
-the KL divergence, `target_kl`, which many PPO codes have. As released in any case: token
-log-ratios are clamped to +-20, and V after a response that ran out of tokens is 0, too. Left out:
-models and tokens (vlm.py), environments (env.py), who makes the cut (rollout.py, by the name in
-baselines.py) and the training loop (train.py).
+Three things are in neither: `threshold_ends`, our cut that does not look ahead; a critic that
+hears; the bound on the KL divergence, `target_kl`, which many PPO codes have. Two follow the
+released code under any settings: token log-ratios are clamped to +-20, and V is 0 after a response
+that ran out of tokens, too. Left out: models and tokens (vlm.py), environments (env.py), who makes
+the cut (rollout.py, by the name in baselines.py) and the training loop (train.py).
 
     python train.py     # a warm start, then SAPO on pictures of dice, with a tiny model
     python -m pytest    # every function here against plain loops, identities and properties
@@ -44,8 +44,8 @@ ValueError naming the argument that is wrong.
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
-from typing import Literal, get_args, get_origin
+from numbers import Integral, Real
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -67,36 +67,12 @@ def setting(default, help, within=""):
     return field(default=default, metadata=metadata)
 
 
-def check_settings(settings) -> None:
-    """ValueError, naming the field, for a number outside the interval of its `setting`, a fraction
-    where the field is an int, and a word that is not one of the field's Literal."""
-    for part in fields(settings):
-        value = getattr(settings, part.name)
-        _, has_range, within = part.metadata.get("help", "").rpartition("; in ")
-        numbers = value if isinstance(value, list) else [value]
-        if has_range and not all(_is_within(number, within) for number in numbers):
-            raise ValueError(f"{part.name}: {value}, expected a number in {within}")
-        if part.type is int and not isinstance(value, Integral):
-            raise ValueError(f"{part.name}: {value!r}, expected a whole number")
-        if get_origin(part.type) is Literal and value not in get_args(part.type):
-            words = ", ".join(get_args(part.type))
-            raise ValueError(f"{part.name}: {value!r}, expected one of {words}")
-
-
-def _is_within(number, within):
-    if number is None:  # a setting that is off
-        return True
-    low, high = map(float, within[1:-1].split(","))
-    above = number >= low if within[0] == "[" else number > low
-    below = number <= high if within[-1] == "]" else number < high
-    return above and below  # NaN is neither
-
-
 @dataclass
 class SAPOConfig:
     """Settings of the algorithm. The defaults are the paper's mathematics, with the numbers that
     teach a tiny model fast: rates, minibatches, two epochs, and a lambda that listens to the critic
-    (`paper` has the paper's own)."""
+    (`paper` has the paper's own); and with a bound on the KL divergence, which the paper has not.
+    """
 
     gamma: float = setting(1.0, "discount per segment (Eq. 6)", "[0, 1]")
     lam: float = setting(
@@ -205,6 +181,54 @@ def _require(condition, name, value, expected):
         raise ValueError(f"{name}: {value!r}, expected {expected}")
 
 
+def check_settings(settings) -> None:
+    """ValueError, naming the field, for a value that is not of the field's type, and for a number
+    outside the interval of its `setting`."""
+    hints = get_type_hints(type(settings))  # HfArgumentParser changes the types that fields have
+    for part in fields(settings):
+        value, hint = getattr(settings, part.name), hints[part.name]
+        if not _is_of_type(value, hint):
+            raise ValueError(f"{part.name}: {value!r}, expected {_in_words(hint)}")
+        _, has_range, within = part.metadata.get("help", "").rpartition("; in ")
+        numbers = value if isinstance(value, list) else [value]
+        if has_range and not all(_is_within(number, within) for number in numbers):
+            raise ValueError(f"{part.name}: {value}, expected a number in {within}")
+
+
+def _is_of_type(value, hint):
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in inner
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of_type(item, inner[0]) for item in value)
+    if inner:  # a union, as float | None
+        return any(_is_of_type(value, one) for one in inner)
+    if isinstance(value, bool):  # which is a number to Python
+        return hint is bool
+    return isinstance(value, {int: Integral, float: Real}.get(hint, hint))
+
+
+def _in_words(hint):
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(inner)}"
+    if get_origin(hint) is list:
+        return f"a list, each {_in_words(inner[0])}"
+    if inner:
+        return " or ".join(map(_in_words, inner))
+    words = {int: "a whole number", float: "a number", str: "a word", bool: "True or False"}
+    return words.get(hint, "None")
+
+
+def _is_within(number, within):
+    if number is None:  # a setting that is off
+        return True
+    low, high = map(float, within[1:-1].split(","))
+    above = number >= low if within[0] == "[" else number > low
+    below = number <= high if within[-1] == "]" else number < high
+    return above and below  # NaN is neither
+
+
 def _check(mask, called="mask", /, **tensors):
     """Raise ValueError, naming the argument, for a mask that is empty or not bool (B, T), a tensor
     of another shape, a cut that is not bool, or a NaN on a policy token."""
@@ -224,8 +248,7 @@ def _check(mask, called="mask", /, **tensors):
         if name in ("ends", "is_delimiter"):
             _require(tensor.dtype == torch.bool, name, tensor.dtype, "torch.bool")
     numbers = {name: x for name, x in tensors.items() if x.is_floating_point()}
-    # One sum is quicker than a search, and nearly always enough. Of all tensors together: the CPU
-    # waits for a card once
+    # One sum over all tensors shows whether any is NaN, and makes the CPU wait for a GPU only once
     if not numbers or not torch.isnan(sum(x.sum() for x in numbers.values())):
         return
     for name, x in numbers.items():
@@ -236,7 +259,7 @@ def _check(mask, called="mask", /, **tensors):
 
 
 def _wide(x):
-    """x in float32 at least: sums in bfloat16 lose the small terms."""
+    """x in float32 at least: sums in bfloat16 lose the small terms, squares in float16 overflow."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -672,7 +695,8 @@ def policy_loss(
     )
     _require(clip_low >= 0, "clip_low", clip_low, "a number of at least 0")
     _require(clip_high >= 0, "clip_high", clip_high, "a number of at least 0")
-    advantages = torch.where(mask, advantages, 0.0)  # a NaN off the mask: 0 * NaN is NaN
+    ratio = _wide(ratio)
+    advantages = torch.where(mask, _wide(advantages), 0.0)  # a NaN off the mask: 0 * NaN is NaN
     plain = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     objective = torch.minimum(plain, clipped)
@@ -710,6 +734,7 @@ def value_loss(
         given["old_values"] = old_values
     _check(mask, **given)
     reads = boundaries(ends, mask, value_at)
+    values, returns = _wide(values), _wide(returns)
     error = torch.where(reads, values - returns, 0.0)
     if value_clip is None:
         clipped_error = error
@@ -737,6 +762,11 @@ class Rollout:
     rewards: Tensor  # the environment's, each on its segment's last token
     values: Tensor | None = None  # V of the prefix before each token
     ref_logp: Tensor | None = None  # log-probabilities under the reference model, in nats
+
+    def take(self, rows: Tensor) -> "Rollout":
+        """Some of the responses, by their numbers."""
+        tensors = {name: x if x is None else x[rows] for name, x in vars(self).items()}
+        return Rollout(**tensors)
 
 
 def _check_rollout(rollout):
@@ -778,6 +808,173 @@ def credit(rollout: Rollout, config: SAPOConfig) -> tuple[Tensor, Tensor]:
     return advantages, returns
 
 
+# ------------------------------------------------------------------------------------- update
+
+
+def scaled_advantages(advantages: Tensor, mask: Tensor, config: SAPOConfig) -> Tensor:
+    """Advantages as the policy's loss reads them: whitened over the whole batch, if the settings
+    say so, then clamped. (B, T) -> (B, T)."""
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    return advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
+
+
+def actor_loss(
+    logp: Tensor, entropy: Tensor, rollout: Rollout, advantages: Tensor, config: SAPOConfig
+) -> tuple[Tensor, dict]:
+    """Eq. 9 for a policy that gives the rollout's tokens these log-probabilities.
+
+    logp, entropy (B, T) in nats, advantages (B, T) -> (scalar, stats): those of `policy_loss`, the
+    policy's distance `approx_kl`, and the means of ratio and entropy over policy tokens.
+    """
+    mask = rollout.mask
+    ratio = importance_ratio(logp, rollout.logp, rollout.ends, mask, config.ratio)
+    clip = (config.clip_low, config.clip_high, config.dual_clip)
+    loss, stats = policy_loss(ratio, advantages, mask, *clip, config.average)
+    stats["approx_kl"] = approx_kl(logp, rollout.logp, mask)
+    stats["ratio"] = _average(ratio.detach(), mask, "token").item()
+    stats["entropy"] = _average(entropy.detach(), mask, "token").item()
+    return loss, stats
+
+
+def critic_loss(
+    values: Tensor, rollout: Rollout, returns: Tensor, config: SAPOConfig
+) -> tuple[Tensor, dict]:
+    """Eq. 10 times value_coef, for a critic with these values.
+
+    values, returns (B, T) -> (scalar, stats of `value_loss`).
+    """
+    ends, mask, old_values = rollout.ends, rollout.mask, rollout.values
+    loss, stats = value_loss(
+        values, returns, ends, mask, config.value_at, old_values, config.value_clip, config.average
+    )
+    return config.value_coef * loss, stats
+
+
+def sapo_update(
+    rollout: Rollout,
+    advantages: Tensor,
+    returns: Tensor | None,
+    score,
+    value,
+    optimizers,
+    config: SAPOConfig,
+    generator: torch.Generator | None = None,
+    skipped_in_a_row: int = 0,
+) -> list[dict]:
+    """Learn from one rollout: `config.epochs` passes of shuffled minibatches (Algorithm 1).
+
+    advantages, returns   (B, T), made once, kept in every epoch; returns may be None without critic
+    score(rows)           (logp, entropy) of the current policy on those rows, (len(rows), T) each,
+                          in nats; logp is differentiable
+    value(rows)           the critic's values, (len(rows), T); value=None: there is no critic
+    optimizers            (the policy's, the critic's or None)
+    generator             of the shuffling; None: torch's global one
+
+    Where a minibatch measures an approx_kl above config.target_kl, its own step is still taken;
+    then the policy stays as it is until the next rollout, and only the critic learns. So the bound
+    limits how many steps a rollout gives, not the size of the last one. `policy_steps` is the share
+    of minibatches in which the policy took a step, and its metrics are means over those.
+
+    -> the metrics of each epoch, means over its minibatches; an epoch in which the policy stayed
+    has none of the policy's (`update_metrics` puts them together). A loss or gradient that is not
+    finite skips its optimizer step, and `skipped_steps` counts the minibatches with one. Three of
+    them in a row raise FloatingPointError; hand the last epoch's `skipped_in_a_row` to the next
+    call, so that the count goes on.
+    """
+    _check_update(rollout, advantages, returns, value, config)
+    mask = rollout.mask
+    of_credit = credit_metrics(rollout, advantages, config)
+    advantages = scaled_advantages(advantages, mask, config)
+    reads = boundaries(rollout.ends, mask, config.value_at)
+    actor_optimizer, critic_optimizer = optimizers
+
+    def of_policy(rows):
+        return actor_loss(*score(rows), rollout.take(rows), advantages[rows], config)
+
+    def of_critic(rows):
+        return critic_loss(value(rows), rollout.take(rows), returns[rows], config)
+
+    history = []
+    policy_stays = False  # as it is: it has been moved as far as target_kl allows
+    for _ in range(config.epochs):
+        order = torch.randperm(len(mask), generator=generator).to(mask.device)
+        minibatches = []  # the stats of each
+        for rows in order.split(config.minibatch):
+            stats = {"policy_steps": 0.0 if policy_stays else 1.0}
+            if not policy_stays:
+                stats |= _descend("policy", of_policy, rows, mask, actor_optimizer, config)
+                policy_stays = _finite(stats) and stats["approx_kl"] > config.target_kl
+            if value is not None:
+                stats |= _descend("value", of_critic, rows, reads, critic_optimizer, config)
+            minibatches.append(stats)
+            skipped_in_a_row = _skipped_up_to(stats, skipped_in_a_row)
+        history.append(
+            _means_of_finite(minibatches) | of_credit | {"skipped_in_a_row": skipped_in_a_row}
+        )
+    return history
+
+
+def _check_update(rollout, advantages, returns, value, config):
+    """What a caller got wrong is an error here, before it could count as a step to skip."""
+    check_settings(config)  # once more: they may have been set since
+    _check_rollout(rollout)
+    _check(rollout.mask, advantages=advantages)
+    if value is not None:
+        _require(returns is not None, "returns", None, "returns (B, T), as there is a critic")
+    if returns is not None:
+        _check(rollout.mask, returns=returns)
+        _require(rollout.values is not None, "values", None, "values (B, T), as there are returns")
+
+
+def _descend(name, objective, rows, counted, optimizer, config) -> dict:
+    """One optimizer step on some rows, skipped if a number is not finite. -> stats: what the
+    objective reports, and "policy_loss", "policy_grad_norm" or, by `name`, those of "value".
+
+    Each micro-batch is weighted by its share of the minibatch, so the split changes memory, not
+    numbers. The loss is weighted by the share of responses, or of `counted` positions (B, T) where
+    losses are means over tokens; what the objective reports by that of counted positions.
+    """
+    stats = defaultdict(float)
+    for part in rows.split(config.micro_batch or len(rows)):
+        stats_weight = (counted[part].sum() / counted[rows].sum().clamp(min=1)).item()
+        loss_weight = len(part) / len(rows) if config.average == "response" else stats_weight
+        try:
+            loss, part_stats = objective(part)
+            (loss_weight * loss).backward()
+        except NaNError:  # the model gave a NaN: the same as a loss that is not finite
+            loss, part_stats = torch.tensor(math.nan), {}
+        stats[f"{name}_loss"] += loss_weight * loss.item()
+        for key, number in part_stats.items():
+            stats[key] += stats_weight * number
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    stats[f"{name}_grad_norm"] = grad_norm.item()
+    if _finite(stats):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return dict(stats)
+
+
+def _skipped_up_to(stats, skipped_in_a_row):
+    """Minibatches in a row that skipped a step, up to this one; FloatingPointError at the third."""
+    if _finite(stats):
+        return 0
+    if skipped_in_a_row + 1 >= 3:
+        raise FloatingPointError(
+            f"three minibatches in a row were not finite, the last: {stats}; "
+            "lower the learning rates"
+        )
+    return skipped_in_a_row + 1
+
+
+def _finite(stats):
+    return all(map(math.isfinite, stats.values()))
+
+
+# ------------------------------------------------------------------------------------ metrics
+
+
 def outcomes(rollout: Rollout, config: SAPOConfig) -> Tensor:
     """What is earned from each segment on, which V(s_m) foretells: G_m = sum_l gamma^l r_{m+l}.
 
@@ -817,85 +1014,16 @@ def credit_metrics(rollout: Rollout, advantages: Tensor, config: SAPOConfig) -> 
     return metrics
 
 
-# ------------------------------------------------------------------------------------- update
-
-
-def sapo_update(
-    rollout: Rollout,
-    advantages: Tensor,
-    returns: Tensor | None,
-    score,
-    value,
-    optimizers,
-    config: SAPOConfig,
-    generator: torch.Generator | None = None,
-    skipped_in_a_row: int = 0,
-) -> list[dict]:
-    """Learn from one rollout: `config.epochs` passes of shuffled minibatches (Algorithm 1).
-
-    advantages, returns   (B, T), made once, kept in every epoch; returns may be None without critic
-    score(rows)           (logp, entropy) of the current policy on those rows, (len(rows), T) each
-    value(rows)           the critic's values, (len(rows), T); value=None: there is no critic
-    optimizers            (the policy's, the critic's or None)
-    generator             of the shuffling; None: torch's global one
-
-    A minibatch that finds the policy further than config.target_kl from the rollout's still takes
-    its step; after it the policy stays as it is, and only the critic goes on. So the bound limits
-    how many steps a rollout gives, not the distance of the last one. `policy_steps` is the share of
-    minibatches in which the policy took a step, and its metrics are means over those.
-
-    -> the metrics of each epoch, means over its minibatches; an epoch in which the policy stayed
-    has none of the policy's (`update_metrics` puts them together). A loss or gradient that is not
-    finite skips its optimizer step, and `skipped_steps` counts the minibatches with one. Three of
-    them in a row raise FloatingPointError; hand the last epoch's `skipped_in_a_row` to the next
-    call, so that the count goes on.
-    """
-    _check_update(rollout, advantages, returns, value, config)
-    mask = rollout.mask
-    metrics = credit_metrics(rollout, advantages, config)
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
-    advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
-    reads = boundaries(rollout.ends, mask, config.value_at)
-    clip = (config.clip_low, config.clip_high, config.dual_clip)
-    actor_optimizer, critic_optimizer = optimizers
-
-    def policy_objective(rows):
-        logp, entropy = score(rows)
-        old_logp, row_mask = rollout.logp[rows], mask[rows]
-        ratio = importance_ratio(logp, old_logp, rollout.ends[rows], row_mask, config.ratio)
-        loss, stats = policy_loss(ratio, advantages[rows], row_mask, *clip, config.average)
-        stats["approx_kl"] = approx_kl(logp, old_logp, row_mask)
-        stats["ratio"] = _average(ratio.detach(), row_mask, "token").item()
-        stats["entropy"] = _average(entropy.detach(), row_mask, "token").item()
-        return loss, stats
-
-    def critic_objective(rows):
-        return _critic_objective(rows, value, rollout, returns, config)
-
-    history = []
-    policy_stays = False  # as it is: it has been moved as far as target_kl allows
-    for _ in range(config.epochs):
-        order = torch.randperm(len(mask), generator=generator).to(mask.device)
-        minibatches = order.split(config.minibatch)
-        finite = []  # the stats of those whose numbers are all finite
-        for rows in minibatches:
-            stats = {"policy_steps": 0.0 if policy_stays else 1.0}
-            if not policy_stays:
-                stats |= _descend("policy", policy_objective, rows, mask, actor_optimizer, config)
-                policy_stays = _finite(stats) and stats["approx_kl"] > config.target_kl
-            if value is not None:
-                stats |= _descend("value", critic_objective, rows, reads, critic_optimizer, config)
-            if _finite(stats):
-                finite.append(stats)
-                skipped_in_a_row = 0
-            else:
-                skipped_in_a_row = _one_more_skipped(skipped_in_a_row, stats)
-        epoch = _means(finite) | metrics
-        epoch["skipped_steps"] = len(minibatches) - len(finite)
-        epoch["skipped_in_a_row"] = skipped_in_a_row
-        history.append(epoch)
-    return history
+def _means_of_finite(minibatches):
+    """The mean of each number over the minibatches whose numbers are all finite; "skipped_steps"
+    counts the others."""
+    finite = [stats for stats in minibatches if _finite(stats)]
+    numbers = defaultdict(list)
+    for stats in finite:
+        for key, number in stats.items():
+            numbers[key].append(number)
+    means = {key: sum(of_key) / len(of_key) for key, of_key in numbers.items()}
+    return means | {"skipped_steps": len(minibatches) - len(finite)}
 
 
 def update_metrics(history: list[dict]) -> dict:
@@ -916,82 +1044,3 @@ def update_metrics(history: list[dict]) -> dict:
         of_steps = sum(share * fraction for share, fraction in zip(taken, clipped, strict=True))
         metrics["clip_fraction"] = of_steps / sum(taken)
     return metrics
-
-
-def _one_more_skipped(skipped_in_a_row, stats):
-    """The count of minibatches in a row with a skipped step; FloatingPointError at the third."""
-    if skipped_in_a_row + 1 >= 3:
-        raise FloatingPointError(
-            f"three minibatches in a row were not finite, the last: {stats}; "
-            "lower the learning rates"
-        )
-    return skipped_in_a_row + 1
-
-
-def _check_update(rollout, advantages, returns, value, config):
-    """What a caller got wrong is an error here, before it could count as a step to skip."""
-    check_settings(config)  # once more: they may have been set since
-    _check_rollout(rollout)
-    _check(rollout.mask, advantages=advantages)
-    if value is not None:
-        _require(returns is not None, "returns", None, "returns (B, T), as there is a critic")
-    if returns is not None:
-        _check(rollout.mask, returns=returns)
-        _require(rollout.values is not None, "values", None, "values (B, T), as there are returns")
-
-
-def _critic_objective(rows, value, rollout, returns, config):
-    """(Eq. 10 times value_coef, stats) of some rows, at the critic as it is now."""
-    loss, stats = value_loss(
-        value(rows),
-        returns[rows],
-        rollout.ends[rows],
-        rollout.mask[rows],
-        config.value_at,
-        rollout.values[rows],
-        config.value_clip,
-        config.average,
-    )
-    return config.value_coef * loss, stats
-
-
-def _descend(name, objective, rows, counted, optimizer, config) -> dict:
-    """One optimizer step on some rows, skipped if a number is not finite. -> stats: what the
-    objective reports, and "policy_loss", "policy_grad_norm" or, by `name`, those of "value".
-
-    A micro-batch weighs as much as it holds of the minibatch, so the split changes memory, not
-    numbers. Its loss weighs by its responses, or by its `counted` positions (B, T) where losses are
-    means over tokens; what the objective reports (ratio, entropy, ...) by its counted positions.
-    """
-    stats = defaultdict(float)
-    for part in rows.split(config.micro_batch or len(rows)):
-        stats_weight = (counted[part].sum() / counted[rows].sum().clamp(min=1)).item()
-        loss_weight = len(part) / len(rows) if config.average == "response" else stats_weight
-        try:
-            loss, part_stats = objective(part)
-            (loss_weight * loss).backward()
-        except NaNError:  # the model gave a NaN: the same as a loss that is not finite
-            loss, part_stats = torch.tensor(math.nan), {}
-        stats[f"{name}_loss"] += loss_weight * loss.item()
-        for key, number in part_stats.items():
-            stats[key] += stats_weight * number
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    stats[f"{name}_grad_norm"] = grad_norm.item()
-    if _finite(stats):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return dict(stats)
-
-
-def _finite(stats):
-    return all(map(math.isfinite, stats.values()))
-
-
-def _means(rows):
-    """The mean of each key over the dicts that have it; {} for an empty list."""
-    numbers = defaultdict(list)
-    for row in rows:
-        for key, number in row.items():
-            numbers[key].append(number)
-    return {key: sum(of_key) / len(of_key) for key, of_key in numbers.items()}

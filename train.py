@@ -32,9 +32,8 @@ import signal
 import sys
 import threading
 import time
-import typing
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +53,6 @@ import models
 import rollout
 import sapo
 import tiny
-import vlm
 from lab import credit_page, explorer, figures
 from sapo import setting
 from tasks import GAMES, TASKS
@@ -80,7 +78,8 @@ class Settings(baselines.Method):
         "[0, inf)",
     )
     critic: Literal["separate", "shared"] = setting(
-        "separate", "without --lora: its own weights, or a head alone"
+        "separate",
+        "without --lora: separate is a copy of the backbone, shared a head on the policy's",
     )
     critic_hears: Literal["nothing", "logp"] = setting(
         "logp",
@@ -174,53 +173,34 @@ class Run:
 # ------------------------------------------------------------------------------ one iteration
 
 
+@dataclass
+class Credit:
+    """What each token of a batch is praised or blamed for, (B, T) each."""
+
+    advantages: Tensor  # of every token that the environments took
+    returns: Tensor | None  # what the critic's values are trained towards; None: no critic
+    loss_mask: Tensor | None = None  # the tokens that the loss reads; None: all of them
+
+
 def iterate(run) -> dict:
     """One iteration (Algorithm 1): collect, credit, update. -> metrics of the rollout and of the
     update. Before an evaluation, samples.jsonl gets what was learned from."""
-    settings, config, progress = run.settings, run.config, run.progress
-    policy, critic = run.models.policy, run.models.critic
+    settings, progress = run.settings, run.progress
     actor_lr = current_actor_lr(run)
     run.models.actor_optimizer.param_groups[0]["lr"] = actor_lr  # it has one group
     progress.iteration += 1
 
-    # 1. Collect: responses by the policy as it is, with the rewards that env.step paid for them
     batch = rollout.collect(run, rollout.train_indices(settings, progress.iteration))
-
-    # 2. Credit: an advantage for each token, the same within a segment
     credit = assign_credit(run, batch)
-    # What the loss reads: mask, ends, old log-probabilities and values of the rollout. For SPO's
-    # methods these are some of the tokens only; for all others this changes nothing
-    trained_on, advantages = baselines.restrict(batch.rollout, credit.advantages, credit.loss_mask)
-
-    # 3. Update: epochs of minibatches, each scored and valued anew by the models as they move
-    def score(rows):
-        """(logp, entropy) of some responses under the policy as it is now. It reads all that was
-        written; what stands behind an episode's end is not in `trained_on.mask`, so not learned."""
-        inputs = vlm.take(batch.inputs, rows)
-        return vlm.score(
-            policy, inputs, batch.tokens[rows], batch.written[rows], settings.temperature
-        )
-
-    def value(rows):
-        """The critic's values of some responses, as it is now."""
-        return rollout.values_of(critic, batch, batch.rollout.logp, rows)
-
-    history = sapo.sapo_update(
-        trained_on,
-        advantages,
-        credit.returns,
-        score,
-        None if critic is None else value,
-        (run.models.actor_optimizer, run.models.critic_optimizer),
-        config,
-        skipped_in_a_row=progress.skipped_in_a_row,
-    )
+    history = update(run, batch, credit)
 
     progress.skipped_in_a_row = history[-1]["skipped_in_a_row"]
     progress.episodes += len(batch.tokens)
     progress.generated_tokens += batch.generated_tokens
     if settings.cut == "causal":
-        progress.threshold = sapo.entropy_quantile(batch.entropy, batch.rollout.mask, config.top_k)
+        progress.threshold = sapo.entropy_quantile(
+            batch.entropy, batch.rollout.mask, run.config.top_k
+        )
     if is_evaluated(run):
         log(run, "samples.jsonl", *learned_from(run, batch, credit))
     return {
@@ -232,15 +212,6 @@ def iterate(run) -> dict:
         "actor_lr": actor_lr,
         "response_tokens": batch.rollout.mask.sum(1).float().mean().item(),
     }
-
-
-@dataclass
-class Credit:
-    """What each token of a batch is praised or blamed for, (B, T) each."""
-
-    advantages: Tensor  # of every token that the environments took
-    returns: Tensor | None  # what the critic's values are trained towards; None: no critic
-    loss_mask: Tensor | None = None  # the tokens that the loss reads; None: all of them
 
 
 def assign_credit(run, batch) -> Credit:
@@ -258,7 +229,7 @@ def credit_without_critic(run, batch) -> Credit:
         advantages, _ = sapo.credit(episodes, config)
         improbable = None
         if settings.loss_below < 1:  # SPO's probability mask
-            improbable = episodes.mask & (episodes.logp.exp() <= settings.loss_below)
+            improbable = episodes.mask & (episodes.logp.exp() < settings.loss_below)
         return Credit(advantages, None, improbable)
 
     rewards = baselines.response_rewards(episodes, config)  # (B,), less the KL penalty
@@ -276,6 +247,35 @@ def credit_without_critic(run, batch) -> Credit:
             dropped, episodes.mask, settings.role_temperature
         )
     return Credit(advantages, None)
+
+
+def update(run, batch, credit) -> list[dict]:
+    """Epochs of minibatches, each scored and valued anew by the models as they move. -> the metrics
+    of each epoch.
+
+    The models read all that was written; what stands behind an episode's end is not learned.
+    """
+    policy, critic = run.models.policy, run.models.critic
+    # What the loss reads: for SPO's methods some of the tokens only; for all others this changes
+    # nothing
+    learned, advantages = baselines.restrict(batch.rollout, credit.advantages, credit.loss_mask)
+
+    def score(rows):
+        return rollout.scores_of(run, policy, batch, rows)
+
+    def value(rows):
+        return rollout.values_of(critic, batch, batch.rollout.logp, rows)
+
+    return sapo.sapo_update(
+        learned,
+        advantages,
+        credit.returns,
+        score,
+        None if critic is None else value,
+        (run.models.actor_optimizer, run.models.critic_optimizer),
+        run.config,
+        skipped_in_a_row=run.progress.skipped_in_a_row,
+    )
 
 
 def current_actor_lr(run) -> float:
@@ -298,14 +298,7 @@ def train(run) -> bool:
     settings, progress = run.settings, run.progress
     with stop_as_a_flag() as interrupted:
         if progress.evaluations_before is None:
-            start = evaluation.evaluate(run)
-            # These leave the training's random stream alone
-            with torch.random.fork_rng(devices=checkpoint.own_card(settings.device)):
-                progress.evaluations_before = evaluation.by_decoding(run, start)
-                before = samples(run)
-            log(run, "metrics.jsonl", {"iteration": 0, **start})
-            log(run, "samples.jsonl", *before)
-            checkpoint.save(run)
+            evaluate_before(run)
         started = time.time() - progress.seconds
         bar = tqdm(
             total=settings.iterations,
@@ -316,20 +309,38 @@ def train(run) -> bool:
         with bar:
             while not is_done(run) and not interrupted():
                 metrics = iterate(run)
-                row = {"iteration": progress.iteration, **metrics}
-                progress.seconds = row["seconds"] = time.time() - started
-                if is_evaluated(run):
-                    row |= evaluation.evaluate(run)
-                    log(run, "samples.jsonl", *samples(run))
-                log(run, "metrics.jsonl", row)
-                show(run, bar, row)
-                for line in health.warnings(row, progress.ailing_since):
-                    bar.write(line)
-                due = progress.iteration % settings.checkpoint_every == 0
-                if due and progress.iteration < settings.iterations:
-                    checkpoint.save(run)
+                progress.seconds = time.time() - started
+                row = {"iteration": progress.iteration, **metrics, "seconds": progress.seconds}
+                after_iteration(run, bar, row)
             checkpoint.save(run)
         return is_done(run)  # also when Ctrl-C came in the last iteration
+
+
+def evaluate_before(run) -> None:
+    """How good is the policy before it is trained? It leaves the training's random stream alone,
+    but for the evaluation at temperature 1."""
+    start = evaluation.evaluate(run)
+    with torch.random.fork_rng(devices=checkpoint.own_card(run.settings.device)):
+        run.progress.evaluations_before = evaluation.by_decoding(run, start)
+        before = samples(run)
+    log(run, "metrics.jsonl", {"iteration": 0, **start})
+    log(run, "samples.jsonl", *before)
+    checkpoint.save(run)
+
+
+def after_iteration(run, bar, row) -> None:
+    """Evaluate and save where it is time, log the iteration's metrics, show them, and warn."""
+    progress, settings = run.progress, run.settings
+    if is_evaluated(run):
+        row |= evaluation.evaluate(run)
+        log(run, "samples.jsonl", *samples(run))
+    log(run, "metrics.jsonl", row)
+    show(run, bar, row)
+    for line in health.warnings(row, progress.ailing_since):
+        bar.write(line)
+    due = progress.iteration % settings.checkpoint_every == 0
+    if due and progress.iteration < settings.iterations:
+        checkpoint.save(run)
 
 
 def is_evaluated(run) -> bool:
@@ -342,46 +353,6 @@ def is_done(run) -> bool:
     if run.progress.iteration >= run.settings.iterations:
         return True
     return 0 < run.settings.token_budget <= run.progress.generated_tokens
-
-
-@contextlib.contextmanager
-def signals_handled(handler) -> Iterator[Callable[[], None]]:
-    """`with signals_handled(handler) as restore`: Ctrl-C, and the SIGTERM that clusters send, call
-    it, until the block ends or restore() is called. Only a main thread may have handlers: in
-    another nothing changes."""
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore():
-        for kind, earlier in previous.items():
-            signal.signal(kind, earlier)
-
-    for kind in previous:
-        signal.signal(kind, handler)
-    try:
-        yield restore
-    finally:
-        restore()
-
-
-@contextlib.contextmanager
-def stop_as_a_flag() -> Iterator[Callable[[], bool]]:
-    """`with stop_as_a_flag() as interrupted`: the first signal makes interrupted() true and no
-    more, so that an iteration ends in order; a second one interrupts at once."""
-    received = []
-
-    def on_signal(*_):
-        received.append(True)
-        restore()
-
-    with signals_handled(on_signal) as restore:
-        yield lambda: bool(received)
-
-
-def interrupt(*_) -> None:
-    """A handler that interrupts at once, wherever the program is: SIGTERM as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def log(run, name, *rows) -> None:
@@ -459,8 +430,8 @@ def make_env(settings) -> gym.Env:
 
 
 def value_of(name, word):
-    """The value of a task's keyword: as in JSON, or else the word itself. ValueError for what reads
-    as a number that is not finite, which no task's is."""
+    """The value of a task's keyword: as in JSON, or else the word itself. ValueError for NaN and
+    infinity, which no task takes."""
     try:
         value = json.loads(word)
     except ValueError:
@@ -506,12 +477,12 @@ def build(settings, config, command="") -> Run:
     if settings.model == "tiny" and needs_start:
         start = tiny.cached_warm_start(task, settings)
     progress = Progress(warm_start_seconds=time.time() - started)
-    if saved is None:
-        checkpoint.set_aside(folder)
     run_models = models.build(settings, config, start, saved)
     if saved is not None:
         progress = Progress(**checkpoint.restore(run_models, saved, settings.device))
 
+    if saved is None:  # nothing can fail any more that would leave an earlier run without its name
+        checkpoint.set_aside(folder)
     prepare_folder(folder, settings, config, progress)
     board = None
     if settings.tensorboard:
@@ -564,11 +535,55 @@ def prepare_folder(folder, settings, config, progress) -> None:
     checkpoint.write_whole(folder / "config.json", json.dumps(content, indent=1))
 
 
-# --------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------ signals
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
-# What a run is, to its end: another value would be another run, or not fit its weights. Not the
-# folder of the model that it began with: that may have moved
+
+
+@contextlib.contextmanager
+def signals_handled(handler) -> Iterator[Callable[[], None]]:
+    """`with signals_handled(handler) as restore`: Ctrl-C, and the SIGTERM that clusters send, call
+    it, until the block ends or restore() is called. Only a main thread may have handlers: in
+    another nothing changes."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for kind, earlier in previous.items():
+            signal.signal(kind, earlier)
+
+    for kind in previous:
+        signal.signal(kind, handler)
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def stop_as_a_flag() -> Iterator[Callable[[], bool]]:
+    """`with stop_as_a_flag() as interrupted`: the first signal makes interrupted() true and no
+    more, so that an iteration ends in order; a second one interrupts at once."""
+    received = []
+
+    def on_signal(*_):
+        received.append(True)
+        restore()
+
+    with signals_handled(on_signal) as restore:
+        yield lambda: bool(received)
+
+
+def interrupt(*_) -> None:
+    """A handler that interrupts at once, wherever the program is: SIGTERM as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+# --------------------------------------------------------------------------- the command line
+
+# What --resume may not change: with another value it would be another run, or the weights would not
+# fit. Not `model`: its folder may have moved
 FIXED = ("method", "credit", "critic", "critic_hears", "lora", "env", "env_args", "seed", "name")
 
 
@@ -587,8 +602,11 @@ def stored_settings(folder) -> dict:
             raise ValueError("expected an object")
         for key, kind in (("settings", Settings), ("config", sapo.SAPOConfig)):
             part = content.get(key)
-            check_types(kind, key, part)
-            kind(**part)  # checks ranges and words
+            if not isinstance(part, dict):
+                raise ValueError(f"{key}: {part!r}, expected an object")
+            for name in part.keys() - {known.name for known in fields(kind)}:
+                raise ValueError(f"{name}: not a setting of this version")
+            kind(**part)  # checks each of them
             stored |= part
     except ValueError as error:
         raise ValueError(
@@ -610,33 +628,6 @@ def is_same(name, given, stored) -> bool:
     return keywords(given) == keywords(stored)
 
 
-def check_types(kind, key, part) -> None:
-    """ValueError for what is no dict of settings of a dataclass, each of its field's type."""
-    if not isinstance(part, dict):
-        raise ValueError(f"{key}: {part!r}, expected an object")
-    hints = typing.get_type_hints(kind)
-    for name, value in part.items():
-        if name not in hints:
-            raise ValueError(f"{name}: not a setting of this version")
-        if not is_of_type(value, hints[name]):
-            expected = getattr(hints[name], "__name__", hints[name])
-            raise ValueError(f"{name}: {value!r}, expected {expected}")
-
-
-def is_of_type(value, hint) -> bool:
-    """Has a value, read from JSON, the type of a setting? Words are not looked at."""
-    inner = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return isinstance(value, str)
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(is_of_type(item, inner[0]) for item in value)
-    if inner:  # a union, as float | None
-        return any(is_of_type(value, one) for one in inner)
-    if isinstance(value, bool):  # which is an int to Python
-        return hint is bool
-    return isinstance(value, int | float if hint is float else hint)
-
-
 def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     """The command line -> settings.
 
@@ -646,41 +637,55 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
         (Settings, sapo.SAPOConfig), description=__doc__.split("\n\n")[0]
     )
     known, _ = parser.parse_known_args(argv)
-    stored = {}
     if known.resume:
         stored = stored_settings(known.resume)
         parser.set_defaults(**stored | {"resume": known.resume})
+        settings, config = parser.parse_args_into_dataclasses(argv)
+        check_resumed(settings, stored)
+        # A run's folder may come from elsewhere, and must not choose what is imported
+        if ":" in settings.env and settings.env != known.env:
+            raise ValueError(
+                f"--resume {settings.resume}: its environment is {settings.env}, and a module is "
+                f"imported only where it is named; add --env {settings.env}"
+            )
     else:
         parser.set_defaults(**baselines.SETTINGS[known.method])
-    settings, config = parser.parse_args_into_dataclasses(argv)
+        settings, config = parser.parse_args_into_dataclasses(argv)
+    settings.name = settings.name or default_name(settings)
+    check_folder(settings)
+    return settings, config
+
+
+def check_resumed(settings, stored) -> None:
+    """ValueError for a setting that a run's --resume must not change."""
     for name in FIXED:
         given = getattr(settings, name)
         if name in stored and not is_same(name, given, stored[name]):
             raise ValueError(
-                f"--{name}: {given!r}, but the run of --resume {known.resume} has "
+                f"--{name}: {given!r}, but the run of --resume {settings.resume} has "
                 f"{stored[name]!r}, and that cannot change; leave the flag out, or begin a new run"
             )
-    if not settings.name:
-        task = settings.env.split("/")[-1].split("-")[0]  # SAPO/DiceSum-v0 -> DiceSum
-        words = [task, settings.method, settings.cut, *settings.env_args, f"seed{settings.seed}"]
-        settings.name = "-".join(words).replace("/", "_")
+
+
+def default_name(settings) -> str:
+    """A run's name, from what makes it: DiceSum-sapo-topk-n=9-seed0."""
+    task = settings.env.split("/")[-1].split("-")[0]  # SAPO/DiceSum-v0 -> DiceSum
+    words = [task, settings.method, settings.cut, *settings.env_args, f"seed{settings.seed}"]
+    return "-".join(words).replace("/", "_")
+
+
+def check_folder(settings) -> None:
+    """ValueError for a --runs or a --name that gives no folder of its own within --runs."""
     for flag, word in (("--name", settings.name), ("--runs", settings.runs)):
         if not word or "\0" in word:
             raise ValueError(f"{flag} {word!r}: expected the name of a folder")
     parts = Path(settings.name).parts
     if Path(settings.name).is_absolute() or ".." in parts or parts[:1] in ((), ("cache",)):
         raise ValueError(f"--name {settings.name}: expected a folder within --runs, not its cache")
-    if not known.resume and any(len(os.fsencode(part)) > 200 for part in parts):
+    if not settings.resume and any(len(os.fsencode(part)) > 200 for part in parts):
         raise ValueError(
             f"--name {settings.name:.40}...: longer than 200 bytes; give a shorter one"
         )
-    # A run's folder may come from elsewhere, and must not choose what is imported
-    if ":" in settings.env and settings.env != known.env:
-        raise ValueError(
-            f"--resume {settings.resume}: its environment is {settings.env}, and a module is "
-            f"imported only where it is named; add --env {settings.env}"
-        )
-    return settings, config
 
 
 def main(argv=None) -> None:
@@ -734,20 +739,18 @@ def run_to_its_end(run) -> None:
             finish(run)
         else:
             print(f"stopped at iteration {run.progress.iteration}; {how_to_go_on(run)}")
-    except OSError as error:  # a full disk, a folder that is gone
-        raise SystemExit(f"iteration {run.progress.iteration}: {error}") from error
-    except (FloatingPointError, sapo.NaNError) as error:  # the last checkpoint is from before it
-        reason = f"{error}"
-        if isinstance(error, sapo.NaNError):
-            reason += ": the weights are broken, lower the learning rates"
-        raise SystemExit(
-            f"iteration {run.progress.iteration}: {reason}; {how_to_go_on(run)}"
-        ) from None
-    except (RuntimeError, MemoryError) as error:
-        reason = models.explain_out_of_memory(run.models, run.settings, run.config, error)
-        raise SystemExit(
-            f"iteration {run.progress.iteration}: {reason}; {how_to_go_on(run)}"
-        ) from None
+    except (OSError, FloatingPointError, sapo.NaNError, RuntimeError, MemoryError) as error:
+        where, reason = f"iteration {run.progress.iteration}", reason_of(run, error)
+        raise SystemExit(f"{where}: {reason}; {how_to_go_on(run)}") from error
+
+
+def reason_of(run, error) -> str:
+    """What ended a run, in a line. A RuntimeError that is not about memory is raised again."""
+    if isinstance(error, sapo.NaNError):
+        return f"{error}: the weights are broken, lower the learning rates"
+    if isinstance(error, OSError | FloatingPointError):  # a full disk, a reward that is infinite
+        return str(error)
+    return models.explain_out_of_memory(run.models, run.settings, run.config, error)
 
 
 if __name__ == "__main__":

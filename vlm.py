@@ -704,15 +704,10 @@ def generate(
         pad_token_id=vlm.eos_ids[0],
     )
     drawing, stopping = _Draw(temperature > 0), _Stop(vlm, P, stop)
-    processors = [_Ban(vlm.banned)]
-    if temperature > 0:
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-    if temperature > 0 and top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
     sequences = vlm.enter().generate(
         **inputs,
         generation_config=config,
-        logits_processor=[*processors, drawing],
+        logits_processor=[*_distribution(vlm, temperature, top_p), drawing],
         stopping_criteria=[stopping],
     )
     if drawing.is_broken:
@@ -726,6 +721,16 @@ def generate(
     if not return_logp:
         return tokens, mask
     return tokens, mask, torch.where(mask, torch.stack(drawing.logp, 1), 0.0)
+
+
+def _distribution(vlm, temperature, top_p) -> list[LogitsProcessor]:
+    """What turns logits into those of the distribution that is drawn from."""
+    processors = [_Ban(vlm.banned)]
+    if temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+    if temperature > 0 and top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    return processors
 
 
 class _Ban(LogitsProcessor):
@@ -944,15 +949,12 @@ def prefix_values(
     return F.pad(values, (0, mask.shape[1] - T))  # (B, T)
 
 
-def in_parts(function: Callable, size: int | None, inputs: dict, tokens: Tensor, mask: Tensor):
-    """Call function(inputs, tokens, mask) on `size` responses at a time and join what it returns.
+def in_parts(function: Callable, count: int, size: int):
+    """function(rows) of `count` responses, `size` of them at a time (0: all), joined.
 
     function returns one tensor, or a tuple of tensors, with a row per response.
-    size: 0 or None means all at once.
     """
-    results = []
-    for rows in torch.arange(len(mask)).split(size or len(mask)):
-        results.append(function(take(inputs, rows), tokens[rows], mask[rows]))
-    if isinstance(results[0], Tensor):
-        return torch.cat(results)
-    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    parts = [function(rows) for rows in torch.arange(count).split(size or count)]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))

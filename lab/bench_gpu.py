@@ -262,22 +262,16 @@ def one_iteration(learners, inputs, new_tokens, micro_batch, device) -> tuple[di
     with phase("generate"):
         tokens, mask = vlm.generate(policy, inputs, new_tokens)
 
-    def score_part(*part):
-        return vlm.score(policy, *part)
-
-    def value_part(*part):
-        return vlm.prefix_values(critic, *part)
-
     def score(rows):
-        return score_part(vlm.take(inputs, rows), tokens[rows], mask[rows])
+        return vlm.score(policy, vlm.take(inputs, rows), tokens[rows], mask[rows])
 
     def value(rows):
-        return value_part(vlm.take(inputs, rows), tokens[rows], mask[rows])
+        return vlm.prefix_values(critic, vlm.take(inputs, rows), tokens[rows], mask[rows])
 
     with torch.no_grad(), phase("score"):
-        logp, entropy = vlm.in_parts(score_part, micro_batch, inputs, tokens, mask)
+        logp, entropy = vlm.in_parts(score, len(mask), micro_batch)
     with torch.no_grad(), phase("values"):
-        values = vlm.in_parts(value_part, micro_batch, inputs, tokens, mask)
+        values = vlm.in_parts(value, len(mask), micro_batch)
     luck = torch.rand(mask.shape, device=device).round()
     rewards = torch.where(sapo.response_ends(mask), luck, 0.0)
     rollout = sapo.Rollout(mask, sapo.entropy_ends(entropy, mask), logp, rewards, values)

@@ -194,9 +194,7 @@ def ceiling(run, batch, responses, continuations):
         tree=None,
         transcripts=None,
     )
-    episodes = sapo.Rollout(
-        **{name: tensor[rows] for name, tensor in vars(batch.rollout).items() if tensor is not None}
-    )
+    episodes = batch.rollout.take(rows)
     settings = replace(run.settings, continuations=continuations)
     sampling = replace(run, settings=settings)
     episodes.values = rollout.sampled_values(sampling, some, episodes.ends, episodes.mask, "eval")

@@ -63,6 +63,7 @@ OF_GRPO = (
     "vespo_lambda_neg",
     "router_aux_loss_coef",
 )
+OF_ROLLOUT = ("mask", "ends", "logp", "rewards", "values")  # travel in TRL's batches
 
 
 def engine_settings(config: sapo.SAPOConfig, processes: int = 1) -> dict:
@@ -234,43 +235,26 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
         self.passes = []
         advantages, returns = sapo.credit(rollout, config)
         self.note(sapo.credit_metrics(rollout, advantages, config))
-        if config.whiten_advantages:
-            advantages = sapo.whiten(advantages, mask)
-        advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
+        advantages = sapo.scaled_advantages(advantages, mask, config)
         # vLLM's correction, a weight w >= 0 of each token's loss: min(r w A, clip(r) w A)
         batch["advantages"] = advantages * batch.get("importance_sampling_ratio", 1.0)
-        batch["old_per_token_logps"], batch["mask"], batch["ends"] = logp, mask, rollout.ends
-        batch["values"], batch["returns"] = rollout.values, returns
-        return batch
+        batch |= {"returns": returns, "old_per_token_logps": logp}
+        return batch | {name: getattr(rollout, name) for name in OF_ROLLOUT}
 
     # ----------------------------------------------------------------------------- the update
 
     def _compute_loss(self, model, inputs):
         """The policy's loss (Eq. 8, 9), and a backward pass of the critic's (Eq. 10)."""
-        config, mask, ends = self.config, inputs["mask"], inputs["ends"]
-        old_logp = inputs["old_per_token_logps"]
+        rollout = sapo.Rollout(**{name: inputs[name] for name in OF_ROLLOUT})
         logp, entropy, hidden = self.score(model, inputs)
-        ratio = sapo.importance_ratio(logp, old_logp, ends, mask, config.ratio)
-        clip = (config.clip_low, config.clip_high, config.dual_clip)
-        loss, stats = sapo.policy_loss(ratio, inputs["advantages"], mask, *clip, config.average)
-        value_loss, _ = sapo.value_loss(
-            self.values(hidden, old_logp, mask),
-            inputs["returns"],
-            ends,
-            mask,
-            config.value_at,
-            inputs["values"],
-            config.value_clip,
-            config.average,
-        )
+        values = self.values(hidden, rollout.logp, rollout.mask)
+        loss, stats = sapo.actor_loss(logp, entropy, rollout, inputs["advantages"], self.config)
+        value_loss, _ = sapo.critic_loss(values, rollout, inputs["returns"], self.config)
         if torch.is_grad_enabled():  # not in an evaluation
-            (config.value_coef * value_loss / self.current_gradient_accumulation_steps).backward()
+            (value_loss / self.current_gradient_accumulation_steps).backward()
             if self.accelerator.sync_gradients:
                 self.step_critic()
-        stats |= {"value_loss": value_loss.item(), "policy_loss": loss.item()}
-        stats["approx_kl"] = sapo.approx_kl(logp, old_logp, mask)
-        stats["entropy"] = (entropy.detach() * mask).sum().item() / max(mask.sum().item(), 1)
-        self.note(stats)
+        self.note(stats | {"value_loss": value_loss.item(), "policy_loss": loss.item()})
         return loss
 
     def _clip_grad_norm(self, model):

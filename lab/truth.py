@@ -23,7 +23,6 @@ import evaluation
 import rollout
 import sapo
 import train
-import vlm
 from lab.stats import auroc, interval, lift
 from lab.sweep import BATCHES, EXPERIMENTS, execute, plan
 
@@ -177,14 +176,7 @@ def gradient(run, batch, learned, advantages):
     weight = learned.mask.sum(1) if config.average == "token" else torch.ones(len(advantages))
     model.zero_grad()
     for rows in torch.arange(len(advantages)).split(config.minibatch):
-        inputs = vlm.take(batch.inputs, rows)
-        logp, _ = vlm.score(
-            run.models.policy,
-            inputs,
-            batch.tokens[rows],
-            batch.written[rows],
-            run.settings.temperature,
-        )
+        logp, _ = rollout.scores_of(run, run.models.policy, batch, rows)
         ends, mask = learned.ends[rows], learned.mask[rows]
         ratio = sapo.importance_ratio(logp, learned.logp[rows], ends, mask, config.ratio)
         loss, _ = sapo.policy_loss(ratio, advantages[rows], mask, average=config.average)

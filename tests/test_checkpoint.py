@@ -315,17 +315,26 @@ DAMAGED = {  # what was done to a run's folder, and what is said
         write_into("config.json", b'{"settings": [1], "config": {}}'),
         r"config.json: settings: \[1\], expected an object",
     ),
-    "batch a list": (change_config("batch", [1]), r"config.json: batch: \[1\], expected int"),
-    "batch a fraction": (change_config("batch", 2.5), "config.json: batch: 2.5, expected int"),
-    "batch true": (change_config("batch", True), "config.json: batch: True, expected int"),
+    "batch a list": (
+        change_config("batch", [1]),
+        r"config.json: batch: \[1\], expected a whole number",
+    ),
+    "batch a fraction": (
+        change_config("batch", 2.5),
+        "config.json: batch: 2.5, expected a whole number",
+    ),
+    "batch true": (
+        change_config("batch", True),
+        "config.json: batch: True, expected a whole number",
+    ),
     "batch 0": (
         change_config("batch", 0),
         r"config.json: batch: 0, expected a number in \[1, inf\)",
     ),
-    "env a number": (change_config("env", 5), "config.json: env: 5, expected str"),
+    "env a number": (change_config("env", 5), "config.json: env: 5, expected a word"),
     "env_args numbers": (
         change_config("env_args", [1]),
-        r"config.json: env_args: \[1\], expected list",
+        r"config.json: env_args: \[1\], expected a list",
     ),
     "method unknown": (
         change_config("method", "nope"),
@@ -335,7 +344,7 @@ DAMAGED = {  # what was done to a run's folder, and what is said
         change_config("ratio", "word"),
         "config.json: ratio: 'word', expected one of segment",
     ),
-    "lam null": (change_config("lam", None), "config.json: lam: None, expected float"),
+    "lam null": (change_config("lam", None), "config.json: lam: None, expected a number"),
     "key unknown": (
         change_config("new_setting", 3),
         "config.json: new_setting: not a setting of this version",
