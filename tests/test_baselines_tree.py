@@ -77,6 +77,19 @@ def test_the_loss_reads_every_edge_once_and_none_without_advantage():
     assert loss_mask.long().tolist() == [[1, 1, 1], [0, 0, 1], [1, 1, 0], [0, 0, 0], [0, 0, 0]]
 
 
+@pytest.mark.parametrize("reward", [0.1, 0.3, 0.7, 1 / 3])
+def test_an_advantage_that_is_only_rounding_is_none(reward):
+    """Six children of six: the mean of six means of 0.1 is not 0.1 in floating point."""
+    parent = [-1] + [0] * 6 + [1 + k // 6 for k in range(36)]
+    leaf = list(range(7, 43))
+    nodes = torch.tensor([[parent[node], node] for node in leaf])
+    tree, mask = baselines.Tree(parent, leaf, nodes), torch.ones(36, 2, dtype=torch.bool)
+    rewards = torch.full((36,), reward, dtype=torch.float64)
+    for kind in ("rloo", "grpo"):
+        advantages, loss_mask = baselines.tree_credit(tree, rewards, mask, kind)
+        assert not loss_mask.any() and (advantages == 0).all()
+
+
 def test_the_kind_of_advantage_reaches_the_tokens():
     advantages, _ = baselines.tree_credit(TREE, REWARDS, TREE_MASK, "grpo")
     assert advantages[0, 2].item() == pytest.approx(1 / math.sqrt(2), rel=1e-4)

@@ -557,6 +557,14 @@ def test_a_kill_between_the_two_renames_costs_nothing(runs):
 # ------------------------------------------------------------------------------------ folders
 
 
+def test_a_start_that_fails_leaves_an_earlier_run_its_name(runs):
+    flags = ("--name", "first", "--iterations", "0")
+    built(runs, *flags)
+    with pytest.raises(OSError):
+        built(runs, *flags, "--model", str(runs / "nowhere"))
+    assert (runs / "first" / "config.json").is_file() and not list(runs.glob("first-2*"))
+
+
 def test_earlier_runs_of_the_same_name_are_kept(runs):
     """Also when they follow each other within a second."""
     for number in range(3):

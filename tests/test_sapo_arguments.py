@@ -337,6 +337,12 @@ def test_returns_of_half_precision_are_made_in_single():
 def test_losses_of_half_precision_are_made_in_single():
     assert sapo.policy_loss(ONES, ONES, LONG)[0] == -1
     assert sapo.value_loss(ONES, ZEROS, LONG, LONG)[0] == 1
+    one, of = LONG[:1, :1], lambda number, dtype: torch.full((1, 1), number, dtype=dtype)
+    half, brain = torch.float16, torch.bfloat16
+    assert sapo.policy_loss(of(300.0, half), of(-300.0, half), one)[0] == 90_000  # not infinite
+    assert sapo.value_loss(of(300.0, half), of(0.0, half), one, one)[0] == 90_000
+    loss, _ = sapo.policy_loss(of(2.0, brain), of(1.0, brain), one)
+    assert loss.item() == pytest.approx(-1.2)  # whose nearest bfloat16 is 1.203125
 
 
 def test_log_ratios_of_half_precision_are_made_in_single():

@@ -68,6 +68,11 @@ def test_released_departs_from_the_paper_as_listed():
         ("average", None, "None, expected one of response, token"),
         ("ratio", "sequence", "'sequence', expected one of segment, token, response, product"),
         ("minibatch", 2.5, "2.5, expected a whole number"),
+        ("epochs", True, "True, expected a whole number"),
+        ("lam", None, "None, expected a number"),
+        ("lam", "0.9", "'0.9', expected a number"),
+        ("critic_lam", "0.9", "'0.9', expected a number or None"),
+        ("whiten_advantages", "no", "'no', expected True or False"),
         ("lam", 1.5, r"1.5, expected a number in \[0, 1\]"),
         ("gamma", math.nan, r"nan, expected a number in \[0, 1\]"),
         ("advantage_clamp", 0.0, r"0.0, expected a number in \(0, inf\]"),  # an open end
