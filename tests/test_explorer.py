@@ -278,7 +278,70 @@ def test_two_views_share_one_scale_of_colours(run, open_page):
     tint = "e => getComputedStyle(e).backgroundColor"
     tints = [page.locator("section").nth(i).locator(".token").first.evaluate(tint) for i in (0, 1)]
     assert tints[0] != tints[1]
-    assert page.locator("#most").text_content() == "+1.000 credit"
+    assert page.locator("#most").text_content() == "+1 credit"
+
+
+def test_the_legend_has_the_tints_of_the_tokens(run, open_page):
+    """At -1, -0.75, ... 1 of the strongest advantage."""
+    advantages = [i / 4 for i in range(-4, 5)]
+    row, _ = response(T=9, written=[True] * 9, advantages=advantages, steps=[])
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#m=recorded")
+    tint = "e => getComputedStyle(e).backgroundColor"
+    tints = [page.locator(".token").nth(i).evaluate(tint) for i in range(9)]
+    image = page.locator(".scale").evaluate("e => getComputedStyle(e).backgroundImage")
+    assert re.findall(r"rgba?\(.*?\)", image)[::2] == tints
+
+
+def test_noise_is_faint(run, open_page):
+    row, _ = response(written=[True] * 12, advantages=[-1e-5] * 6 + [0.0] * 6, steps=[])
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#m=recorded")
+    assert page.locator("#least").text_content() == "blame −0.02"
+    alpha = "e => +getComputedStyle(e).backgroundColor.match(/[\\d.]+(?=\\))/)[0]"
+    assert page.locator(".token").first.evaluate(alpha) < 0.02
+    label = page.locator(".token").first.get_attribute("aria-label")
+    assert "advantage 0.000" in label, "and no minus before a zero"
+
+
+def test_a_minus_is_no_hyphen(run, open_page):
+    row, _ = response(written=[True] * 12, advantages=[-0.914] * 12, token_values=[-0.5] * 12)
+    write_lines(run, "samples.jsonl", [row])
+    text = open_page(explorer(run), "#m=recorded").locator("main").inner_text()
+    assert "−0.91" in text and not re.search(r"-\d", text)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_token_is_legible_at_the_strongest_tint(run, open_page, scheme):
+    """A contrast of 4.5 and more, as WCAG 2 (AA) asks for."""
+    ends = [False, False, True] * 4
+    row, _ = response(written=[True] * 12, ends=ends, advantages=[-1.0] * 6 + [1.0] * 6)
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#m=recorded", color_scheme=scheme)
+
+    def colour(selector, name):
+        text = page.locator(selector).evaluate(f"e => getComputedStyle(e).{name}")
+        return [float(part) for part in re.findall(r"[\d.]+", text)]
+
+    def luminance(channels):
+        low = [c / 255 for c in channels]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in low]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    paper, ink = colour("body", "backgroundColor"), colour("body", "color")
+    for token in (".token >> nth=0", ".token >> nth=11"):
+        *tint, alpha = colour(token, "backgroundColor")
+        mixed = [alpha * t + (1 - alpha) * p for t, p in zip(tint, paper, strict=True)]
+        dark, light = sorted((luminance(mixed), luminance(ink)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_the_tints_stay_where_a_reader_forces_his_own_colours(run, open_page):
+    write_lines(run, "samples.jsonl", [response()[0]])
+    page = open_page(explorer(run), forced_colors="active")
+    tint = "e => getComputedStyle(e).backgroundColor"
+    tokens = page.locator(".token")
+    assert len({tokens.nth(i).evaluate(tint) for i in range(tokens.count())}) > 2
 
 
 def test_every_control_has_a_name(run, open_page):
