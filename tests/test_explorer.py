@@ -372,6 +372,52 @@ def test_a_perfect_critic_blames_the_first_wrong_step_alone(run, open_page):
     assert perfect_values([], 12) is None and perfect_values([[0, 3, True]], 5) == [1.0] * 5
 
 
+WRONG, RIGHT = [[3, 5, False]], [[3, 5, True]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "blame", "praise", "said"),
+    [
+        (
+            WRONG,
+            -0.04,
+            1.0,
+            "Nothing is blamed, though “def” was the first wrong step: it has 4% of",
+        ),
+        (
+            WRONG,
+            -0.06,
+            1.0,
+            "“def”, has 6% of all credit and blame; the segment “def”, where it st",
+        ),
+        (
+            RIGHT,
+            -0.04,
+            1.0,
+            "No step is known to be wrong. The segment “jkl” has the most credit; no",
+        ),
+        (
+            RIGHT,
+            -1.0,
+            0.04,
+            "No step is known to be wrong. Nothing is praised; “def” the most blame.",
+        ),
+        ([], -1.0, 1.0, "The segment “jkl” has the most credit; “def” the most blame."),
+        (RIGHT, 0.0, 0.0, "Nobody is praised or blamed."),
+        (WRONG, 0.0005, 0.0005, "Nobody is praised or blamed."),
+    ],
+)
+def test_the_sentence_names_no_blame_that_cannot_be_seen(
+    run, open_page, steps, blame, praise, said
+):
+    advantages = [0.0] * 3 + [blame] * 3 + [0.0] * 3 + [praise] * 3
+    ends = [False, False, True] * 4
+    row, _ = response(written=[True] * 12, ends=ends, advantages=advantages, steps=steps)
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#m=recorded")
+    assert said in page.locator(".verdict").text_content()
+
+
 @pytest.mark.parametrize("fragment", ["#r=99&a=7&b=x&m=nothing", "#k=900&l=-3&g=zzz", "#%%%"])
 def test_an_address_that_makes_no_sense_shows_the_page_all_the_same(run, open_page, fragment):
     write_lines(run, "samples.jsonl", [response()[0]])
@@ -408,7 +454,7 @@ def test_numbers_are_read_by_keyboard_and_by_screen_readers(run, open_page):
     assert "token" in focused
     label = page.evaluate("document.activeElement.getAttribute('aria-label')")
     assert page.locator(".numbers").text_content() == label
-    for part in ("a: advantage ", "entropy ", "value before it ", "in a right step"):
+    for part in ("a: advantage ", "entropy ", "value before it ", "in a step that is right given"):
         assert part in label
     pointers = page.locator(".pointer")
     assert all(pointers.nth(i).get_attribute("d") == "M0.5 0V64" for i in range(pointers.count()))
@@ -459,6 +505,11 @@ def test_a_game_that_knows_its_exact_values_shows_what_they_would_credit(run, op
     assert "value before it 0.750" in page.locator(".token").first.get_attribute("aria-label")
     page = open_page(explorer(run), "#k=1&l=0&g=1&m=sapo")
     assert "“ab” was the first wrong step" in page.locator(".verdict").text_content()
+    row["steps"] = [[0, 1, False], [2, 3, True], [9, 11, True]]
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#k=1&l=0&g=1&m=perfect")
+    said = "No command is known to be wrong; thoughts are not judged here. The segment “hijkl” has"
+    assert said in page.locator(".verdict").text_content()
     row["exact_values"] = [0.5]
     write_lines(run, "samples.jsonl", [row])
     with pytest.raises(ValueError, match="1 exact_values for 12 tokens"):
