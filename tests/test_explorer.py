@@ -140,7 +140,7 @@ def test_what_a_policy_learned_from_is_shown_with_the_ratio_and_the_clip(run, op
     assert "ratio of the policy" not in page.locator("#views").text_content()
     page = open_page(file, "#a=8-learned&m=recorded")
     said = "ratio of the policy after this update to the one before, 0.407 to 2.460"
-    held = "the clip (lines) would hold back"
+    held = "the clip (dashed) would hold back"
     assert f"{said}; {held} 2 of 4 segments" in page.locator("#views").text_content()
     label = page.locator(".token").first.get_attribute("aria-label")
     assert f"ratio {np.exp(0.1):.3f}" in label, "the root of the product over a segment"
@@ -281,6 +281,76 @@ def test_two_views_share_one_scale_of_colours(run, open_page):
     tints = [page.locator("section").nth(i).locator(".token").first.evaluate(tint) for i in (0, 1)]
     assert tints[0] != tints[1]
     assert page.locator("#most").text_content() == "+1 credit"
+
+
+def marks(page, view=0):
+    """What is written beside the curves of a view."""
+    curves = page.locator("section").nth(view).locator(".curve")
+    return [curve.locator(".mark").all_text_contents() for curve in curves.all()]
+
+
+def test_two_views_share_the_scales_of_their_curves(run, open_page):
+    low, high = (
+        response(iteration=i, entropy=[number] * 12, token_values=[value] * 12)[0]
+        for i, number, value in ((0, 0.01, -1.0), (8, 1.0, 2.0))
+    )
+    write_lines(run, "samples.jsonl", [low, high])
+    page = open_page(explorer(run), "#a=0&b=8&m=recorded")
+    assert marks(page, 0)[:2] == [["0.01", "1"], ["−1", "2", "0", "1"]] == marks(page, 1)[:2]
+    heights = [
+        page.locator("section").nth(i).locator("[stroke='var(--entropy)']").get_attribute("d")
+        for i in (0, 1)
+    ]
+    assert heights[0].startswith("M0 60H") and heights[1].startswith("M0 4H")
+    page.get_by_label("rank").check()
+    assert marks(page, 0)[0] == ["", ""]
+
+
+def test_the_lines_of_a_curve_are_named_and_none_is_doubled(run, open_page):
+    """Not 0 beside -0.01, and no line at 1 nat in the logarithm of the entropy."""
+    row, _ = response(written=[True] * 12, entropy=[0.1, 10.0] * 6, token_values=[-0.01] * 12)
+    row["advantages"] = [-0.5] * 6 + [0.5] * 6
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#m=recorded")
+    assert marks(page) == [["0.1", "10"], ["−0.01", "1"], ["−0.5", "0.5", "0"]]
+    for curve, named in zip(page.locator(".curve").all(), marks(page), strict=True):
+        assert curve.locator("[d^='M0 '][stroke='var(--line)']").count() == len(named)
+
+
+def test_the_clip_is_dashed_and_named(run, open_page):
+    write_lines(run, "samples.jsonl", [response(iteration=8)[0], learned_from()])
+    page = open_page(explorer(run), "#a=8-learned&m=recorded")
+    dashed = [curve.locator("[stroke-dasharray]").count() for curve in page.locator(".curve").all()]
+    assert dashed == [0, 0, 0, 2]
+    assert marks(page)[-1] == ["1.2", "0.8", "2.5", "1"], "0.41 stands too near to 0.8"
+
+
+def test_a_curve_can_be_pointed_at(run, open_page):
+    row, _ = response(written=[True] * 12)
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run))
+    curve = page.locator("svg").last
+    box = curve.bounding_box()
+    curve.hover(position={"x": box["width"] * 7.5 / 12, "y": 30})
+    label = page.locator(".token").nth(7).get_attribute("aria-label")
+    assert page.locator(".numbers").text_content() == label
+    assert page.locator(".pointer").first.get_attribute("d") == "M7.5 0V64"
+
+
+def test_a_curve_shows_turns_and_as_many_cuts_as_leave_it_legible(run, open_page):
+    count = 60
+    turns = [{"first": i, "last": i + 19, "said": "Go on.", "image": None} for i in (0, 20, 40)]
+    row = sample(["a"] * count, written=[True] * count, turns=turns, token_values=[0.5] * count)
+    del row["image"]
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), "#k=20&m=sapo")
+    curve = page.locator(".curve").first
+    bars = curve.locator("path[d$=' 0V64']:not(.pointer)")
+    few = bars.count()
+    assert few > 3
+    assert page.locator(".curve [stroke='var(--faint)']").count() == 9, "three turns, three curves"
+    page.get_by_label("PPO").check()
+    assert bars.count() == 3
 
 
 def test_the_legend_has_the_tints_of_the_tokens(run, open_page):
