@@ -537,6 +537,76 @@ def test_numbers_are_read_by_keyboard_and_by_screen_readers(run, open_page):
     assert page.evaluate("document.activeElement.textContent") == "l", "one stop of the Tab key"
 
 
+def test_a_token_is_watched_while_a_slider_moves(run, open_page):
+    row, _ = response(written=[True] * 12)
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run))
+    token = page.locator(".token").nth(4)
+    token.focus()
+    page.locator("#lam").focus()
+    before = page.locator(".numbers").text_content()
+    page.keyboard.press("Home")
+    assert page.locator("#lam").input_value() == "0"
+    label = token.get_attribute("aria-label")
+    assert page.locator(".numbers").text_content() == label != before
+    assert page.locator(".pointer").first.get_attribute("d") == "M4.5 0V64"
+    page.locator("input[name=scale]").last.focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "e", "the Tab stop stays"
+
+
+def test_each_view_keeps_its_token_and_another_response_has_its_own(run, open_page):
+    rows = [response(s, iteration=i, example_id=s)[0] for i in (0, 8) for s in (0, 1)]
+    write_lines(run, "samples.jsonl", rows)
+    page = open_page(explorer(run), "#a=8&b=0")
+    for view, place in ((0, 2), (1, 5)):
+        page.locator("section").nth(view).locator(".token").nth(place).hover()
+    page.locator("#k").fill("50")
+    readouts = page.locator(".numbers")
+    for view, place in ((0, 2), (1, 5)):
+        token = page.locator("section").nth(view).locator(".token").nth(place)
+        assert readouts.nth(view).text_content() == token.get_attribute("aria-label")
+    page.get_by_label("next response").click()
+    assert "Point at a token" in readouts.first.text_content()
+
+
+def test_a_screen_reader_hears_the_sentence_and_no_number_twice(run, open_page):
+    """Live is the sentence; a token's numbers are its name already."""
+    write_lines(run, "samples.jsonl", [response()[0]])
+    page = open_page(explorer(run))
+    assert page.locator("[aria-live]").count() == 0
+    for name in ("GRPO", "PPO"):
+        page.get_by_label(name).check()
+        said = page.locator(".verdict").text_content()
+        assert page.get_by_role("status").text_content() == said
+
+
+@pytest.mark.parametrize("fragment", ["#a=8-learned", "#a=8-learned&b=8"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_numbers_move_nothing(run, open_page, width, fragment):
+    """A line is reserved for each that they need."""
+    held_out, _ = response(iteration=8, written=[True] * 12)
+    rows = [held_out, learned_from() | {"tokens": ["</answer>"] * 12}]
+    write_lines(run, "samples.jsonl", rows)
+    page = open_page(explorer(run), fragment, viewport={"width": width, "height": 3000})
+    curves = page.locator(".curve")
+    before = [curve.bounding_box() for curve in curves.all()]
+    for token in page.locator(".token").all():
+        token.hover()
+        assert [curve.bounding_box() for curve in curves.all()] == before
+
+
+def test_the_numbers_are_seen_beside_a_game_of_many_turns(run, open_page):
+    turns = [{"first": i, "last": i, "said": "Go on.", "image": png()} for i in range(12)]
+    row, _ = response(written=[True] * 12, turns=turns)
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), viewport={"width": 390, "height": 700})
+    for place in (0, 5, 11):
+        page.locator(".token").nth(place).hover()
+        readout = page.locator(".numbers").bounding_box()
+        assert readout["y"] >= 0 and readout["y"] + readout["height"] <= 700
+
+
 def test_a_game_shows_its_turns(run, open_page):
     written = [True] * 4 + [False] * 3 + [True] * 5
     turns = [
