@@ -619,8 +619,35 @@ def test_a_game_shows_its_turns(run, open_page):
     assert page.locator(".turn").count() == 2 and page.locator(".turn img").count() == 1
     texts = page.locator(".token")
     assert "".join(texts.nth(i).text_content() for i in range(texts.count())) == "abcdhijkl"
-    assert page.locator(".heard").all_text_contents() == ["Find it.", "Go on."]
+    assert page.locator(".heard").all_text_contents() == ["1. Find it.", "2. Go on."]
     assert "exact" not in page.locator("#methods").text_content(), "a wrong step may be made good"
+
+
+def test_a_map_in_text_stands_in_its_lines_and_once(run, open_page):
+    world = "Find it.\n  ?#\n<b>@\u202e"
+    turns = [
+        {"first": 0, "last": 5, "said": world, "image": None},
+        {"first": 6, "last": 11, "said": "Go on.\n.." + "x" * 900, "image": None},
+    ]
+    row, _ = response(written=[True] * 12, turns=turns, prompt=world)
+    write_lines(run, "samples.jsonl", [row])
+    page = open_page(explorer(run), viewport={"width": 375, "height": 800})
+    assert page.locator("section").inner_text().count("Find it.") == 1
+    assert page.locator(".rest").first.text_content() == "  ?#\n<b>@\\u202e"
+    lines = page.locator(".rest").first.evaluate(
+        "e => e.getBoundingClientRect().height / parseFloat(getComputedStyle(e).lineHeight)"
+    )
+    assert round(lines) == 2 and page.locator(".rest").last.text_content().endswith("x…")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+def test_a_space_is_seen_and_said(run, open_page):
+    row, _ = response(written=[True] * 12, tokens=[" ", "go west", "", "\n", *"efghijkl"])
+    write_lines(run, "samples.jsonl", [row])
+    tokens = open_page(explorer(run)).locator(".token")
+    assert tokens.all_text_contents()[:4] == ["·", "go·west", "\u00a0", "⏎"]
+    labels = [tokens.nth(i).get_attribute("aria-label").split(":")[0] for i in range(4)]
+    assert labels == ["space", "go west", "nothing", "⏎"]
 
 
 def test_a_game_that_knows_its_exact_values_shows_what_they_would_credit(run, open_page):
@@ -641,7 +668,7 @@ def test_a_game_that_knows_its_exact_values_shows_what_they_would_credit(run, op
     write_lines(run, "samples.jsonl", [row])
     page = open_page(explorer(run), "#k=1&l=0&g=1&m=perfect")
     assert "first wrong step, “jkl”" in page.locator(".verdict").text_content(), "a command"
-    assert "lost" in page.locator("section").text_content(), "as the game says"
+    assert "not won" in page.locator("section").text_content(), "as the game says"
     assert "value before it 0.750" in page.locator(".token").first.get_attribute("aria-label")
     page = open_page(explorer(run), "#k=1&l=0&g=1&m=sapo")
     assert "“ab” was the first wrong step" in page.locator(".verdict").text_content()
@@ -682,7 +709,7 @@ def test_hostile_text_is_shown_and_does_nothing(run, open_page):
     assert data.isascii() and "<" not in data
     page = open_page(file)
     tokens = page.locator(".token").all_text_contents()
-    assert tokens[0] == HOSTILE[0] and tokens[1] == HOSTILE[1]
+    assert tokens[0] == HOSTILE[0] and tokens[1] == HOSTILE[1].replace(" ", "·")
     assert tokens[3] == "\\u2028\\u2029" and tokens[4] == "\\u202e\\u2066\\u061c\\u200b"
     assert tokens[8] == "__DATA__" and tokens[10] == "骰子🎲"
     assert "Where the credit goes" in page.title()
