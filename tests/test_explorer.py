@@ -424,13 +424,14 @@ def test_every_control_has_a_name(run, open_page):
     write_lines(run, "samples.jsonl", [response()[0]])
     page = open_page(explorer(run))
     for role, names in {
-        "slider": ["top-k", "lambda", "gamma"],
+        "slider": ["top-k", "lambda", "gamma"],  # and nothing more: the value is said beside it
         "combobox": ["response", "checkpoint", "beside it"],
         "button": ["previous response", "next response"],
     }.items():
         assert page.get_by_role(role).count() == len(names)
         for name in names:
-            assert page.get_by_role(role, name=name).count() == 1
+            exact = role == "slider"
+            assert page.get_by_role(role, name=name, exact=exact).count() == 1
 
 
 def test_a_perfect_critic_blames_the_first_wrong_step_alone(run, open_page):
@@ -492,6 +493,62 @@ def test_the_sentence_names_no_blame_that_cannot_be_seen(
 def test_an_address_that_makes_no_sense_shows_the_page_all_the_same(run, open_page, fragment):
     write_lines(run, "samples.jsonl", [response()[0]])
     assert open_page(explorer(run), fragment).locator(".token").count() > 5
+
+
+def test_an_address_that_says_no_number_leaves_the_runs_own(run, open_page):
+    """And one that says too much is held within the range."""
+    write_lines(run, "samples.jsonl", [response()[0]])
+    file = explorer(run)
+
+    def sliders(fragment):
+        page = open_page(file, fragment)
+        return [float(page.locator(name).input_value()) for name in ("#k", "#lam", "#gamma")]
+
+    own = sliders("")
+    assert own == [30.0, 0.99, 1.0]
+    assert sliders("#k=abc&l=&g=x") == sliders("#k=Infinity&l=NaN&g=+") == own
+    assert sliders("#k=900&l=-3&g=.5") == [100.0, 0.0, 0.5]
+
+
+def test_a_slider_that_nothing_heeds_says_so(run, open_page):
+    write_lines(run, "samples.jsonl", [response()[0]])
+    page = open_page(explorer(run))
+    dead = {"SAPO": "", "PPO": "k", "GRPO": "k lam gamma", "as recorded": "k lam gamma"}
+    for method, names in dead.items():
+        page.get_by_label(method, exact=True).check()
+        for name in ("k", "lam", "gamma"):
+            slider = page.locator(f"#{name}")
+            assert slider.is_disabled() == (name in names.split())
+            text = slider.get_attribute("aria-valuetext")
+            assert slider.is_disabled() == (text == "not used here")
+            assert page.locator(f"label[for={name}]").text_content().endswith(text)
+
+
+def test_a_response_of_unknown_steps_is_shown_as_recorded_and_the_page_says_so(run, open_page):
+    known, _ = response(example_id=1)
+    unknown, _ = response(example_id=2, steps=[])
+    write_lines(run, "samples.jsonl", [known, unknown])
+    page = open_page(explorer(run), "#m=perfect&r=1")
+    assert "as recorded" not in page.locator("#note").text_content()
+    assert not page.locator("#k").is_disabled()
+    page.locator("#response").select_option("2")
+    assert "so it is shown as recorded" in page.locator("#note").text_content()
+    written = [a for a, own in zip(unknown["advantages"], unknown["written"], strict=True) if own]
+    np.testing.assert_allclose(shown(page), written, atol=1e-6)
+    assert page.locator("#k").is_disabled()
+    assert page.get_by_label("SAPO, a perfect critic").is_checked()
+
+
+def test_the_way_to_another_checkpoint_and_back_leads_to_the_same_response(run, open_page):
+    rows = [response(iteration=8, example_id=f"eval/{i}")[0] for i in range(3)]
+    rows.append(learned_from() | {"example_id": "train/0"})
+    write_lines(run, "samples.jsonl", rows)
+    page = open_page(explorer(run))
+    page.locator("#response").select_option("eval/2")
+    page.locator("#left").select_option("8-learned")
+    assert "train/0" in page.locator("h2").text_content()
+    page.locator("#left").select_option("8")
+    assert "eval/2" in page.locator("h2").text_content()
 
 
 def test_a_sentence_says_where_the_blame_landed(run, open_page):
@@ -721,6 +778,8 @@ def test_it_fits_a_phone_in_light_and_dark(run, open_page, scheme):
     write_lines(run, "samples.jsonl", [response()[0]])
     page = open_page(explorer(run), viewport={"width": 375, "height": 800}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    for button in page.locator("button").all():
+        assert min(button.bounding_box()[side] for side in ("width", "height")) >= 32
     turns = [{"first": 0, "last": 11, "said": "no" * 200, "image": png()}]
     game, _ = response(written=[True] * 12, turns=turns, tokens=["word" * 3] * 12)
     write_lines(run, "samples.jsonl", [game])
