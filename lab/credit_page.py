@@ -10,6 +10,7 @@ itself.
 """
 
 import math
+import textwrap
 import unicodedata
 from html import escape
 from itertools import zip_longest
@@ -39,8 +40,9 @@ CURVE_GAP = 8  # below a curve
 SANS = 'system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif'
 MONOSPACE = 'ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace'
 CSS = f"""
-text {{ font: 12px {SANS}; fill: {INK} }}
+text {{ font: 12px {SANS}; fill: {INK} }} text.heard {{ fill: {FAINT} }}
 .token text {{ font: 12px {MONOSPACE}; text-anchor: middle }}
+text.map {{ font: 12px {MONOSPACE}; fill: {FAINT} }}
 .token rect {{ stroke: #D9D9D9; stroke-width: 0.7 }}
 .cut {{ stroke: #000; stroke-width: 3 }} .guide {{ stroke: #BDBDBD; stroke-width: 1 }}
 .wrong {{ stroke: {INK}; stroke-width: 1.6; fill: none }}
@@ -54,10 +56,16 @@ HOW_TO_READ_THE_CELLS = (
     "Each box is a token the model wrote. Between two bars lies one segment; its tokens share one "
     "advantage: the credit or blame they get in training."
 )
-HOW_TO_READ_THE_CURVES = (
-    "Entropy: how unsure the model was of the token, in nats; SAPO cuts after the peaks. "
-    "Value: the reward that the critic expected where the segment begins."
+HOW_TO_READ_ENTROPY = (
+    "Entropy: how unsure the model was of the token, in nats, on a log scale; SAPO cuts after the "
+    "peaks."
 )
+HOW_TO_READ_VALUE = "Value: the reward that the critic expected where the segment begins."
+HOW_TO_READ_V = (
+    "V: the reward that the critic expected where the turn begins; beside a picture also as a "
+    "green bar."
+)
+LEAST_ENTROPY = 1e-6  # nats, on the log scale
 
 
 class Cell(NamedTuple):
@@ -71,6 +79,21 @@ class Cell(NamedTuple):
     @property
     def right_edge(self):
         return self.left_edge + self.width
+
+
+class Scale(NamedTuple):
+    """What a curve's bottom and top stand for."""
+
+    low: float
+    high: float
+    is_log: bool = False
+
+    def share(self, number):
+        """How high a number stands, from 0 at the bottom to 1 at the top."""
+        low, high = self.low, self.high
+        if self.is_log:
+            number, low, high = (math.log(max(x, LEAST_ENTROPY)) for x in (number, low, high))
+        return (number - low) / (high - low or 1.0)
 
 
 # ---------------------------------------------------------------------- the responses to show
@@ -131,6 +154,11 @@ def _visible(text, limit, token=False):
     return escape("".join(shown))
 
 
+def _digits(number, form):
+    """A number with a real minus sign; none before a zero, where the form has a z."""
+    return format(number, form).replace("-", "−")
+
+
 def _tint(advantage, limit):
     """Cell colour: white at 0, blue for credit, orange for blame, full at ±limit; grey for NaN.
 
@@ -171,8 +199,9 @@ def _wrap(tokens, ends, left, right=PAGE_WIDTH - MARGIN, indices=None):
 def _token(cell, top, sample, curves, limit):
     """A token's cell: its tint, its text, and its numbers for whoever points at it."""
     advantage = sample["advantages"][cell.index]
-    notes = [f"advantage {advantage:+.3f}"]
-    notes += [f"{kind} {numbers[cell.index]:.3f}" for kind, numbers in curves.items()]
+    notes = [f"advantage {_digits(advantage, '+z.3f')}"]
+    for kind, numbers in curves.items():
+        notes.append(f"{kind} {_digits(numbers[cell.index], 'z.3f')}")
     return (
         f'<g class="token"><title>token {cell.index}: {", ".join(notes)}</title>'
         f'<rect x="{cell.left_edge:.1f}" y="{top}" width="{cell.width:.1f}" '
@@ -189,7 +218,7 @@ def _wave(cell, top):
     return f'<path class="wrong" d="M{cell.left_edge:.1f} {top + TOKEN_HEIGHT + 4.5}{wave}"/>'
 
 
-def _curve(row, numbers, kind, top, low, high):
+def _curve(row, numbers, kind, top, scale):
     """A step curve of one number per token, as wide as its token; its scale on the left."""
     path = []
     pen_is_down = False
@@ -198,19 +227,20 @@ def _curve(row, numbers, kind, top, low, high):
         if not math.isfinite(number):
             pen_is_down = False  # a gap
             continue
-        height = top + CURVE_HEIGHT * (high - number) / (high - low)
+        height = top + CURVE_HEIGHT * (1 - scale.share(number))
         if pen_is_down:
             path.append(f"H{cell.left_edge:.1f}V{height:.1f}H{cell.right_edge:.1f}")
         else:
             path.append(f"M{cell.left_edge:.1f} {height:.1f}H{cell.right_edge:.1f}")
         pen_is_down = True
     left, bottom = row[0].left_edge, top + CURVE_HEIGHT
+    low, high = _digits(scale.low, "z.2g"), _digits(scale.high, "z.2g")
     return [
         f'<path class="guide" d="M{left:.1f} {bottom}H{row[-1].right_edge:.1f}"/>',
         f'<path class="curve {kind}" d="{"".join(path)}"/>' if path else "",
-        f'<text class="small end" x="{left - 32}" y="{top + CURVE_HEIGHT / 2 + 3}">{kind}</text>',
-        f'<text class="small end" x="{left - 5}" y="{top + 8}">{high:.2g}</text>',
-        f'<text class="small end" x="{left - 5}" y="{bottom}">{low:.2g}</text>',
+        f'<text class="small end" x="{left - 46}" y="{top + CURVE_HEIGHT / 2 + 3}">{kind}</text>',
+        f'<text class="small end" x="{left - 5}" y="{top + 8}">{high}</text>',
+        f'<text class="small end" x="{left - 5}" y="{bottom}">{low}</text>',
     ]
 
 
@@ -245,7 +275,7 @@ def _rows(sample, top, left, limit, scales):
                 elements.append(_wave(cell, top))
         curve_top = top + TOKEN_HEIGHT + WAVE_ROOM
         for kind, numbers in curves.items():
-            elements += _curve(row, numbers, kind, curve_top, *scales[kind])
+            elements += _curve(row, numbers, kind, curve_top, scales[kind])
             curve_top += CURVE_HEIGHT + CURVE_GAP
         bottom = curve_top - CURVE_GAP
         for cell in row:
@@ -257,15 +287,17 @@ def _rows(sample, top, left, limit, scales):
 
 # ----------------------------------------------------------------------- the turns of a game
 
-PANEL_WIDTH, PANEL_GAP = 184, 12  # of a turn, in pixels
+PANEL_WIDTH, PANEL_GAP = 182, 12  # of a turn, in pixels: five in a row
 TURN_PICTURE = 112
+CAPTION = 24  # letters of what was said; and of a line of its map, as many as a panel is wide
+MAP_LINES, LINE_HEIGHT = 8, 15
 
 
 def _turns(sample, top, limit):
     """A game's turns as panels side by side: (SVG elements, y below them).
 
-    In each what was said, the picture that was seen, the tokens of the turn in their tints, and the
-    value where the turn begins.
+    In each what was said, the picture that was seen or else the lines, the value where the turn
+    begins, and the tokens of the turn in their tints.
     """
     wrong = _wrong_tokens(sample)
     values = sample.get("values")
@@ -273,16 +305,26 @@ def _turns(sample, top, limit):
     for number, turn in enumerate(sample["turns"], 1):
         if left + PANEL_WIDTH > PAGE_WIDTH - MARGIN:
             left, top = MARGIN, row_bottom + 14
-        said = _visible(turn["said"].partition("\n")[0], 20)
-        elements.append(f'<text class="small" x="{left}" y="{top + 10}">{number}. {said}</text>')
+        first_line, _, others = turn["said"].partition("\n")
+        said = _visible(first_line, CAPTION)
+        elements.append(f'<text class="heard" x="{left}" y="{top + 10}">{number}. {said}</text>')
         y = top + 16
+        value = values[turn["first"]] if values else math.nan
         if turn.get("image"):
             place = f'x="{left}" y="{y}" width="{TURN_PICTURE}" height="{TURN_PICTURE}"'
             image = _visible(str(turn["image"]), 10**9)
             elements.append(f'<image {place} href="data:image/png;base64,{image}"/>')
-            if values:
-                elements += _gauge(left + TURN_PICTURE + 12, y, values[turn["first"]])
+            if math.isfinite(value):
+                elements += _gauge(left + TURN_PICTURE + 12, y, value)
             y += TURN_PICTURE + 8
+        else:
+            for line in _map_lines(others):
+                y += LINE_HEIGHT
+                elements.append(f'<text class="map" x="{left}" y="{y}">{line}</text>')
+            if math.isfinite(value):
+                y += LINE_HEIGHT + 4
+                elements.append(f'<text class="heard" x="{left}" y="{y}">{_v(value)}</text>')
+            y += 10
         tokens = range(turn["first"], turn["last"] + 1)
         cells = _wrap(sample["tokens"], sample["ends"], left, left + PANEL_WIDTH, tokens)
         for row in cells:
@@ -301,6 +343,20 @@ def _turns(sample, top, limit):
     return elements, row_bottom + 8
 
 
+def _map_lines(text):
+    """The lines of a text as a panel has room for them: long ones wrapped, not too many."""
+    lines = []
+    for line in text.rstrip().splitlines():
+        lines += [line] if len(line) <= CAPTION else textwrap.wrap(line, CAPTION)
+    if len(lines) > MAP_LINES:
+        lines = [*lines[: MAP_LINES - 1], "…"]
+    return [_visible(line, CAPTION).replace(" ", "\u00a0") for line in lines]
+
+
+def _v(value):
+    return f"V {_digits(value, 'z.2f')}"
+
+
 def _gauge(left, top, value):
     """A value from 0 to 1 as the height of a bar, with its number."""
     share = min(1.0, max(0.0, value))
@@ -310,7 +366,7 @@ def _gauge(left, top, value):
         f'<rect x="{left}" y="{top}" width="12" height="{height}" fill="#EFEFEF"/>',
         f'<rect x="{left}" y="{top + height - filled:.1f}" width="12" height="{filled:.1f}" '
         f'fill="{GREEN}"/>',
-        f'<text class="small" x="{left - 4}" y="{top + TURN_PICTURE - 2}">V {value:.2f}</text>',
+        f'<text class="heard" x="{left - 4}" y="{top + TURN_PICTURE - 1}">{_v(value)}</text>',
     ]
 
 
@@ -342,35 +398,60 @@ def _card(sample, top, limit, scales, pictures):
     outcome = f"answered {predicted}, true answer {answer}, reward {sample['reward']:g}"
     if is_game:
         outcome = f"after {len(sample['turns'])} turns, reward {sample['reward']:.2g}"
-    question = _visible(str(sample.get("prompt", "")), 120)
+    question = str(sample.get("prompt") or "")
+    if is_game:
+        question = question.partition("\n")[0]
     elements += [
         f'<text class="head" x="{left}" y="{top + 30}">'
         f'<tspan fill="{colour}">{mark}</tspan>  {outcome}</text>',
-        f'<text x="{left}" y="{top + 50}">{question}</text>',
     ]
+    if is_game and sample["turns"] and question == sample["turns"][0]["said"].partition("\n")[0]:
+        top -= 20  # the first turn says it
+    else:
+        elements.append(f'<text x="{left}" y="{top + 50}">{_visible(question, 120)}</text>')
     if is_game:
         rows, rows_bottom = _turns(sample, top + 64, limit)
     else:
-        rows, rows_bottom = _rows(sample, top + 68, left + 64, limit, scales)
+        rows, rows_bottom = _rows(sample, top + 68, left + 84, limit, scales)
     return elements + rows, max(rows_bottom, picture_bottom)
 
 
-def _legend(title, limit):
-    """The page's head: title, how to read it, the colour scale and the marks."""
+def _legend(title, limit, how_to_read):
+    """The page's head: title, how to read it, the colour scale and the marks; (SVG elements, y
+    below them)."""
     stops = [f'<stop offset="{i / 16}" stop-color="{_tint(i / 8 - 1, 1)}"/>' for i in range(17)]
     wave = "q2 -4 4 0t4 0" * 4
-    return [
-        f'<text class="big" x="{MARGIN}" y="34">{title}</text>',
-        f'<text x="{MARGIN}" y="58">{HOW_TO_READ_THE_CELLS}</text>',
-        f'<text x="{MARGIN}" y="76">{HOW_TO_READ_THE_CURVES}</text>',
+    elements = [f'<text class="big" x="{MARGIN}" y="34">{title}</text>']
+    y = 58
+    for line in how_to_read:
+        elements.append(f'<text x="{MARGIN}" y="{y}">{line}</text>')
+        y += 18
+    y += 20
+    elements += [
         f'<linearGradient id="scale">{"".join(stops)}</linearGradient>',
-        f'<text class="end" x="105" y="114">blame  −{limit:.2g}</text>',
-        '<rect x="111" y="102" width="160" height="16" fill="url(#scale)" stroke="#D9D9D9"/>',
-        f'<text x="277" y="114">+{limit:.2g}  credit</text>',
-        '<path class="cut" d="M400 98v24"/><text x="409" y="114">cut: a segment ends here</text>',
-        f'<path class="wrong" d="M590 111{wave}"/>'
-        '<text x="630" y="114">a wrong step; lambda blames what led to it, too</text>',
+        f'<text class="end" x="105" y="{y}">blame  −{limit:.2g}</text>',
+        f'<rect x="111" y="{y - 12}" width="160" height="16" fill="url(#scale)" stroke="#D9D9D9"/>',
+        f'<text x="277" y="{y}">+{limit:.2g}  credit</text>',
+        f'<path class="cut" d="M400 {y - 16}v24"/>'
+        f'<text x="409" y="{y}">cut: a segment ends here</text>',
+        f'<path class="wrong" d="M590 {y - 3}{wave}"/>'
+        f'<text x="630" y="{y}">a wrong step; lambda blames what led to it, too</text>',
     ]
+    return elements, y + 26
+
+
+def _how_to_read(samples):
+    """A line for each kind of thing that is drawn of these responses."""
+    lines = [HOW_TO_READ_THE_CELLS]
+    games = [sample for sample in samples if "turns" in sample]
+    answers = [sample for sample in samples if "turns" not in sample]
+    if any(sample.get("entropy") for sample in answers):
+        lines.append(HOW_TO_READ_ENTROPY)
+    if any(sample.get("values") for sample in answers):
+        lines.append(HOW_TO_READ_VALUE)
+    if any(sample.get("values") for sample in games):
+        lines.append(HOW_TO_READ_V)
+    return lines
 
 
 def _drawing(samples, title):
@@ -380,13 +461,13 @@ def _drawing(samples, title):
         return [n for sample in samples for n in sample.get(key, []) if math.isfinite(n)]
 
     limit = max(map(abs, numbers("advantages")), default=0) or 1.0
+    entropies = [max(number, LEAST_ENTROPY) for number in numbers("entropy")] or [1.0]
     scales = {
-        "entropy": (0.0, max(numbers("entropy"), default=0) or 1.0),
-        "value": (min([0.0, *numbers("values")]), max([1.0, *numbers("values")])),
+        "entropy": Scale(min(entropies), max(entropies), is_log=True),
+        "value": Scale(min([0.0, *numbers("values")]), max([1.0, *numbers("values")])),
     }
     pictures = any(sample.get("image") for sample in samples)
-    elements = _legend(title, limit)
-    height = 140
+    elements, height = _legend(title, limit, _how_to_read(samples))
     for sample in samples:
         card, height = _card(sample, height, limit, scales, pictures)
         elements += card

@@ -151,7 +151,7 @@ def test_a_game_is_shown_turn_by_turn(run):
     played = sample(tokens, turns=turns, values=[i / 10 for i in range(12)])
     played["steps"] = [[9, 10, False]]
     root = draw(run, [played])
-    drawn = ["".join(element.itertext()) for element in of_class(root, "small")]
+    drawn = ["".join(element.itertext()) for element in of_class(root, "heard")]
     assert [said for said in drawn if said[0].isdigit()] == [
         "1. Begin.",
         "2. A wall.",
@@ -167,6 +167,55 @@ def test_a_game_is_shown_turn_by_turn(run):
     # side by side, and no token in two of them
     lefts = [float(element.get("x")) for element in root.findall(".//{*}image")]
     assert lefts == sorted(set(lefts))
+    assert not of_class(root, "map"), "the picture is seen"
+
+
+def test_where_there_is_no_picture_the_lines_of_a_map_are_drawn(run):
+    world = "Find it.\n ?#\n<b>@\n" + "a word " * 99
+    turns = [{"first": 0, "last": 1, "said": world}, {"first": 2, "last": 3, "said": "Go on.\n.#"}]
+    played = sample(list("abcd"), turns=turns, prompt=world, image=None)
+    root = draw(run, [played])
+    lines = ["".join(line.itertext()) for line in of_class(root, "map")]
+    assert lines[:2] == ["\u00a0?#", "<b>@"] and lines[-2:] == ["…", ".#"]
+    assert max(map(len, lines)) <= 24 and len(lines) == 9
+    said = "\n".join("".join(element.itertext()) for element in root.findall(".//{*}text"))
+    assert said.count("Find it.") == 1, "the first turn says it"
+    assert "V 0.00" in said and "V 0.50" in said
+
+
+def test_five_turns_stand_in_a_row(run):
+    turns = [{"first": i, "last": i, "said": "Go on.", "image": png()} for i in range(6)]
+    root = draw(run, [sample(list("abcdef"), turns=turns)])
+    places = [(element.get("x"), element.get("y")) for element in root.findall(".//{*}image")]
+    lefts, tops = zip(*places, strict=True)
+    assert len(set(tops[:5])) == 1 and len(set(lefts[:5])) == 5
+    assert lefts[5] == lefts[0] and tops[5] != tops[0]
+
+
+def test_the_head_explains_what_is_drawn_and_nothing_else(run):
+    def head(samples):
+        root = draw(run, samples)
+        texts = ["".join(element.itertext()) for element in root.findall("{*}text")]
+        return {word for word in ("Entropy:", "Value:", "V:") if any(word in t for t in texts)}
+
+    turns = [{"first": 0, "last": 3, "said": "Begin."}]
+    assert head([sample(list("abcd"))]) == {"Entropy:", "Value:"}
+    assert head([sample(list("abcd"), values=None)]) == {"Entropy:"}
+    assert head([sample(list("abcd"), turns=turns)]) == {"V:"}
+
+
+def test_the_entropy_is_drawn_on_a_log_scale_and_named_beside_it(run):
+    """0.001, 0.01 and 0.1 nats are as far from each other; a value below 0 has a minus sign."""
+    values = [-0.5, 0.0, 1.0]
+    root = draw(run, [sample(list("abc"), entropy=[0.001, 0.01, 0.1], values=values)])
+    (path,) = of_class(root, "entropy")
+    bottom, middle, top = map(float, re.findall(r"(?:M[\d.]+ |V)([\d.]+)", path.get("d")))
+    assert bottom - middle == pytest.approx(middle - top, abs=0.11) and middle - top > 5
+    texts = {"".join(text.itertext()): text for text in of_class(root, "small")}
+    assert {"0.1", "0.001", "1", "−0.5"} <= set(texts)
+    ends = {name: float(text.get("x")) for name, text in texts.items()}
+    widest = 6 * 6  # of a number, in pixels
+    assert ends["entropy"] <= ends["0.001"] - widest and ends["value"] <= ends["−0.5"] - widest
 
 
 @pytest.mark.parametrize(
