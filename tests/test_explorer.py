@@ -161,6 +161,18 @@ def test_of_what_was_learned_from_a_few_are_kept_and_who_has_none_beside_it_is_t
     assert page.locator("#response option").count() == LEARNED_FROM
 
 
+def test_a_clip_that_no_ratio_comes_near_is_not_drawn(run, open_page):
+    """Its line would stand above the curve."""
+    write_lines(run, "samples.jsonl", [response(iteration=8)[0], learned_from()])
+    stored = json.loads((run / "config.json").read_text())
+    config = {"value_at": "start", "clip_high": 9.0}
+    stored |= {"settings": {"credit": "critic", "cut": "topk"}, "config": config}
+    (run / "config.json").write_text(json.dumps(stored))
+    page = open_page(explorer(run), "#a=8-learned&m=recorded")
+    assert page.locator("[stroke-dasharray]").count() == 1
+    assert "10" not in marks(page)[-1] and "0.8" in marks(page)[-1]
+
+
 @pytest.mark.parametrize(
     "config, said",
     [
@@ -699,7 +711,8 @@ def test_a_map_in_text_stands_in_its_lines_and_once(run, open_page):
 
 
 def test_a_space_is_seen_and_said(run, open_page):
-    row, _ = response(written=[True] * 12, tokens=[" ", "go west", "", "\n", *"efghijkl"])
+    tokens = [" ", "go west", "", "\n", *"efghijkl"]
+    row, _ = response(written=[True] * 12, tokens=tokens, prompt=7)  # a prompt can be a number
     write_lines(run, "samples.jsonl", [row])
     tokens = open_page(explorer(run)).locator(".token")
     assert tokens.all_text_contents()[:4] == ["·", "go·west", "\u00a0", "⏎"]
