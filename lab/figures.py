@@ -385,40 +385,6 @@ def reuse(file):
     return save_svg(reuse_figure(_read_results(file)), Path(file).with_suffix(".svg"))
 
 
-def training_figure(results, methods):
-    """Value loss, entropy and response length through training, mean over seeds, as a figure.
-
-    Fig. 6 and 7 of the paper. A method without a critic has no value loss.
-    """
-    figure, panels = new_figure(11, 3.6, 3)
-    runs = _runs_by_label(results)
-    runs = {method: runs[method] for method in runs if method in methods}
-    seeds = max(map(len, runs.values()), default=0)
-    title = f"Through training: {_counted(len(runs), 'method')} on {_task(results)}"
-    figure.suptitle(f"{title}, mean of {seeds} seeds", fontweight="bold")
-    figure.get_layout_engine().set(w_pad=0.12)  # inches, between a line's name and the next panel
-    units = {
-        "value_loss": "value loss (squared reward)",
-        "entropy": "entropy (nats per token)",
-        "response_tokens": "response length (tokens)",
-    }
-    for axes, (key, unit) in zip(panels, units.items(), strict=True):
-        axes.set(xlabel="generated tokens (thousands)", ylabel=unit)
-        for method, style in _line_styles(runs, "sapo").items():
-            tokens, values = _mean_curve(runs[method], key)
-            if values:
-                axes.plot(tokens, values, label=method, **style)
-    for axes in panels:
-        _name_lines(axes)
-    return figure
-
-
-def training(file, methods=("sapo", "ppo", "vc-ppo", "grpo")):
-    """Write `training_figure` of a sweep's JSON beside it, as …-training.svg; return its path."""
-    path = Path(file).with_name(Path(file).stem + "-training.svg")
-    return save_svg(training_figure(_read_results(file), methods), path)
-
-
 def truth_figure(results):
     """Does the credit find the wrong steps, and does the gradient point the right way?"""
     methods = results["methods"]
@@ -538,8 +504,6 @@ def drawn(folder):
             yield reuse(file)
         elif experiment in ROWS and "runs" in _read_results(file):
             yield comparison(file)
-            if experiment == "main":
-                yield training(file)
 
 
 # --------------------------------------------------------------------------- the command line

@@ -65,7 +65,7 @@ def test_a_sweep_end_to_end_and_again(runs, tmp_path, capsys, in_this_process):
     assert json.loads(file.read_text())["runs"] == [made, kept]
 
     pictures = list(figures.drawn(tmp_path))
-    assert [p.name for p in pictures] == [file.stem + ".svg", file.stem + "-training.svg"]
+    assert [p.name for p in pictures] == [file.stem + ".svg"]
     assert all("<path" in picture.read_text() for picture in pictures)
 
 

@@ -365,36 +365,6 @@ def test_a_sweep_without_a_finished_run_is_refused(tmp_path):
         figures.comparison(file)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_training_names_its_lines_and_colours_sapo_alone(task):
-    methods = ("sapo", "ppo", "vc-ppo", "grpo")
-    results = sweep(EXPERIMENTS["main"], task=task, budget=150_000, seeds=5)
-    for i, made in enumerate(results["runs"]):
-        # All in each other's way at their ends, as those of alike methods are
-        made["curve"] |= {"entropy": [0.5, 0.4, 0.3 + i / 1000], "response_tokens": [30, 31, 31]}
-        if made["label"] != "grpo":  # it has no critic
-            made["curve"] |= {"value_loss": [0.2, 0.1, 0.05 + i / 1000]}
-    figure = figures.training_figure(results, methods)
-    value_loss, entropy, length = figure.axes
-    assert names_of_lines(value_loss) == ["sapo", "ppo", "vc-ppo"]  # GRPO has no critic
-    assert names_of_lines(entropy) == names_of_lines(length) == list(methods)
-    styles = {}
-    for line in [line for axes in figure.axes for line in axes.lines]:
-        styles.setdefault(line.get_label(), set()).add((line.get_color(), line.get_linestyle()))
-    assert all(len(drawn) == 1 for drawn in styles.values())  # the same in every panel
-    assert len(set.union(*styles.values())) == 4
-    ((colour, _),) = styles.pop("sapo")
-    assert colour == common.BLUE
-    assert all(is_grey(colour) for ((colour, _),) in styles.values())
-    assert_readable(figure)
-
-
-def test_training_of_methods_that_were_not_run_is_empty_but_drawn(tmp_path):
-    file = tmp_path / "main-DiceSum.json"
-    file.write_text(json.dumps(sweep({"vineppo": [0.5]})))
-    assert figures.training(file).name == "main-DiceSum-training.svg"
-
-
 def test_truth_colours_the_row_of_sapo_in_both_panels():
     methods = {}
     for i, name in enumerate([*EXPERIMENTS["main"], "sapo, causal cut", "sapo, V at end"]):
@@ -551,7 +521,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     file = tmp_path / "main-DiceSum.json"
     file.write_text(json.dumps(sweep({"sapo": [0.7, 0.8], "ppo": [0.6, 0.7]})))
     first = figures.comparison(file).read_bytes()
-    figures.training(file)
+    figures.comparison_figure(sweep({"grpo": [0.5]}))
     assert figures.comparison(file).read_bytes() == first
     assert b"<dc:date>" not in first
 
@@ -574,7 +544,6 @@ def test_a_folder_of_results_is_drawn_but_for_what_has_no_figure(tmp_path):
         "games-DiceSum.svg",
         "horizon-DiceSum.svg",
         "main-DiceSum.svg",
-        "main-DiceSum-training.svg",
         "reuse-DiceSum.svg",
         "seeing-DiceSum.svg",
         "topk-DiceSum.svg",
