@@ -50,6 +50,14 @@ def probability_of_improvement(values, others, draws=2000, seed=0):
     return float(above.mean()), low, high
 
 
+def of_reuse(runs):
+    """What is told of a variant that uses its rollouts often: the interquartile mean of the
+    accuracy, the mean share of tokens clipped, the largest approx_kl of any run."""
+    accuracy = float(iqm([run["accuracy"] for run in runs]))
+    clipped = float(np.mean([np.mean(run["curve"]["clip_fraction"]) for run in runs]))
+    return accuracy, clipped, max(max(run["curve"]["approx_kl"]) for run in runs)
+
+
 def auroc(scores, right):
     """P(score of a right step > score of a wrong one), ties count half: 1 is perfect, 0.5 is blind.
 

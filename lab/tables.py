@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 import sapo
-from lab.stats import interval
+from lab.stats import of_reuse
 from lab.sweep import ROOT, TRIALS, chosen_trial, collapsed, table
 from lab.theorems import THEOREMS
 
@@ -122,8 +122,9 @@ def critic_table(results) -> str:
         return f"{explained:.2f}, {auroc:.2f}, {share:.2f}"
 
     heads = ["critic", *(f"{task}: explained variance, AUROC, share of blame" for task in tasks)]
-    variants = [*results["variants"], "ceiling"]
-    return markdown(heads, [(name, *(cell(task, name) for task in tasks)) for name in variants])
+    names = {name: name for name in results["variants"]} | {"ceiling": "64 continuations"}
+    rows = [(words, *(cell(task, name) for task in tasks)) for name, words in names.items()]
+    return markdown(heads, rows)
 
 
 def four_epochs_table(unbounded, bounded) -> str:
@@ -212,9 +213,7 @@ def reuse_table(results) -> str:
     for label in dict.fromkeys(run["label"] for run in results["runs"]):
         kind, epochs = label.rsplit(", ", 1)
         runs = [run for run in results["runs"] if run["label"] == label]
-        accuracy = interval([run["accuracy"] for run in runs])[0]
-        clipped = np.mean([np.mean(run["curve"]["clip_fraction"]) for run in runs])
-        kl = max(max(run["curve"]["approx_kl"]) for run in runs)
+        accuracy, clipped, kl = of_reuse(runs)
         lost = sum(map(collapsed, runs))
         text = f"{accuracy:.3f}, {lost} of {len(runs)}, {clipped:.1%}, {kl:.2g}"
         cells.setdefault(kind, {})[epochs] = text

@@ -140,7 +140,7 @@ def test_the_table_of_the_critics_has_the_means_over_seeds_at_the_end():
     assert rows == [
         ["as before", "0.20, 0.55, 0.15", "-0.25, 0.50, 0.12"],
         ["hears", "0.45, 0.90, 0.40", "0.25, 0.75, 0.25"],
-        ["ceiling", "0.70, 0.90, 0.60", ""],
+        ["64 continuations", "0.70, 0.90, 0.60", ""],
     ]
 
 
