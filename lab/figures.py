@@ -5,7 +5,8 @@
     python -m lab.figures tutorial       those of tutorial.md (lab/tutorial_figures.py)
 
 The learning curve asks: did it learn and stay healthy? A comparison: where did each method end, and
-how did it get there? SAPO stands out in one colour; the others are grey, named where they end.
+how did it get there? SAPO stands out in one colour; the others are grey, named where they end. A
+title says what the data show, and is made from them: other data, another title.
 
 Imports nothing that trains, so that a picture can be made again long after the run; matplotlib only
 when it draws. The same files give the same SVG, to the byte. Left out: what needs the model itself.
@@ -16,15 +17,16 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lab.common import (
-    BLUE,
     FAINT,
     GREEN,
+    INK,
     PURPLE,
-    VERMILLION,
+    headline,
     new_figure,
     read_metrics,
     run_title,
@@ -32,21 +34,51 @@ from lab.common import (
 )
 from lab.credit_page import credit_map
 from lab.explorer import explorer
-from lab.stats import interval, iqm
+from lab.stats import interval, of_reuse, probability_of_improvement
 
 # Grey lines of one picture differ in their shade and, from the fourth on, in their dashes.
 GREYS = ("#404040", "#A0A0A0", "#707070")
 DASHES = ("-", "--", ":")
 LABEL_SIZE = 9  # points, of the names at the ends of lines
-# Of each experiment: what a row of it is, and the row that is SAPO with its default settings.
+ENOUGH = 5  # seeds of each: of fewer, a title says no order
+
+
+class Rows(NamedTuple):
+    """Of an experiment: which row is SAPO as it is, and the words for it and for the others."""
+
+    highlighted: str
+    subject: str
+    others: str
+    paths: tuple[str, ...] = ()  # whose way through training is drawn, too
+
+
 ROWS = {
-    "main": ("method", "sapo"),
-    "horizon": ("method", "sapo, lambda 0.99"),
-    "games": ("player", "sapo, rate 4e-4"),
-    "controls": ("variant of SAPO", "sapo"),
-    "seeing": ("way to credit", "sapo"),
-    "cuts": ("way to cut", "topk"),
-    "topk": ("value of top-k", "30%"),
+    "main": Rows("sapo", "SAPO", "any other method", ("sapo", "ppo", "grpo")),
+    "horizon": Rows(
+        "sapo, lambda 0.99",
+        "SAPO",
+        "PPO at lambda 0.99",
+        ("sapo, lambda 0.99", "ppo, lambda 0.99"),
+    ),
+    "games": Rows("sapo, rate 4e-4", "SAPO at 4e-4", "any other player"),
+    "controls": Rows("sapo", "SAPO", "any change of it"),
+    "seeing": Rows("sapo", "SAPO", "any other credit"),
+    "cuts": Rows("topk", "the cut by entropy", "any other cut"),
+    "topk": Rows("30%", "a cut at 30% of the tokens", "any other share"),
+}
+# Labels that say too little in a picture
+WORDS = {
+    "vineppo": "VinePPO",
+    "spo-chain": "SPO-chain",
+    "spo-tree": "SPO-tree",
+    "topk": "where entropy is highest (topk)",
+    "causal": "above a threshold of entropy (causal)",
+    "delimiter": "at delimiters",
+    "low-prob": "at improbable tokens (low-prob)",
+    "fixed": "after every ten tokens (fixed)",
+    "sapo, V at end": "SAPO, V before a segment's last token",
+    "sapo, token mean": "SAPO, mean over all tokens",
+    "ppo, lambda of sapo": "PPO at SAPO's lambda",
 }
 
 
@@ -110,7 +142,7 @@ def _draw_held_out(axes, lines):
         above.append(100 * max(0, evaluation.get("eval_high", accuracy) - accuracy))
     if iterations:
         percent = [100 * accuracy for accuracy in accuracies]
-        style = {"fmt": "o", "color": VERMILLION, "markersize": 5, "capsize": 3, "zorder": 3}
+        style = {"fmt": "o", "color": INK, "markersize": 5, "capsize": 3, "zorder": 3}
         label = "held-out, 95% interval"
         axes.errorbar(iterations, percent, [below, above], label=label, **style)
     return list(zip(iterations, accuracies, strict=True))
@@ -127,7 +159,7 @@ def _draw_critic(axes, lines):
     lowest = min((value for value in explained if math.isfinite(value)), default=0)
     bottom = max(-1, min(0, lowest)) - 0.05  # an untaught critic can be far below -1: left out
     axes.set(ylim=(bottom, 1.05), ylabel="explained variance of the outcomes")
-    axes.set_title("Critic: 1 perfect, 0 a constant guess")
+    axes.set_title("Critic: 1 perfect, 0 a constant guess", fontsize=11)
 
 
 def learning_figure(lines, title):
@@ -136,16 +168,18 @@ def learning_figure(lines, title):
     `lines` are the objects of metrics.jsonl without nulls. The title is completed by the outcome:
     held-out accuracy at the first and at the last evaluation.
     """
-    figure, (accuracy, entropy, critic) = new_figure(12, 4, 3, dpi=150)
-    _draw_metric(accuracy, lines, "accuracy", BLUE, scale=100)
+    figure, (accuracy, entropy, critic) = new_figure(4, 3)
+    _draw_metric(accuracy, lines, "accuracy", FAINT, scale=100)
     held_out = _draw_held_out(accuracy, lines)
     accuracy.set(ylim=(-2, 102), ylabel="responses that are right (%)")
-    accuracy.set_title("Accuracy: higher is better")
-    if accuracy.get_legend_handles_labels()[0]:
-        accuracy.legend(loc="lower right", fontsize=9)
-    _draw_metric(entropy, lines, "entropy", PURPLE)
+    accuracy.set_title("Accuracy: higher is better", fontsize=11)
+    handles = accuracy.get_legend_handles_labels()
+    if handles[0]:  # not in the axes, where it would cover a run that ends low
+        figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
+    _draw_metric(entropy, lines, "entropy", FAINT)
     entropy.set_ylim(bottom=0)
-    entropy.set(title="Entropy: should not collapse to zero", ylabel="entropy (nats per token)")
+    entropy.set_ylabel("entropy (nats per token)")
+    entropy.set_title("Entropy: should not collapse to zero", fontsize=11)
     _draw_critic(critic, lines)
     last = max(line["iteration"] for line in lines)
     for axes in (accuracy, entropy, critic):
@@ -153,7 +187,7 @@ def learning_figure(lines, title):
     if len(held_out) > 1:
         (_, first), (iterations, final) = held_out[0], held_out[-1]
         title += f": held-out accuracy {first:.0%} → {final:.0%} in {iterations} iterations"
-    figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
+    headline(figure, title)
     return figure
 
 
@@ -166,7 +200,7 @@ def learning_curve(run_folder):
     run_folder = Path(run_folder)
     figure = learning_figure(read_metrics(run_folder / "metrics.jsonl"), run_title(run_folder))
     path = run_folder / "learning_curve.png"
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
     return path
 
 
@@ -181,14 +215,31 @@ def _task(results):
     return f"{name} ({keywords.replace('-', ', ')})"
 
 
-def _counted(number, noun):
-    """A number, in words up to nine, of what the noun says: "nine methods", "six ways to cut"."""
+def in_words(label):
+    """A label as a picture has it: "PPO, rate 4e-4" for "ppo, rate 4e-4"."""
+    method, comma, rest = label.partition(",")
+    if method in ("sapo", "ppo", "vc-ppo", "grpo", "gspo", "srpo"):
+        method = method.upper()
+    return WORDS.get(label, method + comma + rest)
+
+
+def _counted(numbers):
+    """How many seeds: "five seeds", "one seed"; "5 or 10 seeds" where that differs."""
     words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    numbers = sorted(set(numbers))
+    if len(numbers) > 1:
+        return " or ".join(map(str, numbers)) + " seeds"
+    (number,) = numbers
     in_words = words[number] if number < len(words) else str(number)
-    thing, *what_kind = noun.split(" ")
-    if number != 1:
-        thing += "s"
-    return " ".join([in_words, thing, *what_kind])
+    return f"{in_words} seed{'s' if number != 1 else ''}"
+
+
+def _listed(labels):
+    """Up to three names, "PPO and VC-PPO"; of more, or of longer ones, how many: "six others"."""
+    labels = [in_words(label) for label in labels]
+    if len(labels) > 3 or any("," in label for label in labels):
+        return f"{_counted([len(labels)]).split()[0]} others"
+    return " and ".join(filter(None, [", ".join(labels[:-1]), labels[-1]]))
 
 
 def _runs_by_label(results):
@@ -238,29 +289,32 @@ def spread(heights, gap, low, high):
     return moved
 
 
-def _name_lines(axes):
-    """Write each line's label to the right of the axes, with a thin leader from its last point.
+def name_lines(axes):
+    """Write each line's label to the right of the axes, with a thin leader from its last point. A
+    thick line has it in its colour, and bold. Nothing where there is no line.
 
     Expects titles and axis labels in place: they decide how high the axes are, and with it how far
     apart labels must stand.
     """
+    if not axes.lines:
+        return
     axes.figure.draw_without_rendering()  # lays the figure out
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    points = axes.get_window_extent().height * 72 / axes.figure.dpi
-    gap = 1.35 * LABEL_SIZE * (high - low) / points
+    axes.set_ylim(axes.get_ylim())
+    gap = 1.35 * LABEL_SIZE / 72 * axes.figure.dpi / axes.get_window_extent().height
     ends = [line.get_xydata()[-1] for line in axes.lines]
-    heights = spread([end[1] for end in ends], gap, low, high)
+    places = axes.transAxes.inverted().transform(axes.transData.transform(ends))  # shares of both
+    heights = spread([height for _, height in places], gap, 0, 1)
     for line, end, height in zip(axes.lines, ends, heights, strict=True):
         colour = line.get_color()
+        is_thick = line.get_linewidth() > 2
         axes.annotate(
-            line.get_label(),
+            in_words(line.get_label()),
             end,
             xytext=(1.05, height),
-            textcoords=axes.get_yaxis_transform(),  # a share of the axes' width, data's height
+            textcoords="axes fraction",
             va="center",
-            color=BLUE if colour == BLUE else GREYS[0],
-            fontweight="bold" if colour == BLUE else "normal",
+            color=colour if is_thick else GREYS[0],
+            fontweight="bold" if is_thick else "normal",
             fontsize=LABEL_SIZE,
             arrowprops={
                 "arrowstyle": "-",
@@ -273,13 +327,13 @@ def _name_lines(axes):
         )
 
 
-def _line_styles(labels, highlighted):
-    """A style per label: blue and thick for the highlighted one, a grey of its own for others."""
+def _line_styles(labels, highlighted, colour=PURPLE):
+    """A style per label: a thick line for the highlighted one, a grey of its own for others."""
     greys = itertools.cycle(itertools.product(DASHES, GREYS))  # all greys, then all greys dashed
     styles = {}
     for label in labels:
         if label == highlighted:
-            styles[label] = {"color": BLUE, "linewidth": 2.8, "zorder": 3}
+            styles[label] = {"color": colour, "linewidth": 2.8, "zorder": 3}
         else:
             dashes, grey = next(greys)
             styles[label] = {"color": grey, "linestyle": dashes, "linewidth": 1.4}
@@ -288,13 +342,14 @@ def _line_styles(labels, highlighted):
 
 def _dots(axes, rows, highlighted, unit):
     """Horizontal dots with intervals: rows of (label, (value, low, high)), the first on top."""
-    axes.set_yticks([-place for place in range(len(rows))], [label for label, _ in rows])
+    names = [in_words(label) for label, _ in rows]
+    axes.set_yticks([-place for place in range(len(rows))], names)
     ticks = axes.get_yticklabels()
     for place, (label, (value, low, high)) in enumerate(rows):
         colour = GREYS[2]
         if label == highlighted:
-            colour = BLUE
-            ticks[place].set(color=BLUE, fontweight="bold")
+            colour = PURPLE
+            ticks[place].set(color=PURPLE, fontweight="bold")
         height = [-place, -place]
         axes.plot([low, high], height, color=colour, linewidth=2.5, solid_capstyle="round")
         axes.plot(value, -place, "o", color=colour, markersize=7)
@@ -304,34 +359,77 @@ def _dots(axes, rows, highlighted, unit):
 # ---------------------------------------------------------------------------- the comparisons
 
 
-def comparison_figure(results):
-    """Where every variant ended, its interval over seeds, and how it got there, as a figure."""
-    row, highlighted = ROWS.get(results["experiment"], ("variant", "sapo"))
-    runs = _runs_by_label(results)
-    figure, (ends, paths) = new_figure(11, 1.6 + 0.36 * max(6, len(runs)), 2)
+def _finding(runs, rows):
+    """What a comparison shows of the highlighted row, in a sentence. runs: {label: its runs}.
+
+    "Above" another: the 95% interval of the probability that a run of the one ends above a run of
+    the other lies above 1/2. "Level": it holds 1/2, so the seeds do not tell the two apart.
+    """
+    seeds = _counted(len(of_label) for of_label in runs.values())
+    if min(map(len, runs.values())) < ENOUGH:
+        every_run = [run for of_label in runs.values() for run in of_label]
+        learned = all(run["accuracy"] > run["warm_start_accuracy"] for run in every_run)
+        return f"All of them learn, no order yet ({seeds})" if learned else f"No order ({seeds})"
     accuracies = {label: [run["accuracy"] for run in runs[label]] for label in runs}
-    counts = sorted({len(values) for values in accuracies.values()})
-    title = (
-        f"Held-out accuracy after {results['budget_tokens']:,} tokens: "
-        f"{_counted(len(runs), row)} on {_task(results)}, {' or '.join(map(str, counts))} seeds"
-    )
-    figure.suptitle(title, fontweight="bold")
+    own = accuracies.pop(rows.highlighted, None)
+    if own is None or not accuracies:
+        return f"Where they end ({seeds})"
+    places = {"above": [], "below": [], "level with": []}
+    for label, others in accuracies.items():
+        _, low, high = probability_of_improvement(own, others)
+        place = "above" if low > 0.5 else "below" if high < 0.5 else "level with"
+        places[place].append(label)
+    if len(places["level with"]) == len(accuracies):
+        text = f"{seeds} do not tell {rows.subject} apart from {rows.others}"
+    else:
+        parts = [f"{place} {_listed(labels)}" for place, labels in places.items() if labels]
+        text = f"{rows.subject} ends {', '.join(parts)}"
+    return text[0].upper() + text[1:]
+
+
+def comparison_figure(results):
+    """Where every variant ended, its interval over seeds, and how some got there, as a figure."""
+    experiment = results["experiment"]
+    rows = ROWS.get(experiment, Rows("sapo", "SAPO", "any other"))
+    runs = _runs_by_label(results)
+    again = [run["accuracy"] for run in runs.get("ppo, lambda of sapo", ())]
+    if again and again == [run["accuracy"] for run in runs.get("ppo", ())]:
+        del runs["ppo, lambda of sapo"]  # the tuning chose one lambda for both
+    paths = [label for label in rows.paths if label in runs]
+    figure, (ends, *beside) = new_figure(1.6 + 0.3 * max(4, len(runs)), 1 + bool(paths))
+    headline(figure, _finding(runs, rows))
 
     outcomes = []
-    for label, values in accuracies.items():
-        outcomes.append((label, [100 * bound for bound in interval(values)]))
-    _dots(ends, outcomes, highlighted, "held-out accuracy (%): IQM over seeds, 95% interval")
-    start = 100 * np.mean([run["warm_start_accuracy"] for run in results["runs"]])
-    ends.axvline(start, color=FAINT, linestyle="--", linewidth=1)
-    beside = {"xytext": (4, -2), "textcoords": "offset points", "ha": "left", "va": "top"}
-    ends.annotate("warm start", (start, 0.55), color=FAINT, fontsize=9, **beside)
+    for label, of_label in runs.items():
+        outcomes.append((label, interval([100 * run["accuracy"] for run in of_label])))
+    if experiment == "topk":
+        ends.set_ylabel("tokens that end a segment")
+    else:
+        outcomes.sort(key=lambda outcome: -outcome[1][0])
+    unit = (
+        "held-out accuracy (%). Dot: the mean of the middle\nhalf of the seeds; line: 95% interval"
+    )
+    start = np.mean([run["warm_start_accuracy"] for run in results["runs"]])
+    seeds = _counted(len(of_label) for of_label in runs.values())
+    setup = f"{_task(results)}, {results['budget_tokens']:,} tokens, {seeds}\n"
+    setup += f"(before training: {start:.0%})"
+    if not paths:  # room for one line
+        unit, setup = (text.replace("\n", " ") for text in (unit, setup))
+    _dots(ends, outcomes, rows.highlighted, unit)
+    ends.set_title(setup, fontsize=10)
+    if paths:
+        _draw_paths(beside[0], {label: runs[label] for label in paths}, rows.highlighted)
+    return figure
 
+
+def _draw_paths(axes, runs, highlighted):
+    """Training accuracy over the tokens, mean over the seeds: a line per label, named."""
     for label, style in _line_styles(runs, highlighted).items():
         tokens, accuracy = _mean_curve(runs[label], "accuracy")
-        paths.plot(tokens, [100 * share for share in accuracy], label=label, **style)
-    paths.set(xlabel="generated tokens (thousands)", ylabel="training accuracy (%), mean")
-    _name_lines(paths)
-    return figure
+        axes.plot(tokens, [100 * share for share in accuracy], label=label, **style)
+    axes.set_xlabel("generated tokens (thousands)")
+    axes.set_title("The way there: training accuracy (%), mean", fontsize=10)
+    name_lines(axes)
 
 
 def comparison(file):
@@ -346,37 +444,47 @@ def comparison(file):
 
 
 def reuse_figure(results):
-    """How often can a rollout be used? Three measures against the number of epochs, as a figure."""
-    of_kind = {}  # kind of ratio -> {epochs: its runs}
-    for label, runs in _runs_by_label(results).items():
+    """How often can a rollout be used? Three measures against the number of epochs, as a figure.
+
+    Those of the table: `lab.stats.of_reuse`.
+    """
+    of_kind = {}  # kind of ratio -> {epochs: (accuracy, share of tokens clipped, approx_kl)}
+    runs = _runs_by_label(results)
+    for label, of_label in runs.items():
         kind, epochs = label.rsplit(", ", 1)
-        of_kind.setdefault(kind, {})[int(epochs.split()[0])] = runs
-    measures = {
-        "held-out accuracy (%): IQM over seeds": lambda run: 100 * run["accuracy"],
-        "tokens clipped (%): IQM": lambda run: 100 * np.mean(run["curve"]["clip_fraction"]),
-        "largest approx_kl (nats per token): IQM; lines as at left": lambda run: max(
-            run["curve"]["approx_kl"]
-        ),
-    }
-    figure, panels = new_figure(14, 4.2, 3)
-    seeds = max(len(runs) for kind in of_kind.values() for runs in kind.values())
-    title = f"How often can a rollout be used? {results['budget_tokens']:,} tokens"
-    figure.suptitle(f"{title} of {_task(results)}, {_counted(seeds, 'seed')}", fontweight="bold")
-    figure.get_layout_engine().set(w_pad=0.12)  # inches, between a line's name and the next panel
-    ticks = sorted({count for runs in of_kind.values() for count in runs})
-    for axes, (unit, measure) in zip(panels, measures.items(), strict=True):
+        of_kind.setdefault(kind, {})[int(epochs.split()[0])] = of_reuse(of_label)
+    figure, panels = new_figure(7, 2, 2)
+    figure.get_layout_engine().set(w_pad=0.1)  # inches, between a line's name and the next panel
+    accuracy, empty, *below = panels
+    empty.remove()
+    accuracy.set_subplotspec(accuracy.get_gridspec()[0, :])
+    seeds = _counted([max(map(len, runs.values()))])
+    of_what = f"{_task(results)}, {results['budget_tokens']:,} tokens, {seeds}"
+    titles = (
+        f"Held-out accuracy (%), interquartile mean over the seeds ({of_what})",
+        "Tokens clipped (%), mean",
+        "Largest approx_kl of any run (nats per token)",
+    )
+    ticks = sorted({count for measured in of_kind.values() for count in measured})
+    for i, (axes, scale) in enumerate(zip((accuracy, *below), (100, 100, 1), strict=True)):
         for kind, style in _line_styles(of_kind, "segment ratio").items():
             epochs = sorted(of_kind[kind])
-            middle = [iqm([measure(run) for run in of_kind[kind][count]]) for count in epochs]
-            axes.plot(epochs, middle, marker="o", markersize=4, label=kind, **style)
-        axes.set(xscale="log", xlabel="epochs over each rollout", ylabel=unit)
+            heights = [scale * of_kind[kind][count][i] for count in epochs]
+            axes.plot(epochs, heights, marker="o", markersize=4, label=kind, **style)
+        axes.set(xscale="log", xlabel="epochs over each rollout")
+        axes.set_title(titles[i], fontsize=10)
         axes.set_xticks(ticks, ticks)
-    panels[2].set_yscale("log")
-    panels[2].yaxis.set_major_formatter("{x:g}")
-    for axes in panels:
+    below[1].set_yscale("log")
+    below[1].yaxis.set_major_formatter("{x:g}")
+    at_four = [of_kind.get(kind, {}).get(4) for kind in ("no clip", "segment ratio")]
+    text = "How often can a rollout be used?"
+    if all(at_four):
+        (without, *_), (clipped, *_) = at_four
+        text = f"Without a clip, four epochs end at {without:.0%}; with SAPO's, at {clipped:.0%}"
+    headline(figure, text)
+    for axes in (accuracy, *below):
         axes.minorticks_off()
-    for axes in panels[:2]:
-        _name_lines(axes)
+        name_lines(axes)
     return figure
 
 
@@ -386,20 +494,37 @@ def reuse(file):
 
 
 def truth_figure(results):
-    """Does the credit find the wrong steps, and does the gradient point the right way?"""
-    methods = results["methods"]
-    figure, (steps, slope) = new_figure(11, 1.8 + 0.36 * max(5, len(methods)), 2)
-    figure.suptitle(f"Credit and gradient on {_task(results)}, policy frozen", fontweight="bold")
+    """Does the credit find the wrong steps, and does the gradient point the right way?
+
+    The methods as they are: SAPO at other lambdas stands in the table. GSPO is not drawn where its
+    numbers are GRPO's, of which it differs in ratio and clip alone.
+    """
+    methods = {
+        name: row for name, row in results["methods"].items() if not name.startswith("sapo, lambda")
+    }
+    if "grpo" in methods and "gspo" in methods:
+        grpo, gspo = (methods[name] for name in ("grpo", "gspo"))
+        if grpo["auroc"] == gspo["auroc"] and grpo["cosine"][0] == gspo["cosine"][0]:
+            del methods["gspo"]
+    methods = dict(sorted(methods.items(), key=lambda item: -item[1]["auroc"]))
+    figure, (steps, slope) = new_figure(1.8 + 0.3 * max(5, len(methods)), 2)
+    cosines = {True: [], False: []}  # has the method a critic? -> its cosines
+    for name, row in methods.items():
+        cosines[name.startswith(("sapo", "ppo", "vc-ppo"))].append(row["cosine"][0])
+    text = f"Credit and gradient on {_task(results)}, policy frozen"
+    if all(cosines.values()) and min(cosines[True]) > max(cosines[False]):
+        text = f"With a critic taught beforehand the gradient points best ({_task(results)})"
+    headline(figure, text)
     credit = [(name, (row["auroc"], *row["auroc_interval"])) for name, row in methods.items()]
-    unit = "P(advantage of a right step > of a wrong one),\n95% interval"
+    unit = "P(advantage of a right step > of a wrong one),\n95% interval; 0.5: blind"
     _dots(steps, credit, "sapo", unit)
-    steps.set_title("Does the credit find the wrong steps?")
+    steps.set_title("Does the credit find the wrong steps?", fontsize=10)
     steps.axvline(0.5, color=FAINT, linestyle="--", linewidth=1)
-    cosines = [(name, row["cosine"]) for name, row in methods.items()]
+    gradients = [(name, row["cosine"]) for name, row in methods.items()]
     unit = "cosine with the reference gradient,\nat equal generated tokens, 95% interval"
-    _dots(slope, cosines, "sapo", unit)
-    slope.set_title("Does the gradient point the right way?")
-    slope.axvline(0, color=FAINT, linestyle="--", linewidth=1)
+    _dots(slope, gradients, "sapo", unit)
+    slope.tick_params(labelleft=False)
+    slope.set_title("Does the gradient point the right way?", fontsize=10)
     return figure
 
 
@@ -410,24 +535,34 @@ def truth(file):
 
 def lift_figure(results):
     """Lift (Eq. 12) over q, before and after training, by sampled values and by the critic."""
-    figure, panels = new_figure(11, 4, 2)
+    figure, panels = new_figure(4, 2, sharey=True)
     moments = {"early": "before training", "late": "after training"}
+    # The two stand a little apart, so that neither hides the other.
+    values_by = (
+        ("Monte Carlo", "64 continuations", INK, -0.6),
+        ("critic", "the critic", GREEN, 0.6),
+    )
+    highest = 0
     for axes, (moment, title) in zip(panels, moments.items(), strict=True):
-        # The two stand a little apart, so that neither hides the other.
-        for colour, shift, name in ((BLUE, -0.6, "Monte Carlo"), (VERMILLION, 0.6, "critic")):
+        for name, words, colour, shift in values_by:
             curve = results[moment][name]["lift"]  # {q: (Lift, low, high)}
             places = [100 * float(q) + shift for q in curve]
             values, low, high = zip(*curve.values(), strict=True)
+            highest = max(highest, *high)
             axes.vlines(places, low, high, color=colour, linewidth=2.5)
-            label = f"values by {name}"
-            axes.plot(places, values, "o", color=colour, markersize=7, label=label)
+            axes.plot(places, values, "o", color=colour, markersize=7, label=f"V by {words}")
         axes.axhline(1, color=FAINT, linestyle="--", linewidth=1)
-        axes.set(xlabel="q: share of tokens called high-entropy (%)", title=title)
-        axes.legend(fontsize=9)
-    panels[0].set_ylabel("Lift (Eq. 12), 95% interval over responses")
-    panels[1].sharey(panels[0])
-    title = f"Does V jump where entropy is high? {results['task']}"
-    figure.suptitle(title, fontweight="bold")
+        axes.set_xlabel("q: share of tokens called high-entropy (%)")
+        axes.set_title(title, fontsize=10)
+    panels[0].set(ylim=(0, 1.05 * highest), ylabel="Lift (Eq. 12), 95% interval over responses")
+    panels[1].legend(fontsize=9)
+    tenths = [results[moment]["Monte Carlo"]["lift"].get("0.1") for moment in moments]
+    text = f"Does V jump where entropy is high? {results['task']}"
+    if all(tenths):
+        early, late = (f"{lift:.1f}" for lift, _, _ in tenths)
+        text = f"Before training V jumps {early} times as often at unsure tokens as at any"
+        text += f"; after it, {late} times"
+    headline(figure, text)
     return figure
 
 
@@ -436,52 +571,80 @@ def lift(file):
     return save_svg(lift_figure(_read_results(file)), Path(file).with_suffix(".svg"))
 
 
+# Of lab.critic: the variants that are drawn (the table has all), and the policies, in words
+SEEN_BY = {
+    "as before": "reads, one pass",
+    "four passes": "reads, four passes",
+    "hears": "reads and hears",
+    "hears, reads nothing": "hears only",
+    "ceiling": "64 continuations",
+}
+POLICIES = {
+    "dice": "warm start, four dice",
+    "arrows": "warm start, ten arrows",
+    "later": "four dice, ten rollouts later",
+    "nine": "nine dice, trained",
+}
+
+
 def critic_figure(results):
-    """What variants of the critic see of one frozen policy: a column per task, two measures."""
-    measured = results["measured"]
-    tasks = list(dict.fromkeys(row["task"] for row in measured))
-    variants = list(results["variants"])
-    figure, _ = new_figure(3.4 * len(tasks) + 1.5, 6.4, 1)
-    figure.clear()
-    grid = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
+    """What critics see of frozen policies: a column per policy, the least often right at the left;
+    a row per measure."""
+    curves, accuracies = {}, {}  # (task, variant) -> a curve per seed; task -> right how often
+    for row in results["measured"]:
+        curves.setdefault((row["task"], row["variant"]), []).append(row["curve"])
+        accuracies.setdefault(row["task"], []).append(row["accuracy"])
+    tasks = sorted(accuracies, key=lambda task: np.mean(accuracies[task]))
     measures = {
         "explained_variance": "explained variance\nof the outcome",
-        "auroc_of_first_wrong_step": "AUROC of TD errors:\nfirst wrong step against right ones",
+        "auroc_of_first_wrong_step": "AUROC of TD errors: first\nwrong step against right ones",
     }
-    styles = _line_styles(variants, "hears")
-    for column, task in enumerate(tasks):
-        for axes, (measure, label) in zip(grid[:, column], measures.items(), strict=True):
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-            for name in variants:
-                curves = _curves_of(measured, task, name)
-                if not curves:  # not measured yet
-                    continue
-                steps = [point["optimizer_steps"] for point in curves[0]]
-                of_seeds = [[point[measure] for point in curve] for curve in curves]
-                axes.plot(steps, np.mean(of_seeds, 0), label=name, **styles[name])
-            ceilings = [curve[0][measure] for curve in _curves_of(measured, task, "ceiling")]
-            if ceilings:
-                axes.axhline(
-                    np.mean(ceilings), color=GREEN, linestyle="--", label="64 continuations"
-                )
-            if column == 0:
-                axes.set_ylabel(label)
-        grid[0, column].set_title(f"{task}: {_accuracy(measured, task):.0%} right")
-        grid[1, column].set_xlabel("optimizer steps")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    figure.suptitle("What a critic sees of frozen policies", fontweight="bold")
+    figure, panels = new_figure(5.6, len(tasks), 2, sharex="col", sharey="row")
+    variants = [name for name in SEEN_BY if any((task, name) in curves for task in tasks)]
+    styles = _line_styles(variants, "hears", GREEN)
+    for axes, (measure, task) in zip(panels, itertools.product(measures, tasks), strict=True):
+        tokens = [0]
+        for name in variants:
+            if (task, name) not in curves:
+                continue
+            heights = _seen(curves[task, name], measure)
+            if name == "ceiling":  # measured once: a line along the others
+                heights = heights * len(tokens)
+            else:
+                tokens = [n / 1000 for n in _seen(curves[task, name], "generated_tokens")]
+            axes.plot(tokens, heights, label=SEEN_BY[name], **styles[name])
+    for place, task in enumerate(tasks):
+        policy = POLICIES.get(task, task)
+        right = np.mean(accuracies[task])
+        panels[place].set_title(f"{policy}:\n{right:.0%} right", fontsize=10)
+        panels[len(tasks) + place].set_xlabel("generated tokens\n(thousands)")
+    panels[0].set_ylabel(measures["explained_variance"])
+    panels[len(tasks)].set_ylabel(measures["auroc_of_first_wrong_step"])
+    headline(figure, _seen_best(curves, accuracies))
+    for last in (panels[len(tasks) - 1], panels[-1]):
+        name_lines(last)
     return figure
 
 
-def _curves_of(measured, task, variant):
-    """The curves of a variant on a task, one per seed."""
-    return [row["curve"] for row in measured if row["task"] == task and row["variant"] == variant]
+def _seen(of_seeds, measure):
+    """A measure along the teaching, as a list: the mean over seeds."""
+    return np.mean([[point[measure] for point in curve] for curve in of_seeds], 0).tolist()
 
 
-def _accuracy(measured, task):
-    """How often the frozen policies of a task are right."""
-    return np.mean([row["accuracy"] for row in measured if row["task"] == task])
+def _seen_best(curves, accuracies):
+    """What critic_figure shows, in a sentence: does the critic that hears explain the most of every
+    policy that is mostly right?"""
+    mostly_right = [task for task in accuracies if np.mean(accuracies[task]) > 0.5]
+    is_so = bool(mostly_right)
+    for task in mostly_right:
+        ends = {}
+        for name in SEEN_BY:
+            if name != "ceiling" and (task, name) in curves:
+                ends[name] = _seen(curves[task, name], "explained_variance")[-1]
+        is_so = is_so and max(ends, key=ends.get) == "hears"
+    if is_so:
+        return "Of a policy that is mostly right, a critic that hears explains the most"
+    return "What critics see of frozen policies"
 
 
 def critic(file):

@@ -71,7 +71,7 @@ def draw_tokens(axes, episode, ends=None, advantages=None, name=""):
 
 def episode_figure(episode):
     """The dice, what the policy wrote token by token, and what it earned."""
-    figure, (picture, strip) = new_figure(11, 1.7, 2, width_ratios=[1, 8])
+    figure, (picture, strip) = new_figure(1.7, 2, width_ratios=[1, 8])
     image = Image.open(io.BytesIO(base64.b64decode(episode["image"])))
     picture.imshow(image, interpolation="nearest")
     picture.set_axis_off()
@@ -87,7 +87,7 @@ def episode_figure(episode):
 
 def step_figure(episode):
     """The probability of each digit before one step of REINFORCE and after it."""
-    figure, panels = new_figure(9, 2.8, 2)
+    figure, panels = new_figure(2.8, 2)
     for axes, (name, place) in zip(panels, episode["digits"].items(), strict=True):
         for shift, (when, colour) in enumerate((("before", FAINT), ("after", VERMILLION))):
             heights = [100 * share for share in place[when]]
@@ -105,7 +105,7 @@ def step_figure(episode):
 
 def values_figure(episode):
     """V before each token, by a critic that hears the policy and by one that does not."""
-    figure, (axes,) = new_figure(11, 3, 1)
+    figure, (axes,) = new_figure(3, 1)
     positions = range(len(episode["tokens"]))
     axes.plot(positions, episode["blind_values"], color=FAINT, marker="o", markersize=3)
     axes.plot(positions, episode["token_values"], color=GREEN, marker="o", markersize=3)
@@ -131,7 +131,7 @@ def gae_row(episode, ends, lam):
 
 def units_figure(episode):
     """The same response as tokens, as segments, and as one answer: cut and credit."""
-    figure, panels = new_figure(11, 2.6, 1, rows=3)
+    figure, panels = new_figure(2.6, 1, rows=3)
     entropy, _, _, mask = tensors(episode)
     cut = sapo.entropy_ends(entropy, mask)
     whole = [episode["reward"] - episode["baseline"]] * len(episode["tokens"])
@@ -147,7 +147,7 @@ def units_figure(episode):
 
 def lambdas_figure(episode):
     """Segment GAE at three lambdas."""
-    figure, panels = new_figure(11, 2.6, 1, rows=len(LAMBDAS))
+    figure, panels = new_figure(2.6, 1, rows=len(LAMBDAS))
     entropy, _, _, mask = tensors(episode)
     cut = sapo.entropy_ends(entropy, mask)
     for axes, lam in zip(panels, LAMBDAS, strict=True):
@@ -162,7 +162,7 @@ def lambdas_figure(episode):
 
 def clip_figure():
     """The clipped objective for both signs of A, and the root against the product."""
-    figure, (good, bad, lengths) = new_figure(11, 3, 3)
+    figure, (good, bad, lengths) = new_figure(3, 3)
     ratios = torch.linspace(0, 2, 201)
     mask = torch.ones(1, 1, dtype=torch.bool)
     for axes, advantage in ((good, 1.0), (bad, -1.0)):
@@ -191,7 +191,7 @@ def clip_figure():
 
 def run_figure(lines):
     """The learning curve of the default run, with what to look at."""
-    figure, (accuracy, critic, clip) = new_figure(11, 3.2, 3)
+    figure, (accuracy, critic, clip) = new_figure(3.2, 3)
     trained = [line for line in lines if "accuracy" in line]
     iterations = [line["iteration"] for line in trained]
     for axes, key, colour, scale in (
@@ -229,7 +229,7 @@ BROKEN = {
 def broken_figure(results):
     """Three runs that broke: accuracy, and the number that told of it."""
     runs = {run["label"]: run for run in results["runs"] if run["seed"] == 0}
-    figure, panels = new_figure(11, 3, 3)
+    figure, panels = new_figure(3, 3)
     for axes, (label, title) in zip(panels, BROKEN.items(), strict=True):
         curve = runs[label]["curve"]
         iterations = range(1, len(curve["accuracy"]) + 1)

@@ -1225,6 +1225,29 @@ def test_the_figures_of_results_are_drawn_from_results(tmp_path):
         assert kept == path.read_text(), f"{path.name} is not what its JSON holds"
 
 
+@pytest.mark.parametrize(
+    ("name", "alt", "count"),
+    [
+        ("main-DiceSum", "Nine methods on DiceSum", 9),
+        ("main-DiceSum-n=9-long", "Three methods on nine dice", 3),
+        ("main-ArrowPath-length=10-grid=4-long", "Three methods on ten arrows, PPO at two", 4),
+        ("games-Treasure-picture=false-sight=2-walls=0-text", "Four players of Treasure at two", 8),
+    ],
+)
+def test_a_figure_has_as_many_rows_as_its_text_says(name, alt, count):
+    ends = figures.comparison_figure(result(f"{name}.json")).axes[0]
+    assert len(ends.get_yticklabels()) == count
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert re.search(rf"!\[{re.escape(alt)}[^]]*\]\(\.\./results/{re.escape(name)}\.svg\)", page)
+
+
+def test_every_figure_of_results_is_shown():
+    """Beside those of the tutorial, which has a test of its own."""
+    pages = "".join(page.read_text() for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+    for picture in (*RESULTS.glob("*.svg"), *RESULTS.glob("*.png")):
+        assert f"results/{picture.name})" in pages, picture.name
+
+
 def test_what_was_tried_on_other_games_is_what_the_page_says():
     page = prose("docs/games.md")
     baby, textworld = result("tried-games.json")["tried"]

@@ -103,11 +103,11 @@ def test_learning_curve_is_a_picture_of_the_promised_size(run):
     path = figures.learning_curve(run)
     assert path == run / "learning_curve.png"
     with Image.open(path) as picture:
-        assert picture.size == (1800, 600)
+        assert picture.size == (1650, 600)
         pixels = picture.convert("RGB").getcolors(maxcolors=1 << 20)
     colours = {colour for _, colour in pixels}
-    # Accuracy in training and held-out, entropy, the critic.
-    for colour in (common.BLUE, common.VERMILLION, common.PURPLE, common.GREEN):
+    # Accuracy and entropy in training, accuracy held out, the critic
+    for colour in (common.FAINT, common.INK, common.GREEN):
         assert tuple(bytes.fromhex(colour[1:])) in colours
 
 
@@ -256,94 +256,103 @@ def test_spread_heights_by_hand(heights, expected):
 # ---------------------------------------------------------------------------- the comparisons
 
 
-def test_one_line_is_coloured_and_the_others_are_greys_that_differ(results):
-    ends, paths = figures.comparison_figure(results).axes
-    (strong,) = [line for line in paths.lines if not is_grey(line.get_color())]
-    named = {"cuts": "topk", "topk": "30%", "horizon": "sapo, lambda 0.99"}
-    named["games"] = "sapo, rate 4e-4"
-    assert strong.get_label() == named.get(results["experiment"], "sapo")
-    styles = [(line.get_color(), line.get_linestyle()) for line in paths.lines]
-    assert len(set(styles)) == len(styles) == len({run["label"] for run in results["runs"]})
-    rows = {line.get_color() for line in ends.lines} - {common.FAINT}  # of the warm start
-    assert rows == {common.BLUE, figures.GREYS[2]}
+def test_one_row_and_one_line_are_coloured_and_the_others_are_greys_that_differ(results):
+    rows = figures.ROWS[results["experiment"]]
+    ends, *paths = figures.comparison_figure(results).axes
+    assert {line.get_color() for line in ends.lines} == {common.PURPLE, figures.GREYS[2]}
+    (coloured,) = [tick for tick in ends.get_yticklabels() if tick.get_color() == common.PURPLE]
+    assert coloured.get_text() == figures.in_words(rows.highlighted)
+    for axes in paths:
+        (strong,) = [line for line in axes.lines if not is_grey(line.get_color())]
+        assert strong.get_label() == rows.highlighted
+        styles = [(line.get_color(), line.get_linestyle()) for line in axes.lines]
+        assert len(set(styles)) == len(styles)
 
 
-def test_every_line_is_named_at_its_end_and_no_name_covers_another(results):
+def test_every_row_and_every_line_is_named_and_no_name_covers_another(results):
+    experiment = results["experiment"]
     figure = figures.comparison_figure(results)
-    ends, paths = figure.axes
-    assert set(names_of_lines(paths)) == set(EXPERIMENTS[results["experiment"]])
-    assert names_of_lines(paths) == [line.get_label() for line in paths.lines]
-    for line, name in zip(paths.lines, paths.texts, strict=True):
-        assert name.xy == pytest.approx(line.get_xydata()[-1])
-    assert ends.get_legend() is None and paths.get_legend() is None
+    ends, *paths = figure.axes
+    named = {tick.get_text() for tick in ends.get_yticklabels()}
+    assert named == {figures.in_words(label) for label in EXPERIMENTS[experiment]}
+    assert bool(paths) == bool(figures.ROWS[experiment].paths)
+    for axes in paths:
+        assert [line.get_label() for line in axes.lines] == list(figures.ROWS[experiment].paths)
+        for line, name in zip(axes.lines, axes.texts, strict=True):
+            assert name.xy == pytest.approx(line.get_xydata()[-1])
+            assert name.get_text() == figures.in_words(line.get_label())
     assert_readable(figure)
 
 
 def test_names_of_lines_that_end_together_do_not_cover_each_other():
-    labels = ["sapo", *(f"method {letter}" for letter in "abcdefghijk")]
-    assert_readable(figures.comparison_figure(sweep({label: [0.5] for label in labels})))
+    for scale in ("linear", "log"):
+        figure, (axes,) = common.new_figure(4)
+        for letter in "abcdefghijkl":
+            axes.plot([1, 2], [3, 0.5], label=f"method {letter}")
+        axes.set(yscale=scale, ylim=(0.1, 10))
+        axes.yaxis.set_major_formatter("{x:g}")
+        figures.name_lines(axes)
+        assert_readable(figure)
 
 
-def test_a_comparison_of_uneven_seeds_says_so():
-    figure = figures.comparison_figure(sweep({"sapo": [0.7, 0.8, 0.9], "ppo": [0.6]}))
-    assert figure.get_suptitle().endswith("on DiceSum, 1 or 3 seeds")
+def test_rows_come_in_the_order_of_their_ends_but_shares_in_their_own():
+    ends, _ = figures.comparison_figure(sweep({"sapo": [0.7], "ppo": [0.9], "grpo": [0.8]})).axes
+    assert [tick.get_text() for tick in ends.get_yticklabels()] == ["PPO", "GRPO", "SAPO"]
+    (ends,) = figures.comparison_figure(sweep({"5%": [0.7], "30%": [0.9]}, "topk")).axes
+    assert [tick.get_text() for tick in ends.get_yticklabels()] == ["5%", "30%"]
+
+
+def test_ppo_once_more_is_left_out():
+    same = {"sapo": [0.7, 0.8], "ppo": [0.5, 0.6], "ppo, lambda of sapo": [0.5, 0.6]}
+    for accuracies, count in ((same, 2), (same | {"ppo, lambda of sapo": [0.5, 0.7]}, 3)):
+        ends, _ = figures.comparison_figure(sweep(accuracies)).axes
+        assert len(ends.get_yticklabels()) == count
+
+
+HIGH, LOW = [0.8, 0.81, 0.82, 0.83, 0.84], [0.6, 0.61, 0.62, 0.63, 0.64]
 
 
 @pytest.mark.parametrize(
-    "experiment, task, budget, seeds, title",
+    ("accuracies", "experiment", "text"),
     [
+        ({"sapo": HIGH, "ppo": HIGH}, "main", "Five seeds do not tell SAPO apart from any other"),
+        ({"sapo": HIGH, "ppo": LOW, "vineppo": HIGH}, "main", "SAPO ends above PPO, level with Vi"),
+        ({"sapo": LOW, "ppo": HIGH, "vc-ppo": HIGH}, "main", "SAPO ends below PPO and VC-PPO"),
         (
+            {"sapo": HIGH, "ppo": LOW, "vc-ppo": LOW, "grpo": LOW, "gspo": LOW, "srpo": HIGH},
             "main",
-            "DiceSum",
-            150_000,
-            5,
-            "Held-out accuracy after 150,000 tokens: 10 methods on DiceSum, 5 seeds",
+            "SAPO ends above four others, level with SRPO",
         ),
+        ({"30%": HIGH, "5%": LOW}, "topk", "A cut at 30% of the tokens ends above 5%"),
         (
-            "main",
-            "ArrowPath-length=10-grid=4",
-            100_000,
-            5,
-            "Held-out accuracy after 100,000 tokens: "
-            "10 methods on ArrowPath (length=10, grid=4), 5 seeds",
+            {"topk": HIGH * 2, "causal": HIGH},
+            "cuts",
+            "5 or 10 seeds do not tell the cut by entropy",
         ),
-        (
-            "controls",
-            "DiceSum",
-            150_000,
-            3,
-            "Held-out accuracy after 150,000 tokens: four variants of SAPO on DiceSum, 3 seeds",
-        ),
-        (
-            "topk",
-            "DiceSum",
-            150_000,
-            3,
-            "Held-out accuracy after 150,000 tokens: six values of top-k on DiceSum, 3 seeds",
-        ),
+        ({"sapo": HIGH[:4], "ppo": LOW[:2]}, "main", "All of them learn, no order yet (2 or 4 see"),
+        ({"sapo": [0.9], "ppo": [0.4]}, "main", "No order (one seed)"),  # 0.5 was the warm start
+        ({"ppo": HIGH, "grpo": LOW}, "main", "Where they end (five seeds)"),
     ],
 )
-def test_titles_say_in_words_what_is_compared(experiment, task, budget, seeds, title):
-    results = sweep(EXPERIMENTS[experiment], experiment, task, budget, seeds)
-    assert figures.comparison_figure(results).get_suptitle() == title
+def test_a_title_says_what_the_seeds_tell(accuracies, experiment, text):
+    figure = figures.comparison_figure(sweep(accuracies, experiment))
+    assert figure.get_suptitle().startswith(text)
 
 
-def test_titles_count_one_and_many():
-    one = figures.comparison_figure(sweep({"grpo": [0.5]})).get_suptitle()
-    assert ": one method on DiceSum" in one
-    many = figures.comparison_figure(sweep({str(i): [0.5] for i in range(10)})).get_suptitle()
-    assert ": 10 methods on DiceSum" in many
+def test_a_panel_says_what_was_run():
+    results = sweep({"sapo": [0.7] * 3, "ppo": [0.6]}, task="ArrowPath-length=10-grid=4")
+    ends, _ = figures.comparison_figure(results).axes
+    said = "ArrowPath (length=10, grid=4), 3,000 tokens, 1 or 3 seeds\n(before training: 50%)"
+    assert ends.get_title() == said
 
 
 def test_a_comparison_shows_the_interquartile_mean_the_interval_and_the_start():
     results = sweep({"sapo": [0.5, 0.6, 0.7, 0.9], "ppo": [0.4]})
     ends, paths = figures.comparison_figure(results).axes
     low, value, high = 100 * 0.5, 100 * 0.65, 100 * 0.9
-    bar, dot, *_ = ends.lines
+    bar, dot, *_ = ends.lines  # SAPO's, which ends first
     assert dot.get_xdata()[0] == pytest.approx(value)
     assert low <= bar.get_xdata()[0] < value < bar.get_xdata()[1] <= high
-    start = ends.lines[-1]
-    assert list(start.get_xdata()) == pytest.approx([50, 50]) and start.get_linestyle() == "--"
     for line in paths.lines:
         assert line.get_xdata().tolist() == pytest.approx([1, 2, 3])  # thousands of tokens
         assert line.get_ydata().tolist() == pytest.approx([50, 60, 70])
@@ -365,20 +374,37 @@ def test_a_sweep_without_a_finished_run_is_refused(tmp_path):
         figures.comparison(file)
 
 
-def test_truth_colours_the_row_of_sapo_in_both_panels():
+def truths():
+    """What lab.truth writes, made up: from one row to the next less."""
     methods = {}
-    for i, name in enumerate([*EXPERIMENTS["main"], "sapo, causal cut", "sapo, V at end"]):
+    names = ["sapo", "ppo", "vc-ppo", "ppo, lambda of sapo", "sapo, lambda 0.9", "grpo", "gspo"]
+    for i, name in enumerate([*names, "srpo", "spo-chain", "vineppo", "spo-tree"]):
         credit = {"auroc": 0.73 - i / 50, "auroc_interval": [0.69 - i / 50, 0.77 - i / 50]}
         methods[name] = credit | {"cosine": [0.7 - i / 25, 0.67 - i / 25, 0.74 - i / 25]}
-    figure = figures.truth_figure({"task": "DiceSum", "methods": methods})
+    return {"task": "DiceSum", "methods": methods}
+
+
+def test_truth_colours_the_row_of_sapo_in_both_panels():
+    figure = figures.truth_figure(truths())
     for axes in figure.axes:
-        rows = [line for line in axes.lines if line.get_color() == common.BLUE]
+        rows = [line for line in axes.lines if line.get_color() == common.PURPLE]
         assert rows and all(set(line.get_ydata()) == {0} for line in rows)  # the first row
         assert all(is_grey(line.get_color()) for line in axes.lines if line not in rows)
-        first, *others = axes.get_yticklabels()
-        assert first.get_text() == "sapo" and first.get_color() == common.BLUE
-        assert all(name.get_color() != common.BLUE for name in others)
+    first, *others = figure.axes[0].get_yticklabels()  # of both panels
+    assert first.get_text() == "SAPO" and first.get_color() == common.PURPLE
+    assert all(name.get_color() != common.PURPLE for name in others)
+    assert len(others) == 9  # all but SAPO at another lambda
+    assert figure.get_suptitle().startswith("With a critic taught beforehand the gradient points")
     assert_readable(figure)
+
+
+def test_truth_leaves_out_gspo_where_it_is_grpo_and_claims_no_more_than_it_holds():
+    results = truths()
+    results["methods"]["gspo"] = results["methods"]["grpo"]
+    results["methods"]["vineppo"]["cosine"] = [0.68, 0.6, 0.7]  # above PPO's
+    figure = figures.truth_figure(results)
+    assert len(figure.axes[0].get_yticklabels()) == 9
+    assert figure.get_suptitle() == "Credit and gradient on DiceSum, policy frozen"
 
 
 def reuse(seeds=5):
@@ -394,11 +420,16 @@ def reuse(seeds=5):
 def test_reuse_can_be_read():
     figure = figures.reuse_figure(reuse())
     assert_readable(figure)
-    assert "80,000 tokens of DiceSum, five seeds" in figure.get_suptitle()
+    assert "(DiceSum, 80,000 tokens, five seeds)" in figure.axes[0].get_title()
+    assert figure.get_suptitle() == "Without a clip, four epochs end at 75%; with SAPO's, at 75%"
 
 
 def test_reuse_shows_three_measures_against_the_epochs():
-    accuracy, clipped, kl = figures.reuse_figure(reuse()).axes
+    """Those of the table: a mean of the accuracies' middle half, a mean, and the largest of all."""
+    results = reuse()
+    results["runs"][0]["curve"]["clip_fraction"] = [0.12]  # segment ratio, one epoch, seed 0
+    results["runs"][0]["curve"]["approx_kl"] = [0.25]
+    accuracy, clipped, kl = figures.reuse_figure(results).axes
     expected = {
         accuracy: [75, 75, 75, 25],
         clipped: [2, 2, 2, 2],
@@ -407,34 +438,50 @@ def test_reuse_shows_three_measures_against_the_epochs():
     for axes, heights in expected.items():
         lines = {line.get_label(): line for line in axes.lines}
         assert list(lines) == list(REUSED)
+        assert names_of_lines(axes) == [figures.in_words(label) for label in REUSED]
         for kind, line in lines.items():
-            assert line.get_xdata().tolist() == [1, 2, 4, 8]
-            assert line.get_ydata().tolist() == pytest.approx(heights)
-            assert (line.get_color() == common.BLUE) == (kind == "segment ratio")
+            first, *others = line.get_ydata().tolist()
+            assert line.get_xdata().tolist() == [1, 2, 4, 8] and others == pytest.approx(
+                heights[1:]
+            )
+            assert (line.get_color() == common.PURPLE) == (kind == "segment ratio")
+            if kind != "segment ratio":
+                assert first == pytest.approx(heights[0])
+    of_sapo = [axes.lines[0].get_ydata()[0] for axes in (accuracy, clipped, kl)]
+    assert of_sapo == pytest.approx([75, (12 + 4 * 2) / 5, 0.25])
 
 
 def test_reuse_shows_what_is_there_of_a_sweep_that_is_under_way():
     results = reuse(seeds=1)
     results["runs"] = results["runs"][:9]  # all kinds once, and one of them at two epochs
-    accuracy = figures.reuse_figure(results).axes[0]
-    lines = {line.get_label(): line.get_xdata().tolist() for line in accuracy.lines}
+    figure = figures.reuse_figure(results)
+    lines = {line.get_label(): line.get_xdata().tolist() for line in figure.axes[0].lines}
     assert lines.pop("segment ratio") == [1, 2]
     assert all(epochs == [1] for epochs in lines.values())
+    assert figure.get_suptitle() == "How often can a rollout be used?"
 
 
 def test_lift_can_be_read():
     by_critic = {"0.5": [0.87, 0.79, 0.96], "0.2": [0.33, 0.18, 0.5], "0.05": [0.7, 0.2, 1.29]}
     sampled = {"0.5": [1.31, 1.19, 1.42], "0.2": [1.85, 1.53, 2.14], "0.05": [2.1, 1.36, 2.74]}
-    moment = {"critic": {"lift": by_critic}, "Monte Carlo": {"lift": sampled}}
-    results = {"task": "DiceSum", "early": moment, "late": moment}
-    figure = figures.lift_figure(results)
+    early = {"critic": {"lift": by_critic}, "Monte Carlo": {"lift": sampled}}
+    late = {"critic": {"lift": by_critic}, "Monte Carlo": {"lift": sampled | {"0.05": [2.1, 1, 6]}}}
+    figure = figures.lift_figure({"task": "DiceSum", "early": early, "late": late})
     assert_readable(figure)
     for axes in figure.axes:
         drawn = {}
         for line in axes.lines:
             drawn[line.get_label()] = line.get_ydata()
-        assert list(drawn["values by critic"]) == [0.87, 0.33, 0.7]
-        assert list(drawn["values by Monte Carlo"]) == [1.31, 1.85, 2.1]
+        assert list(drawn["V by the critic"]) == [0.87, 0.33, 0.7]
+        assert list(drawn["V by 64 continuations"]) == [1.31, 1.85, 2.1]
+        assert axes.get_ylim() == pytest.approx((0, 6.3))  # of the highest of both panels
+
+
+def test_the_title_of_lift_has_that_of_the_tenth():
+    tenth = {"critic": {"lift": {"0.1": [1, 0, 2]}}, "Monte Carlo": {"lift": {"0.1": [3.12, 2, 4]}}}
+    figure = figures.lift_figure({"task": "DiceSum", "early": tenth, "late": tenth})
+    said = "V jumps 3.1 times as often at unsure tokens as at any; after it, 3.1 times"
+    assert figure.get_suptitle().endswith(said)
 
 
 # ----------------------------------------------------------------------------- what critics see
@@ -473,35 +520,48 @@ def test_what_critics_see_can_be_read_and_hears_stands_out(tasks):
     figure = figures.critic_figure(critics(critic.VARIANTS, tasks))
     assert_readable(figure)
     assert len(figure.axes) == 2 * len(tasks)
-    titles = [axes.get_title() for axes in figure.axes[: len(tasks)]]
-    assert titles == [f"{task}: 50% right" for task in tasks]
-    for axes in figure.axes:
-        lines = {line.get_label(): line for line in axes.lines}
-        assert list(lines) == [*critic.VARIANTS, "64 continuations"]
-        assert lines.pop("64 continuations").get_color() == common.GREEN
-        assert lines["hears"].get_color() == common.BLUE
-        widths = [line.get_linewidth() for name, line in lines.items() if name != "hears"]
-        assert lines["hears"].get_linewidth() > max(widths)
-        styles = {(line.get_color(), line.get_linestyle()) for line in lines.values()}
-        assert len(styles) == len(lines)
-        assert all(is_grey(colour) for colour, _ in styles - {(common.BLUE, "-")})
-    (legend,) = figure.legends
-    names = [name.get_text() for name in legend.get_texts()]
-    assert names == [*critic.VARIANTS, "64 continuations"]
+    for axes, task in zip(figure.axes, tasks, strict=False):  # the upper row
+        assert axes.get_title() == f"{figures.POLICIES[task]}:\n50% right"
+    for place, axes in enumerate(figure.axes):
+        styles = {line.get_label(): line for line in axes.lines}
+        assert list(styles) == list(figures.SEEN_BY.values())
+        hears = styles.pop("reads and hears")
+        assert hears.get_color() == common.GREEN
+        assert hears.get_linewidth() > max(line.get_linewidth() for line in styles.values())
+        assert all(is_grey(line.get_color()) for line in styles.values())
+        is_last = (place + 1) % len(tasks) == 0
+        assert names_of_lines(axes) == (list(figures.SEEN_BY.values()) if is_last else [])
 
 
 def test_a_critics_line_is_the_mean_over_seeds_by_hand():
     figure = figures.critic_figure(critics(["as before", "hears"], ["dice", "nine"]))
-    for explained, auroc in (figure.axes[::2], figure.axes[1::2]):  # a column per task
-        before, hears, ceiling = explained.lines
+    for axes in figure.axes:
+        before, hears, sampled = axes.lines
         assert before.get_xdata().tolist() == hears.get_xdata().tolist() == [32, 64]
+        assert list(sampled.get_xdata()) == pytest.approx([32, 64])
+        assert list(sampled.get_ydata()) == pytest.approx([0.7, 0.7])
+    for axes in figure.axes[:2]:  # explained variance of both policies
+        before, hears, _ = axes.lines
         assert before.get_ydata().tolist() == pytest.approx([0.05, 0.1])  # of 0 and 0.2
         assert hears.get_ydata().tolist() == pytest.approx([0.1, 0.2])  # of 0.1 and 0.3
-        assert list(ceiling.get_ydata()) == pytest.approx([0.7, 0.7])
-        before, hears, ceiling = auroc.lines
+    for axes in figure.axes[2:]:
+        before, hears, _ = axes.lines
         assert before.get_ydata().tolist() == pytest.approx([0.5, 0.55])
         assert hears.get_ydata().tolist() == pytest.approx([0.5, 0.6])
-        assert list(ceiling.get_ydata()) == pytest.approx([0.7, 0.7])
+
+
+def test_the_title_of_what_critics_see_says_who_explains_the_most_where_it_is_so():
+    """Of the policies that are right more than half the time."""
+    said = "Of a policy that is mostly right, a critic that hears explains the most"
+    for order, accuracy, title in (
+        (["as before", "hears"], 0.6, said),
+        (["hears", "as before"], 0.6, "What critics see of frozen policies"),
+        (["hears", "as before"], 0.4, "What critics see of frozen policies"),
+    ):
+        results = critics(order)
+        for row in results["measured"]:
+            row["accuracy"] = accuracy
+        assert figures.critic_figure(results).get_suptitle() == title
 
 
 def test_critics_without_a_ceiling_yet_are_drawn(tmp_path):
@@ -511,6 +571,12 @@ def test_critics_without_a_ceiling_yet_are_drawn(tmp_path):
     file.write_text(json.dumps(results | {"measured": measured}))
     assert figures.critic(file) == tmp_path / "critic.svg"
     assert "<path" in (tmp_path / "critic.svg").read_text()
+
+
+def test_critics_that_the_figure_does_not_show_leave_it_empty_but_drawn():
+    results = critics(["logistic"])
+    results["measured"] = results["measured"][:1]
+    assert not figures.critic_figure(results).axes[0].lines
 
 
 # -------------------------------------------------------------------------- a folder of results
