@@ -17,7 +17,19 @@ import torch
 from PIL import Image
 
 import sapo
-from lab.common import BLUE, FAINT, GREEN, INK, PURPLE, VERMILLION, new_figure, read_lines, save_svg
+from lab.common import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    PURPLE,
+    VERMILLION,
+    headline,
+    new_figure,
+    read_lines,
+    save_svg,
+)
+from lab.figures import name_lines
 from lab.sweep import ROOT
 
 RESULTS = ROOT / "results"
@@ -42,15 +54,15 @@ def wrong_span(episode):
     return next((first, last) for first, last, right in episode["steps"] if not right)
 
 
-def draw_tokens(axes, episode, ends=None, advantages=None, name=""):
-    """A row of boxes, one per token: tinted by advantage, a bar behind each end, the wrong step
-    underlined."""
+def draw_tokens(axes, episode, ends=None, advantages=None, largest=1.0, name=""):
+    """A row of boxes, one per token: tinted by advantage (in full where it is `largest`), a bar
+    behind each end, the wrong step underlined. -> the left edge of each box."""
     from matplotlib.patches import Rectangle  # drawn with, only when something is
 
-    largest = max(max(map(abs, advantages)), 1e-9) if advantages else 1.0
-    left = 0.0
+    lefts, left = [], 0.0
     first_wrong, last_wrong = wrong_span(episode)
     for t, token in enumerate(episode["tokens"]):
+        lefts.append(left)
         width = 0.9 + 0.62 * (len(token) - 1)
         strength = advantages[t] / largest if advantages else 0.0
         colour = BLUE if strength > 0 else VERMILLION
@@ -67,6 +79,7 @@ def draw_tokens(axes, episode, ends=None, advantages=None, name=""):
     axes.text(-0.5, 0.5, name, ha="right", va="center", fontsize=9)
     axes.set(xlim=(-9.5, left + 0.3), ylim=(-0.5, 1.3))
     axes.set_axis_off()
+    return lefts
 
 
 def episode_figure(episode):
@@ -76,50 +89,54 @@ def episode_figure(episode):
     picture.imshow(image, interpolation="nearest")
     picture.set_axis_off()
     draw_tokens(strip, episode)
-    strip.set_xlim(left=-0.5)
-    strip.set_title(
-        f"One response: {len(episode['tokens'])} tokens, reward {episode['reward']:.0f} "
-        f"(right is {episode['answer']}). Underlined: the step that was wrong",
-        fontsize=10,
+    strip.set(xlim=(-0.5, strip.get_xlim()[1]), ylim=(-1.2, 2.2))
+    headline(
+        figure,
+        f"One response of {len(episode['tokens'])} tokens: reward {episode['reward']:.0f} "
+        f"(right is {episode['answer']}). Underlined: the wrong step",
     )
     return figure
 
 
 def step_figure(episode):
     """The probability of each digit before one step of REINFORCE and after it."""
-    figure, panels = new_figure(2.8, 2)
-    for axes, (name, place) in zip(panels, episode["digits"].items(), strict=True):
-        for shift, (when, colour) in enumerate((("before", FAINT), ("after", VERMILLION))):
+    figure, panels = new_figure(3, 2, sharey=True)
+    titles = ("the digit misread", "the digit before it, read rightly")
+    for axes, place, title in zip(panels, episode["digits"].values(), titles, strict=True):
+        for shift, (when, colour) in enumerate((("before", "#B8B8B8"), ("after", INK))):
             heights = [100 * share for share in place[when]]
             axes.bar(
                 [d + 0.4 * shift - 0.2 for d in range(10)], heights, 0.4, color=colour, label=when
             )
         axes.set_xticks(range(10))
-        axes.set(xlabel=f"digit; written was {place['written']}", ylabel="probability (%)")
-        axes.set_title(name, fontsize=10)
-        axes.legend(fontsize=8, frameon=False)
-    title = "One step of REINFORCE: the wrong digit becomes rarer, the right one likelier"
-    figure.suptitle(title, fontweight="bold", fontsize=11)
+        axes.set_xlabel(f"digit; written was {place['written']}")
+        axes.set_title(title, fontsize=10)
+    panels[0].set_ylabel("probability (%)")
+    panels[0].legend(fontsize=9, frameon=False)
+    text = "the written 5 becomes rarer, the 6 likelier; a sure digit hardly moves"
+    headline(figure, f"One step of REINFORCE: {text}")
     return figure
 
 
 def values_figure(episode):
     """V before each token, by a critic that hears the policy and by one that does not."""
-    figure, (axes,) = new_figure(3, 1)
-    positions = range(len(episode["tokens"]))
-    axes.plot(positions, episode["blind_values"], color=FAINT, marker="o", markersize=3)
-    axes.plot(positions, episode["token_values"], color=GREEN, marker="o", markersize=3)
+    figure, (axes, strip) = new_figure(3.4, 1, rows=2, height_ratios=[6, 1], sharex=True)
+    places = draw_tokens(strip, episode)
     first, last = wrong_span(episode)
-    axes.axvspan(first - 0.5, last + 0.5, color=VERMILLION, alpha=0.18, linewidth=0)
-    axes.text(last + 0.7, 0.93, "the wrong step", color=VERMILLION, fontsize=9)
-    end = len(episode["tokens"]) - 0.6
-    axes.text(end, episode["token_values"][-1], "hears", color=GREEN, va="center", fontsize=9)
-    axes.text(
-        end, episode["blind_values"][-1], "hears nothing", color=FAINT, va="center", fontsize=9
-    )
-    axes.set_xticks(positions, episode["tokens"], fontsize=7, family="monospace", rotation=60)
-    axes.set(ylim=(0, 1), ylabel="V before the token", xlim=(-0.7, end + 3.5))
-    axes.set_title("A critic that sees drops after the wrong step", fontsize=11, fontweight="bold")
+    axes.axvspan(places[first], places[last + 1], color="#E4E4E4", linewidth=0)
+    wrong = {"color": FAINT, "fontsize": 9, "va": "bottom"}
+    axes.text(places[last + 1] + 0.2, 0.01, "the wrong step", **wrong)
+    for key, name, colour, width in (
+        ("token_values", "hears", GREEN, 2.2),
+        ("blind_values", "hears nothing", FAINT, 1.4),
+    ):
+        style = {"color": colour, "linewidth": width, "marker": "o", "markersize": 3}
+        axes.plot(places, episode[key], label=name, **style)
+    axes.tick_params(axis="x", length=0)
+    axes.set(ylim=(0, 1), ylabel="V before the token", xlim=(-0.5, strip.get_xlim()[1]))
+    axes.set_xticks(places)
+    headline(figure, "The critic that hears drops after the wrong step")
+    name_lines(axes)
     return figure
 
 
@@ -129,32 +146,39 @@ def gae_row(episode, ends, lam):
     return sapo.segment_gae(rewards, values, ends, mask, lam=lam)[0][0].tolist()
 
 
+def draw_credit(rows, text):
+    """Rows of (name, episode, ends, advantages) below each other, all on one scale."""
+    figure, panels = new_figure(3, 1, rows=len(rows))
+    largest = max(abs(a) for *_, advantages in rows for a in advantages)
+    for axes, (name, episode, ends, advantages) in zip(panels, rows, strict=True):
+        draw_tokens(axes, episode, ends, advantages, largest, name)
+    headline(figure, text)
+    key = f"Orange: blame, blue: praise; in full at an advantage of {largest:.2f}, in all rows"
+    figure.supxlabel(f"{key}. A bar ends a segment. Underlined: the wrong step", fontsize=9)
+    return figure
+
+
 def units_figure(episode):
     """The same response as tokens, as segments, and as one answer: cut and credit."""
-    figure, panels = new_figure(2.6, 1, rows=3)
     entropy, _, _, mask = tensors(episode)
-    cut = sapo.entropy_ends(entropy, mask)
+    token, cut = sapo.token_ends(mask), sapo.entropy_ends(entropy, mask)
     whole = [episode["reward"] - episode["baseline"]] * len(episode["tokens"])
-    draw_tokens(
-        panels[0], episode, mask[0], gae_row(episode, sapo.token_ends(mask), 0.7), "token (PPO)"
-    )
-    draw_tokens(panels[1], episode, cut[0], gae_row(episode, cut, 0.7), "segment (SAPO)")
-    draw_tokens(panels[2], episode, sapo.response_ends(mask)[0], whole, "answer (GRPO)")
-    title = "Three units of credit. Orange is blame, blue is praise, a bar is a cut"
-    figure.suptitle(title, fontweight="bold", fontsize=11)
-    return figure
+    rows = [
+        ("token (PPO)", episode, token[0], gae_row(episode, token, 0.7)),
+        ("segment (SAPO)", episode, cut[0], gae_row(episode, cut, 0.7)),
+        ("answer (GRPO)", episode, sapo.response_ends(mask)[0], whole),
+    ]
+    return draw_credit(rows, "GRPO blames every token alike, the others most of all the slip")
 
 
 def lambdas_figure(episode):
     """Segment GAE at three lambdas."""
-    figure, panels = new_figure(2.6, 1, rows=len(LAMBDAS))
     entropy, _, _, mask = tensors(episode)
     cut = sapo.entropy_ends(entropy, mask)
-    for axes, lam in zip(panels, LAMBDAS, strict=True):
-        draw_tokens(axes, episode, cut[0], gae_row(episode, cut, lam), f"lambda {lam:g}")
-    title = "The smaller lambda is, the fewer segments before the slip are blamed for it"
-    figure.suptitle(title, fontweight="bold", fontsize=11)
-    return figure
+    rows = [(f"lambda {lam:g}", episode, cut[0], gae_row(episode, cut, lam)) for lam in LAMBDAS]
+    return draw_credit(
+        rows, "The smaller lambda is, the fewer segments before the slip are blamed for it"
+    )
 
 
 # --------------------------------------------------------------------------- ratio, clip, runs
@@ -162,42 +186,47 @@ def lambdas_figure(episode):
 
 def clip_figure():
     """The clipped objective for both signs of A, and the root against the product."""
-    figure, (good, bad, lengths) = new_figure(3, 3)
+    figure, (good, bad, lengths) = new_figure(3.4, 3)
     ratios = torch.linspace(0, 2, 201)
     mask = torch.ones(1, 1, dtype=torch.bool)
-    for axes, advantage in ((good, 1.0), (bad, -1.0)):
+    for axes, advantage, title in (
+        (good, 1.0, "Praise, A = +1: no more to gain beyond 1.2"),
+        (bad, -1.0, "Blame, A = \N{MINUS SIGN}1: no more to gain below 0.8"),
+    ):
         objective = [
             -sapo.policy_loss(ratio.view(1, 1), torch.tensor([[advantage]]), mask)[0].item()
             for ratio in ratios
         ]
-        axes.plot(ratios, [ratio * advantage for ratio in ratios], color="#B8B8B8", linestyle="--")
-        axes.plot(ratios, objective, color=BLUE, linewidth=2.2)
-        axes.axvspan(0.8, 1.2, color=FAINT, alpha=0.12, linewidth=0)
-        axes.set(xlabel="ratio", ylabel="objective")
-        what = (
-            "beyond 1.2 nothing more to gain" if advantage > 0 else "below 0.8 nothing more to gain"
-        )
-        axes.set_title(f"A = {advantage:+.0f}: {what}", fontsize=10)
+        unclipped = [ratio * advantage for ratio in ratios]
+        axes.plot(ratios, unclipped, color=FAINT, linestyle="--", label="without a clip")
+        axes.plot(ratios, objective, color=INK, linewidth=2.2, label="clipped")
+        axes.axvspan(0.8, 1.2, color="#E4E4E4", linewidth=0)
+        beside = {"transform": axes.get_xaxis_transform(), "ha": "center", "fontsize": 8}
+        axes.text(1, 0.96, "1 ± 0.2", va="top", **beside)
+        axes.set_xlabel("ratio")
+        axes.set_title(title, fontsize=10)
+    good.set_ylabel("objective")
+    good.legend(loc="lower right", fontsize=8, frameon=False)
     tokens = range(1, 51)
-    lengths.plot(
-        tokens, [1.02**n for n in tokens], color=VERMILLION, label="product of token ratios"
-    )
-    lengths.plot(tokens, [1.02] * 50, color=BLUE, label="their geometric mean (Eq. 8)")
+    lengths.plot(tokens, [1.02**n for n in tokens], color=FAINT, label="product of token ratios")
+    mean = {"color": PURPLE, "linewidth": 2.2, "label": "geometric mean (SAPO, Eq. 8)"}
+    lengths.plot(tokens, [1.02] * 50, **mean)
     lengths.set(xlabel="tokens in the segment, each 2% likelier", ylabel="ratio")
     lengths.legend(fontsize=8, frameon=False)
     lengths.set_title("A product grows with the length", fontsize=10)
+    headline(figure, "The clip ends the gain, not the loss; a mean keeps length out of the ratio")
     return figure
 
 
 def run_figure(lines):
     """The learning curve of the default run, with what to look at."""
-    figure, (accuracy, critic, clip) = new_figure(3.2, 3)
+    figure, (accuracy, critic, clip) = new_figure(3.4, 3)
     trained = [line for line in lines if "accuracy" in line]
     iterations = [line["iteration"] for line in trained]
     for axes, key, colour, scale in (
-        (accuracy, "accuracy", BLUE, 100),
+        (accuracy, "accuracy", FAINT, 100),
         (critic, "explained_variance", GREEN, 1),
-        (clip, "clip_fraction", PURPLE, 100),
+        (clip, "clip_fraction", INK, 100),
     ):
         axes.plot(iterations, [scale * line[key] for line in trained], color=colour, alpha=0.9)
         axes.set_xlabel("iteration")
@@ -207,15 +236,15 @@ def run_figure(lines):
         [100 * line["eval_accuracy"] for line in held_out],
         "o",
         color=INK,
-        label="held out",
     )
-    accuracy.legend(loc="lower right", fontsize=8, frameon=False)
     accuracy.set(ylabel="answers that are right (%)", ylim=(0, 100))
     accuracy.set_title("It learns: batches (line), held out (dots)", fontsize=10)
     critic.set(ylabel="explained variance", ylim=(-0.2, 1))
     critic.set_title("The critic comes to see: above 0", fontsize=10)
     clip.set(ylabel="tokens clipped (%)")
-    clip.set_title("The clip is at work: some tokens, not many", fontsize=10)
+    clip.set_title("The clip is at work on some tokens", fontsize=10)
+    first, last = held_out[0]["eval_accuracy"], held_out[-1]["eval_accuracy"]
+    headline(figure, f"A good run: held-out accuracy {first:.0%} → {last:.0%}")
     return figure
 
 
@@ -224,24 +253,28 @@ BROKEN = {
     "grpo, 8 epochs": "GRPO, 8 epochs",
     "ppo, 8 epochs": "PPO, 8 epochs",
 }
+WARNING = 0.1  # an approx_kl that the tutorial's table calls too large
 
 
 def broken_figure(results):
-    """Three runs that broke: accuracy, and the number that told of it."""
+    """Three runs that broke: accuracy, and below it the number that told of it."""
     runs = {run["label"]: run for run in results["runs"] if run["seed"] == 0}
-    figure, panels = new_figure(3, 3)
-    for axes, (label, title) in zip(panels, BROKEN.items(), strict=True):
+    figure, panels = new_figure(4.4, 3, rows=2, sharex="col", sharey="row")
+    for place, (label, title) in enumerate(BROKEN.items()):
         curve = runs[label]["curve"]
         iterations = range(1, len(curve["accuracy"]) + 1)
-        axes.plot(iterations, [100 * share for share in curve["accuracy"]], color=BLUE)
-        axes.set(xlabel="iteration", ylim=(0, 100))
-        axes.set_ylabel("answers that are right (%)", color=BLUE)
-        divergence = axes.twinx()
-        divergence.plot(iterations, curve["approx_kl"], color=VERMILLION, linestyle="--")
-        divergence.set_yscale("log")
-        divergence.set_ylim(1e-3, 10)
-        divergence.set_ylabel("approx_kl (nats)", color=VERMILLION)
-        axes.set_title(title, fontsize=10)
+        accuracy, divergence = panels[place], panels[place + 3]
+        accuracy.plot(iterations, [100 * share for share in curve["accuracy"]], color=INK)
+        accuracy.set_title(title, fontsize=10)
+        divergence.plot(iterations, curve["approx_kl"], color=INK)
+        divergence.axhline(WARNING, color=FAINT, linestyle="--", linewidth=1.2)
+        divergence.set_xlabel("iteration")
+        divergence.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set(ylim=(0, 100), ylabel="answers that\nare right (%)")
+    panels[3].set(yscale="log", ylabel="approx_kl\n(nats per token)")
+    panels[3].yaxis.set_major_formatter("{x:g}")
+    panels[3].text(1, 1.2 * WARNING, f"{WARNING}: too large", fontsize=9)
+    headline(figure, f"Runs that broke: each moved further than {WARNING} on one rollout")
     return figure
 
 

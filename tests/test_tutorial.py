@@ -110,6 +110,20 @@ def test_the_baselines_and_the_guard_are_what_the_text_says():
     assert f"`target_kl`, {sapo.SAPOConfig().target_kl} in `train.py`" in text
 
 
+def test_the_titles_of_the_pictures_of_credit_are_true():
+    entropy, _, _, mask = tutorial_figures.tensors(EPISODE)
+    first, last = tutorial_figures.wrong_span(EPISODE)
+    cut = sapo.entropy_ends(entropy, mask)
+    for ends in (sapo.token_ends(mask), cut):  # "the others most of all the slip"
+        row = tutorial_figures.gae_row(EPISODE, ends, 0.7)
+        assert first <= row.index(min(row)) <= last
+    before = []  # "the smaller lambda is, the fewer segments before the slip are blamed"
+    for lam in tutorial_figures.LAMBDAS:
+        row = tutorial_figures.gae_row(EPISODE, cut, lam)
+        before.append(sum(advantage < 0 for advantage in row[:first]))
+    assert before == sorted(before) and before[0] == 0 < before[-1]
+
+
 def test_one_critic_sees_the_slip_and_the_other_does_not():
     first, last = tutorial_figures.wrong_span(EPISODE)
     for values, falls in ((EPISODE["token_values"], True), (EPISODE["blind_values"], False)):
@@ -128,7 +142,8 @@ def test_the_broken_runs_broke_and_their_divergence_told_of_it():
         if run["seed"] == 0 and run["label"] in tutorial_figures.BROKEN:
             accuracy = run["curve"]["accuracy"]
             assert accuracy[-1] < max(accuracy) - 0.3
-            assert max(run["curve"]["approx_kl"]) > 10 * largest
+            assert max(run["curve"]["approx_kl"]) > max(10 * largest, tutorial_figures.WARNING)
+    assert f"| `approx_kl` | stay below {tutorial_figures.WARNING} |" in TEXT
 
 
 # ---------------------------------------------------------------------------------- pictures
