@@ -6,6 +6,8 @@ Imports none of the project's modules, so that a picture can be made again long 
 import json
 import math
 
+import numpy as np
+
 # After Okabe and Ito (2008), told apart with any common colour blindness.
 BLUE = "#0072B2"  # credit
 VERMILLION = "#D55E00"  # blame
@@ -13,6 +15,8 @@ GREEN = "#009E73"  # what a critic says
 PURPLE = "#A8437E"  # SAPO among other methods; entropy beside credit
 INK = "#222222"
 FAINT = "#6B6B6B"
+GREYS = ("#404040", "#A0A0A0", "#707070")  # of lines that are told apart by their names
+LABEL_SIZE = 9  # points, of the names at the ends of lines
 WIDTH = 11  # inches of each picture. On GitHub's 830 pixels a text of 9 points is 9 pixels high.
 
 
@@ -233,6 +237,69 @@ def new_figure(height, columns=1, rows=1, **subplots):
         axes.set_axisbelow(True)  # the grid lies behind what is drawn
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def spread(heights, gap, low, high):
+    """Heights at least `gap` apart within [low, high], in their order, moved as little as can be.
+
+    The least sum of squared moves. With i * gap taken off the i-th height from below, "gap apart"
+    becomes "not falling": isotonic regression, by pooling neighbours that fall. Where the range is
+    too small for all, they go on above it.
+    """
+    order = np.argsort(heights, kind="stable")
+    pools = []  # [mean, count] of neighbours that touch each other
+    for rank, index in enumerate(order):
+        pools.append([heights[index] - rank * gap, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            mean, count = pools.pop()
+            lower_mean, lower_count = pools[-1]
+            total = lower_count + count
+            pools[-1] = [(lower_mean * lower_count + mean * count) / total, total]
+    means = [mean for mean, count in pools for _ in range(count)]
+    highest = high - (len(means) - 1) * gap
+    moved = [0.0] * len(means)
+    for rank, index in enumerate(order):
+        moved[index] = max(low, min(highest, means[rank])) + rank * gap
+    return moved
+
+
+def name_lines(axes, words=str):
+    """Write each line's label to the right of the axes, with a thin leader from its last point. A
+    thick line has it in its colour, and bold. Nothing where there is no line. words: what turns a
+    label into the words that are written.
+
+    Expects titles and axis labels in place: they decide how high the axes are, and with it how far
+    apart labels must stand.
+    """
+    if not axes.lines:
+        return
+    axes.figure.draw_without_rendering()  # lays the figure out
+    axes.set_ylim(axes.get_ylim())
+    gap = 1.35 * LABEL_SIZE / 72 * axes.figure.dpi / axes.get_window_extent().height
+    ends = [line.get_xydata()[-1] for line in axes.lines]
+    places = axes.transAxes.inverted().transform(axes.transData.transform(ends))  # shares of both
+    heights = spread([height for _, height in places], gap, 0, 1)
+    for line, end, height in zip(axes.lines, ends, heights, strict=True):
+        colour = line.get_color()
+        is_thick = line.get_linewidth() > 2
+        axes.annotate(
+            words(line.get_label()),
+            end,
+            xytext=(1.05, height),
+            textcoords="axes fraction",
+            va="center",
+            color=colour if is_thick else GREYS[0],
+            fontweight="bold" if is_thick else "normal",
+            fontsize=LABEL_SIZE,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 2,
+                "relpos": (0, 0.5),
+            },
+        )
 
 
 def headline(figure, text):

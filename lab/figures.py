@@ -24,9 +24,11 @@ import numpy as np
 from lab.common import (
     FAINT,
     GREEN,
+    GREYS,
     INK,
     PURPLE,
     headline,
+    name_lines,
     new_figure,
     read_metrics,
     run_title,
@@ -37,9 +39,7 @@ from lab.explorer import explorer
 from lab.stats import interval, of_reuse, probability_of_improvement
 
 # Grey lines of one picture differ in their shade and, from the fourth on, in their dashes.
-GREYS = ("#404040", "#A0A0A0", "#707070")
 DASHES = ("-", "--", ":")
-LABEL_SIZE = 9  # points, of the names at the ends of lines
 ENOUGH = 5  # seeds of each: of fewer, a title says no order
 
 
@@ -265,68 +265,6 @@ def _mean_curve(runs, key):
     return (tokens / 1000).tolist(), values.tolist()
 
 
-def spread(heights, gap, low, high):
-    """Heights at least `gap` apart within [low, high], in their order, moved as little as can be.
-
-    The least sum of squared moves. With i * gap taken off the i-th height from below, "gap apart"
-    becomes "not falling": isotonic regression, by pooling neighbours that fall. Where the range is
-    too small for all, they go on above it.
-    """
-    order = np.argsort(heights, kind="stable")
-    pools = []  # [mean, count] of neighbours that touch each other
-    for rank, index in enumerate(order):
-        pools.append([heights[index] - rank * gap, 1])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            mean, count = pools.pop()
-            lower_mean, lower_count = pools[-1]
-            total = lower_count + count
-            pools[-1] = [(lower_mean * lower_count + mean * count) / total, total]
-    means = [mean for mean, count in pools for _ in range(count)]
-    highest = high - (len(means) - 1) * gap
-    moved = [0.0] * len(means)
-    for rank, index in enumerate(order):
-        moved[index] = max(low, min(highest, means[rank])) + rank * gap
-    return moved
-
-
-def name_lines(axes):
-    """Write each line's label to the right of the axes, with a thin leader from its last point. A
-    thick line has it in its colour, and bold. Nothing where there is no line.
-
-    Expects titles and axis labels in place: they decide how high the axes are, and with it how far
-    apart labels must stand.
-    """
-    if not axes.lines:
-        return
-    axes.figure.draw_without_rendering()  # lays the figure out
-    axes.set_ylim(axes.get_ylim())
-    gap = 1.35 * LABEL_SIZE / 72 * axes.figure.dpi / axes.get_window_extent().height
-    ends = [line.get_xydata()[-1] for line in axes.lines]
-    places = axes.transAxes.inverted().transform(axes.transData.transform(ends))  # shares of both
-    heights = spread([height for _, height in places], gap, 0, 1)
-    for line, end, height in zip(axes.lines, ends, heights, strict=True):
-        colour = line.get_color()
-        is_thick = line.get_linewidth() > 2
-        axes.annotate(
-            in_words(line.get_label()),
-            end,
-            xytext=(1.05, height),
-            textcoords="axes fraction",
-            va="center",
-            color=colour if is_thick else GREYS[0],
-            fontweight="bold" if is_thick else "normal",
-            fontsize=LABEL_SIZE,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 2,
-                "relpos": (0, 0.5),
-            },
-        )
-
-
 def _line_styles(labels, highlighted, colour=PURPLE):
     """A style per label: a thick line for the highlighted one, a grey of its own for others."""
     greys = itertools.cycle(itertools.product(DASHES, GREYS))  # all greys, then all greys dashed
@@ -429,7 +367,7 @@ def _draw_paths(axes, runs, highlighted):
         axes.plot(tokens, [100 * share for share in accuracy], label=label, **style)
     axes.set_xlabel("generated tokens (thousands)")
     axes.set_title("The way there: training accuracy (%), mean", fontsize=10)
-    name_lines(axes)
+    name_lines(axes, in_words)
 
 
 def comparison(file):
@@ -484,7 +422,7 @@ def reuse_figure(results):
     headline(figure, text)
     for axes in (accuracy, *below):
         axes.minorticks_off()
-        name_lines(axes)
+        name_lines(axes, in_words)
     return figure
 
 
@@ -622,7 +560,7 @@ def critic_figure(results):
     panels[len(tasks)].set_ylabel(measures["auroc_of_first_wrong_step"])
     headline(figure, _seen_best(curves, accuracies))
     for last in (panels[len(tasks) - 1], panels[-1]):
-        name_lines(last)
+        name_lines(last, in_words)
     return figure
 
 

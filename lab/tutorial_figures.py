@@ -25,11 +25,11 @@ from lab.common import (
     PURPLE,
     VERMILLION,
     headline,
+    name_lines,
     new_figure,
     read_lines,
     save_svg,
 )
-from lab.figures import name_lines
 from lab.sweep import ROOT
 
 RESULTS = ROOT / "results"

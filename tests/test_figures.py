@@ -215,7 +215,7 @@ heights = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=
 @given(heights)
 def test_spread_heights_keep_their_order_their_gap_and_their_range(heights):
     gap = 0.1
-    moved = figures.spread(heights, gap, 0, 1)
+    moved = common.spread(heights, gap, 0, 1)
     for i, j in itertools.combinations(range(len(heights)), 2):
         assert abs(moved[i] - moved[j]) >= gap - 1e-9
         if heights[i] < heights[j]:
@@ -228,7 +228,7 @@ def test_no_other_heights_a_gap_apart_are_nearer(heights, slack):
     """Against any others: a start and the room between neighbours, scaled into the range."""
     heights = sorted(heights)
     gap, count = 0.1, len(heights)
-    moved = figures.spread(heights, gap, 0, 1)
+    moved = common.spread(heights, gap, 0, 1)
     room = 1 - (count - 1) * gap
     scale = room / max(1, sum(slack[: count + 1]))
     others = [scale * sum(slack[: i + 1]) + i * gap for i in range(count)]
@@ -250,7 +250,7 @@ def test_no_other_heights_a_gap_apart_are_nearer(heights, slack):
     ],
 )
 def test_spread_heights_by_hand(heights, expected):
-    assert figures.spread(heights, 2, 0, 10) == pytest.approx(expected)
+    assert common.spread(heights, 2, 0, 10) == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------------- the comparisons
@@ -259,7 +259,7 @@ def test_spread_heights_by_hand(heights, expected):
 def test_one_row_and_one_line_are_coloured_and_the_others_are_greys_that_differ(results):
     rows = figures.ROWS[results["experiment"]]
     ends, *paths = figures.comparison_figure(results).axes
-    assert {line.get_color() for line in ends.lines} == {common.PURPLE, figures.GREYS[2]}
+    assert {line.get_color() for line in ends.lines} == {common.PURPLE, common.GREYS[2]}
     (coloured,) = [tick for tick in ends.get_yticklabels() if tick.get_color() == common.PURPLE]
     assert coloured.get_text() == figures.in_words(rows.highlighted)
     for axes in paths:
@@ -291,7 +291,7 @@ def test_names_of_lines_that_end_together_do_not_cover_each_other():
             axes.plot([1, 2], [3, 0.5], label=f"method {letter}")
         axes.set(yscale=scale, ylim=(0.1, 10))
         axes.yaxis.set_major_formatter("{x:g}")
-        figures.name_lines(axes)
+        common.name_lines(axes)
         assert_readable(figure)
 
 
