@@ -1118,7 +1118,9 @@ def test_what_the_players_of_treasure_show_is_what_their_runs_hold():
     page, of = prose("docs/results.md"), {(run["label"], run["seed"]): run for run in runs}
     first = [run["accuracy"] for run in runs if run["seed"] == 0]
     assert len(first) == 8 and f"reach {min(first):.2f} to {max(first):.2f} on seed 0" in page
-    assert len([run for run in runs if run["seed"] == 1]) == 8 and len(runs) == 16
+    last = [run["accuracy"] for run in runs if run["seed"] == 2]
+    assert len(last) == 8 and len(runs) == 24
+    assert f"On seed 2 the eight end at {min(last):.2f} to {max(last):.2f}" in page
     slow = [of[f"{player}, rate 2e-4", 1]["accuracy"] for player in sweep.PLAYERS]
     assert f"At 2e-4 all four end at {min(slow):.2f} to {max(slow):.2f} there" in page
     token, turn, entropy, group = (
@@ -1128,10 +1130,10 @@ def test_what_the_players_of_treasure_show_is_what_their_runs_hold():
     assert f"end at {token:.3f} and {turn:.3f}, and the entropy cut at {entropy:.3f}" in page
     assert token < group < entropy
     firsts = []
-    for seed, rate in ((0, "2e-4"), (0, "4e-4"), (1, "4e-4"), (1, "2e-4")):
+    for seed, rate in itertools.product((0, 1, 2), ("4e-4", "2e-4")):
         greedy = {player: of[f"{player}, rate {rate}", seed]["greedy"] for player in sweep.PLAYERS}
         firsts.append(max(greedy, key=greedy.get))
-    assert firsts == ["sapo"] * 3 + ["grpo"]
+    assert firsts == ["sapo"] * 3 + ["grpo", "sapo", "sapo, a segment is a turn"]
 
 
 ARROWS = ("default", "lambda-0.95", "deaf")
