@@ -1,7 +1,8 @@
 """What a run has learned: held-out accuracy, responses with their credit, the final outcome.
 
-Everything here reads a run and leaves it as it is, but for torch's random stream. The policy writes
-on held-out examples, and never learns from them. `run` is a `train.Run`.
+Nothing here changes what a run has learned. The policy writes on held-out examples, and never
+learns from them; that draws from torch's random stream, resets the environments, and counts tokens.
+`run` is a `train.Run`.
 """
 
 import base64
@@ -260,8 +261,8 @@ def png_base64(image) -> str:
 
 
 def final_evaluations(run) -> dict:
-    """Held-out accuracy at the end, by the way of decoding. The curve's last point is not made
-    a second time."""
+    """Held-out accuracy at the end, by the way of decoding. An evaluation of the last iteration is
+    used again."""
     last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
     if "eval_accuracy" in last:
         at_temperature_1 = {name: last[name] for name in EVALUATION}

@@ -60,8 +60,8 @@ SIGNS = (
         "advantage_mean",
         _is_mostly_blame,
         2,
-        "half a standard deviation below 0, and four advantages in five are not above it: the "
-        "critic expects what the policy can no longer do",
+        "the mean is half a standard deviation below 0, and fewer than one advantage in five is "
+        "positive: the critic expects what the policy can no longer do",
         "lower --actor_lr or --epochs, or raise --lam",
     ),
     Sign(

@@ -59,10 +59,11 @@ class Batch(Responses):
 def collect(run, indices, split="train") -> Batch:
     """One batch of episodes: responses to the examples `indices` of a split, scored, valued, cut
     and replayed. Who deserves credit for the rewards is not decided here."""
-    settings, config, progress = run.settings, run.config, run.progress
+    settings, config = run.settings, run.config
     tokens_before = run.tokens_written
-    if settings.cut == "causal" and progress.threshold is None:
-        progress.threshold = first_threshold(run, indices, split)
+    threshold = run.progress.threshold  # of the rollout before
+    if settings.cut == "causal" and threshold is None:
+        threshold = first_threshold(run, indices, split)
 
     responses = respond(run, indices, split)
     logp, entropy = score(run, run.models.policy, responses)
@@ -76,7 +77,7 @@ def collect(run, indices, split="train") -> Batch:
         logp,
         responses.texts,
         config.top_k,
-        progress.threshold,
+        threshold,
         settings.segment_tokens,
     )
     begin_again(responses, split)
@@ -239,25 +240,24 @@ def play_side_by_side(run, envs, transcripts, rows, temperature, top_p):
             rewards[row] += reward
             if not (terminated or truncated or envs[row].unwrapped.turn_is_open):
                 observations[row] = observation
-        encoded = _replies(policy, observations)
-        encoded = {
+        replies = {
             row: reply
-            for row, reply in encoded.items()
+            for row, reply in _replies(policy, observations).items()
             if transcripts.length(row) + len(reply[0]) + longest <= context
         }
-        if not encoded:
+        if not replies:
             return list(texts.values()), list(rewards.values())
-        for row, (of_row, of_pictures) in encoded.items():
-            transcripts.hear(row, of_row, of_pictures)
-            texts[row] += [read(token) for token in of_row.tolist()]
+        for row, (heard, pictures) in replies.items():
+            transcripts.hear(row, heard, pictures)
+            texts[row] += [read(token) for token in heard.tolist()]
         if "past_key_values" in inputs:
-            going_on = [live.index(row) for row in encoded]
+            going_on = [live.index(row) for row in replies]
             inputs = vlm.continued(
-                policy, inputs, going_on, tokens, written, list(encoded.values())
+                policy, inputs, going_on, tokens, written, list(replies.values())
             )
         else:
-            inputs = transcripts.prompts(list(encoded))
-        live = list(encoded)
+            inputs = transcripts.prompts(list(replies))
+        live = list(replies)
         in_turn = [0] * len(live)
 
 

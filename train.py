@@ -372,9 +372,7 @@ def show(run, bar, row) -> None:
 
 def samples(run) -> list[dict]:
     """Held-out responses with their credit, token by token: rows of samples.jsonl."""
-    threshold = run.progress.threshold  # training sets it, by its own rollouts
     batch = rollout.collect(run, evaluation.sample_indices(run.settings), "eval")
-    run.progress.threshold = threshold
     return evaluation.samples(run, batch, assign_credit(run, batch).advantages)
 
 

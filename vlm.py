@@ -737,7 +737,7 @@ class _Ban(LogitsProcessor):
     """Banned tokens get a logit of -inf.
 
     `suppress_tokens` would do the same, but looks through the whole vocabulary again at each token
-    (`torch.isin`), which a card is waited for.
+    (`torch.isin`), and the CPU waits for the GPU.
     """
 
     def __init__(self, banned):
@@ -748,12 +748,12 @@ class _Ban(LogitsProcessor):
 
 
 class _Draw(LogitsProcessor):
-    """Draws a token from p = softmax(scores): it alone comes out with the largest score, so that
-    greedy decoding takes it. It remembers the log-probability of each.
+    """Draws a token from p = softmax(scores) and gives it the largest score: greedy decoding takes it.
+    It remembers the log-probability of each.
 
-    Token i is the first of a race in which it runs for a time e_i / p_i, e_i exponentially
-    distributed, with probability p_i. `torch.multinomial` draws one token just so, from the same
-    random numbers, but asks twice per token whether p is one: a card is waited for each time.
+    With e_i drawn from the exponential distribution, p_i / e_i is the largest with probability p_i.
+    `torch.multinomial` draws one token in the same way, from the same random numbers, but first
+    asks twice whether p is valid, and the CPU waits for the GPU.
     """
 
     def __init__(self, is_sampling):
@@ -763,11 +763,11 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         p = scores.softmax(-1)  # (B, V)
-        race = p / torch.empty_like(p).exponential_() if self.is_sampling else scores
-        first = race.argmax(-1, keepdim=True)
-        self.logp.append(p.gather(1, first).squeeze(1).log())
+        drawn = p / torch.empty_like(p).exponential_() if self.is_sampling else scores
+        token = drawn.argmax(-1, keepdim=True)
+        self.logp.append(p.gather(1, token).squeeze(1).log())
         self.is_broken = self.is_broken | self.logp[-1].isnan().any()
-        return race
+        return drawn
 
 
 class _Stop(StoppingCriteria):
