@@ -748,8 +748,8 @@ class _Ban(LogitsProcessor):
 
 
 class _Draw(LogitsProcessor):
-    """Draws a token from p = softmax(scores) and gives it the largest score: greedy decoding takes it.
-    It remembers the log-probability of each.
+    """Draws a token from p = softmax(scores) and gives it the largest score, for greedy decoding to
+    take; and keeps its log-probability.
 
     With e_i drawn from the exponential distribution, p_i / e_i is the largest with probability p_i.
     `torch.multinomial` draws one token in the same way, from the same random numbers, but first
