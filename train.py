@@ -152,6 +152,7 @@ class Progress:
     skipped_in_a_row: int = 0  # minibatches without a finite loss, up to now
     evaluations_before: dict | None = None  # held-out accuracy before training, by decoding
     ailing_since: dict[str, int] = field(default_factory=dict)  # see health.warnings
+    start: str | None = None  # models.fingerprint of the weights that training began from
 
 
 @dataclass
@@ -478,6 +479,8 @@ def build(settings, config, command="") -> Run:
     run_models = models.build(settings, config, start, saved)
     if saved is not None:
         progress = Progress(**checkpoint.restore(run_models, saved, settings.device))
+    if needs_start:
+        check_start(settings, run_models, progress)
 
     if saved is None:  # nothing can fail any more that would leave an earlier run without its name
         checkpoint.set_aside(folder)
@@ -490,6 +493,24 @@ def build(settings, config, command="") -> Run:
     return Run(
         settings, config, folder, run_models, envs, grading_env, progress, board, command=command
     )
+
+
+def check_start(settings, run_models, progress) -> None:
+    """ValueError where a run resumes on another start than it began from: its adapters were learned
+    for the weights of that one, and its KL penalty was measured from them.
+
+    A new run notes its start. A checkpoint from before starts were noted is taken as it is.
+    """
+    found = models.fingerprint(run_models.reference or run_models.policy)  # neither is trained yet
+    if settings.resume and progress.start not in (None, found):
+        raise ValueError(
+            f"--resume {settings.resume}: --model {settings.model} has other weights here than "
+            "those that the run began from, on which its adapters or its KL penalty rest; leave "
+            "out the flags that change them (--model, --habits, --error_rate, --warm_start_...), "
+            "or put the run's own start back (of the tiny model: runs/cache)"
+        )
+    if not settings.resume:
+        progress.start = found
 
 
 def folder_of(settings) -> Path:

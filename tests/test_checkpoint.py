@@ -1,5 +1,6 @@
 """checkpoint.py: resumed runs equal uninterrupted ones, and no kill at any moment loses a run."""
 
+import functools
 import json
 import os
 import re
@@ -13,7 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import SHORT, SMALL, assert_same_run, built, equal, outcome, resumed, rows_of
+from small_runs import (
+    SHORT,
+    SMALL,
+    assert_same_run,
+    built,
+    equal,
+    outcome,
+    parsed,
+    resumed,
+    rows_of,
+)
 
 import checkpoint
 import tiny
@@ -82,6 +93,70 @@ def test_the_seconds_of_a_resumed_run_go_on(runs):
     again.progress.seconds = 1000.0
     assert train.train(again)
     assert rows_of(run.folder / "metrics.jsonl")[-1]["seconds"] > 1000
+
+
+@pytest.fixture(scope="module")
+def bound_to_its_start(runs):
+    """A function: "lora" or "kl_coef" -> the folder of a run that reads its start again."""
+
+    @functools.cache
+    def folder(flag):
+        if flag == "lora":
+            pytest.importorskip("peft", reason="LoRA needs peft")
+        run = built(runs, "--name", f"bound-{flag}", "--iterations", "0", f"--{flag}", "1")
+        assert train.train(run)
+        return run.folder
+
+    return folder
+
+
+@pytest.mark.parametrize("bound", ["lora", "kl_coef"])
+@pytest.mark.parametrize(
+    "other", [["--warm_start_steps", "0"], ["--error_rate", "0.4", "--warm_start_steps", "2"]]
+)
+def test_a_run_that_rests_on_its_start_resumes_on_no_other(bound_to_its_start, bound, other):
+    folder = bound_to_its_start(bound)
+    config = (folder / "config.json").read_text()
+    with pytest.raises(SystemExit, match=f"^train.py: --resume {folder}: --model tiny has other"):
+        train.main(["--resume", str(folder), *other])
+    assert (folder / "config.json").read_text() == config, "and nothing was written"
+    assert resumed(folder).progress.start, "on its own it goes on"
+
+
+def test_the_folder_of_the_start_may_move_and_another_model_may_not_take_its_place(
+    runs, tmp_path, bound_to_its_start
+):
+    folder = bound_to_its_start("kl_coef")
+    settings, _ = parsed(runs)
+    own = tiny.cached_warm_start(train.make_env(settings).unwrapped.task, settings)
+    shutil.copytree(own, tmp_path / "moved")
+    resumed(folder, "--model", str(tmp_path / "moved"), "--dtype", "bfloat16")
+    tiny.build_tiny(tmp_path / "another")
+    with pytest.raises(ValueError, match=f"--model {tmp_path}/another has other weights here"):
+        resumed(folder, "--model", str(tmp_path / "another"))
+
+
+def test_a_checkpoint_from_before_starts_were_noted_is_taken_as_it_is(
+    bound_to_its_start, tmp_path, monkeypatch
+):
+    folder = tmp_path / "old"
+    shutil.copytree(bound_to_its_start("kl_coef"), folder)
+    restore = checkpoint.restore
+
+    def older(*args):
+        progress = restore(*args)
+        del progress["start"]
+        return progress
+
+    monkeypatch.setattr(checkpoint, "restore", older)
+    assert resumed(folder, "--warm_start_steps", "0").progress.start is None
+
+
+def test_a_run_that_does_not_read_its_start_again_resumes_on_any(runs):
+    run = built(runs, "--name", "unbound", "--iterations", "0")
+    assert train.train(run) and run.progress.start
+    again = resumed(run.folder, "--warm_start_steps", "0", "--model", "tiny")
+    assert again.progress.start == run.progress.start
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -169,6 +169,20 @@ def test_a_shared_critic_is_a_head_alone(open_family):
     assert all(p.grad is None for p in model.model.parameters())
 
 
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_a_fingerprint_is_of_the_weights_in_any_dtype_with_or_without_adapters(open_family, family):
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    narrow = open_family(family, dtype="bfloat16")
+    found = models.fingerprint(narrow)
+    wide = open_family(family, dtype="float32")
+    assert models.fingerprint(wide) == found
+    models.lora(wide, 4)
+    assert models.fingerprint(wide) == found
+    last = [parameter for name, parameter in narrow.model.named_parameters()][-1]
+    last.data += 0.5
+    assert models.fingerprint(narrow) != found
+
+
 # --------------------------------------------------------------------------------------- Adam
 
 
