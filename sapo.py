@@ -183,7 +183,7 @@ def _require(condition, name, value, expected):
 
 def check_settings(settings) -> None:
     """ValueError, naming the field, for a value that is not of the field's type, and for a number
-    outside the interval of its `setting`."""
+    outside the interval of its `setting`, or so large or small that 32 bits do not hold it."""
     hints = get_type_hints(type(settings))  # HfArgumentParser changes the types that fields have
     for part in fields(settings):
         value, hint = getattr(settings, part.name), hints[part.name]
@@ -193,6 +193,10 @@ def check_settings(settings) -> None:
         numbers = value if isinstance(value, list) else [value]
         if has_range and not all(_is_within(number, within) for number in numbers):
             raise ValueError(f"{part.name}: {value}, expected a number in {within}")
+        if has_range and not all(_is_held(number, within) for number in numbers):
+            raise ValueError(
+                f"{part.name}: {value}, expected a number in {within} that 32 bits hold"
+            )
 
 
 def _is_of_type(value, hint):
@@ -227,6 +231,17 @@ def _is_within(number, within):
     above = number >= low if within[0] == "[" else number > low
     below = number <= high if within[-1] == "]" else number < high
     return above and below  # NaN is neither
+
+
+def _is_held(number, within):
+    """Is a number the same one to the tensors that it meets? In float32 1e308 is infinite and
+    1e-320 is 0. A whole number ends at 2**31 - 1, unless its interval ends elsewhere."""
+    if number is None:
+        return True
+    if isinstance(number, Integral):
+        return number < 2**31 or not within.endswith("inf)")
+    in_float32 = torch.tensor(float(number), dtype=torch.float32).item()
+    return math.isclose(in_float32, number, rel_tol=1e-3)
 
 
 def _check(mask, called="mask", /, **tensors):

@@ -84,6 +84,35 @@ def test_a_setting_that_is_not_allowed_is_named(name, wrong, expected):
         SAPOConfig(**{name: wrong})
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("clip_high", 1e308),
+        ("advantage_clamp", 3.5e38),
+        ("kl_coef", 1e308),
+        ("value_coef", 1e300),
+        ("target_kl", 1e-320),
+        ("kl_coef", 1e-60),
+        ("epochs", 2**31),
+        ("minibatch", 10**400),
+    ],
+)
+def test_a_number_that_32_bits_do_not_hold_is_refused(name, wrong):
+    """In float32 it would be infinite, or 0: another setting than the one that was given."""
+    with pytest.raises(
+        ValueError, match=f"^{name}: .*, expected a number in .* that 32 bits hold$"
+    ):
+        SAPOConfig(**{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [("clip_high", 3e38), ("kl_coef", 1e-38), ("advantage_clamp", math.inf), ("epochs", 2**31 - 1)],
+)
+def test_a_number_that_32_bits_just_hold_is_taken(name, right):
+    assert getattr(SAPOConfig(**{name: right}), name) == right
+
+
 def test_the_closed_end_of_an_interval_is_allowed():
     settings = {"gamma": 0.0, "lam": 1.0, "top_k": 1.0, "target_kl": math.inf, "kl_coef": 0.0}
     assert vars(SAPOConfig(**settings)).items() >= settings.items()
