@@ -453,7 +453,7 @@ def build(settings, config, command="") -> Run:
         raise ImportError(
             "--tensorboard needs a package that is not installed: pip install tensorboard"
         )
-    grading_env, *envs = [make_env(settings) for _ in range(settings.batch + 1)]
+    grading_env = make_env(settings)
     task = grading_env.unwrapped.task
     held_out = task.size("eval")
     if held_out is not None:  # a data set ends: no row is asked twice
@@ -464,6 +464,7 @@ def build(settings, config, command="") -> Run:
     baselines.check(
         settings, has_picture="image" in observed or "images" in observed, replies=task.replies
     )
+    envs = [make_env(settings) for _ in range(settings.batch)]
 
     folder = folder_of(settings)
     torch.manual_seed(settings.seed)

@@ -420,6 +420,19 @@ def test_what_nobody_asked_for_contradicts_nothing(flags):
     baselines.check_numbers(*train.parse(flags))
 
 
+def test_one_environment_is_enough_to_refuse_what_does_not_fit(runs, monkeypatch):
+    made, make_env = [], train.make_env
+
+    def counted(settings):
+        made.append(settings)
+        return make_env(settings)
+
+    monkeypatch.setattr(train, "make_env", counted)
+    with pytest.raises(ValueError, match=f"--batch {2**31 - 1}: --credit group needs a multiple"):
+        train.build(*parsed(runs, "--method", "grpo", "--batch", str(2**31 - 1)))
+    assert len(made) == 1
+
+
 def test_srpo_without_a_picture_says_so(runs):
     flags = ["--name", "blind", "--method", "srpo", "--group", "4"]
     with pytest.raises(ValueError, match="SAPO/TextSum-v0 has no picture.*--method grpo"):
