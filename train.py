@@ -48,6 +48,7 @@ import baselines
 import checkpoint
 import env  # noqa: F401  importing it registers the SAPO/... environments
 import evaluation
+import flags
 import health
 import models
 import rollout
@@ -648,29 +649,39 @@ def is_same(name, given, stored) -> bool:
     return keywords(given) == keywords(stored)
 
 
+def given_flags(argv=None) -> dict:
+    """What the command line sets, {name: value}."""
+    return flags.given(argv, (Settings, sapo.SAPOConfig), __doc__.split("\n\n")[0])
+
+
+def made_of(values) -> tuple[Settings, sapo.SAPOConfig]:
+    """Settings of these values, and of defaults. ValueError for a value that may not be."""
+    parts = []
+    for kind in (Settings, sapo.SAPOConfig):
+        names = {known.name for known in fields(kind)}
+        parts.append(kind(**{name: value for name, value in values.items() if name in names}))
+    return tuple(parts)
+
+
 def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     """The command line -> settings.
 
     --method brings its own defaults, --resume those of that run's config.json; flags win.
     """
-    parser = transformers.HfArgumentParser(
-        (Settings, sapo.SAPOConfig), description=__doc__.split("\n\n")[0]
-    )
-    known, _ = parser.parse_known_args(argv)
-    if known.resume:
-        stored = stored_settings(known.resume)
-        parser.set_defaults(**stored | {"resume": known.resume})
-        settings, config = parser.parse_args_into_dataclasses(argv)
+    given = given_flags(argv)
+    asked, _ = made_of(given)  # which checks every value before one is used
+    if asked.resume:
+        stored = stored_settings(asked.resume)
+        settings, config = made_of(stored | given)
         check_resumed(settings, stored)
         # A run's folder may come from elsewhere, and must not choose what is imported
-        if ":" in settings.env and settings.env != known.env:
+        if ":" in settings.env and "env" not in given:
             raise ValueError(
                 f"--resume {settings.resume}: its environment is {settings.env}, and a module is "
                 f"imported only where it is named; add --env {settings.env}"
             )
     else:
-        parser.set_defaults(**baselines.SETTINGS[known.method])
-        settings, config = parser.parse_args_into_dataclasses(argv)
+        settings, config = made_of(baselines.SETTINGS[asked.method] | given)
     settings.name = settings.name or default_name(settings)
     check_folder(settings)
     return settings, config
