@@ -163,11 +163,21 @@ def check_numbers(settings, config: sapo.SAPOConfig) -> None:
             "of which it is a part; lower it, or give 0 for the whole minibatch"
         )
     pretraining = settings.value_pretraining
-    of_method = SETTINGS[settings.method].get("value_pretraining", 0)
-    if pretraining > settings.iterations and pretraining != of_method:
+    if pretraining and settings.credit != "critic":
         raise ValueError(
-            f"--value_pretraining {pretraining}: above --iterations {settings.iterations}, so the "
-            "policy would never learn; lower it, or raise --iterations"
+            f"--value_pretraining {pretraining}: --credit {settings.credit} has no critic, and "
+            "nothing would learn meanwhile; give 0, or --credit critic"
+        )
+    of_method = SETTINGS[settings.method].get("value_pretraining", 0)
+    if 0 < settings.iterations <= pretraining != of_method:
+        raise ValueError(
+            f"--value_pretraining {pretraining}: not below --iterations {settings.iterations}, so "
+            "the policy would never learn; lower it, or raise --iterations"
+        )
+    if settings.credit == "continuations" and config.value_at != "start":
+        raise ValueError(
+            f"--value_at {config.value_at}: --credit continuations samples values at the starts of "
+            "segments alone; leave it out, or give --credit critic"
         )
 
 

@@ -436,7 +436,23 @@ def test_what_is_wrong_with_the_input_is_one_line(tmp_path, flags, said):
         (["--micro_batch", "33"], "--micro_batch 33: above the 32 responses of a minibatch"),
         (
             ["--value_pretraining", "11", "--iterations", "10"],
-            "--value_pretraining 11: above --iterations 10",
+            "--value_pretraining 11: not below --iterations 10",
+        ),
+        (
+            ["--value_pretraining", "2", "--iterations", "2"],
+            "--value_pretraining 2: not below --iterations 2",
+        ),
+        (
+            ["--method", "grpo", "--group", "4", "--value_pretraining", "2"],
+            "--value_pretraining 2: --credit group has no critic",
+        ),
+        (
+            ["--method", "vc-ppo", "--credit", "continuations"],
+            "--value_pretraining 5: --credit continuations has no critic",
+        ),
+        (
+            ["--method", "vineppo", "--value_at", "end"],
+            "--value_at end: --credit continuations samples values at the starts",
         ),
         (["--env_args", "n=9", "n=4"], "--env_args n=9 n=4: .*a name stands there twice"),
     ],
@@ -453,6 +469,8 @@ def test_settings_that_contradict_each_other_are_refused_before_any_work(tmp_pat
     [
         ["--batch", "8"],  # a minibatch that nobody chose is all of it
         ["--method", "vc-ppo", "--iterations", "2"],
+        ["--value_pretraining", "2", "--iterations", "3"],
+        ["--value_pretraining", "2", "--iterations", "0"],  # nothing is to learn
         ["--branching", "9", "9", "--max_new_tokens", "4"],  # of a tree that does not grow
     ],
     ids=lambda flags: flags[-1],
