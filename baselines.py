@@ -151,6 +151,11 @@ def check_numbers(settings, config: sapo.SAPOConfig) -> None:
     """
     if settings.credit == "tree":
         _check_room(settings)
+        if max(settings.branching) == 1:
+            raise ValueError(
+                f"--branching {' '.join(map(str, settings.branching))}: no node has two children "
+                "to compare, so every advantage would be 0; give a level more, such as 4 4 4"
+            )
     if config.minibatch > settings.batch and config.minibatch != sapo.SAPOConfig.minibatch:
         raise ValueError(
             f"--minibatch {config.minibatch}: above --batch {settings.batch}, the responses that "

@@ -432,6 +432,10 @@ def test_what_is_wrong_with_the_input_is_one_line(tmp_path, flags, said):
             ["--method", "spo-tree", "--branching", "2", "2", "--max_new_tokens", "10"],
             r"branching: \[2, 2\], segment_tokens: 10; .* within max_new_tokens=10",
         ),
+        (
+            ["--method", "spo-tree", "--branching", "1", "1"],
+            "--branching 1 1: no node has two children",
+        ),
         (["--minibatch", "256"], "--minibatch 256: above --batch 128"),
         (["--micro_batch", "33"], "--micro_batch 33: above the 32 responses of a minibatch"),
         (
@@ -471,7 +475,9 @@ def test_settings_that_contradict_each_other_are_refused_before_any_work(tmp_pat
         ["--method", "vc-ppo", "--iterations", "2"],
         ["--value_pretraining", "2", "--iterations", "3"],
         ["--value_pretraining", "2", "--iterations", "0"],  # nothing is to learn
-        ["--branching", "9", "9", "--max_new_tokens", "4"],  # of a tree that does not grow
+        ["--method", "spo-tree", "--branching", "1", "2"],
+        ["--branching", "1", "1"],  # of a tree that does not grow
+        ["--branching", "9", "9", "--max_new_tokens", "4"],
     ],
     ids=lambda flags: flags[-1],
 )
