@@ -186,6 +186,40 @@ def check_numbers(settings, config: sapo.SAPOConfig) -> None:
         )
 
 
+def unread(settings, config: sapo.SAPOConfig) -> list[str]:
+    """The settings that nothing reads beside these: who gives one expects what will not be."""
+    credit, cut = settings.credit, settings.cut
+    # Who goes on needs the start of training only under adapters, or for a KL penalty
+    is_resumed_without = settings.resume and not settings.lora and not config.kl_coef
+    warms_up = settings.model == "tiny" and not is_resumed_without
+    is_read = {
+        "lam gamma value_at": credit in ("critic", "continuations"),
+        "critic_lam critic_lr critic_hears value_clip value_coef": credit == "critic",
+        "critic": credit == "critic" and not settings.lora,
+        "top_k": cut in ("topk", "causal"),
+        "segment_tokens": cut == "fixed" or credit == "tree",
+        "group": credit in ("group", "roles"),
+        "role_temperature": credit == "roles",
+        "continuations loss_below": credit == "continuations",
+        "branching tree_advantage": credit == "tree",
+        "warm_start_steps warm_start_batch warm_start_lr habits error_rate": warms_up,
+    }
+    return [name for names, read in is_read.items() if not read for name in names.split()]
+
+
+def note(settings, config: sapo.SAPOConfig, given) -> str:
+    """A line on what the command line gives and nothing reads: "" where there is nothing to say.
+
+    given: the names of the settings that stand there.
+    """
+    flags = [f"--{name}" for name in unread(settings, config) if name in given]
+    if not flags:
+        return ""
+    causes = ("method", "cut", "credit", "lora", "model", "resume")
+    by = [f"--{name} {getattr(settings, name)}" for name in causes if name in given]
+    return f"not read by {' '.join(by) or f'--method {settings.method}'}: {', '.join(flags)}"
+
+
 # ----------------------------------------------------------------------------------- segments
 
 # What parts the moves of a response: our tasks write ";" where prose has newlines

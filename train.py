@@ -744,6 +744,9 @@ def begin(argv, command, lock) -> Run:
     try:
         settings, config = parse(argv)
         baselines.check_numbers(settings, config)
+        note = baselines.note(settings, config, given_flags(argv))
+        if note:
+            print(note)
         lock.enter_context(checkpoint.held(folder_of(settings), settings.runs))
         try:
             return build(settings, config, command)

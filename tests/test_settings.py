@@ -10,7 +10,7 @@ import gymnasium as gym
 import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec
-from small_runs import parsed, resumed
+from small_runs import parsed, resumed, rows_of, without_times
 
 import baselines
 import sapo
@@ -483,6 +483,82 @@ def test_settings_that_contradict_each_other_are_refused_before_any_work(tmp_pat
 )
 def test_what_nobody_asked_for_contradicts_nothing(flags):
     baselines.check_numbers(*train.parse(flags))
+
+
+# What to give beside a method so that its parts fit a batch of 16, and other values of all settings
+# that may be unread
+FITTING = {"group": "4", "branching": "2 2", "segment_tokens": "2", "continuations": "2"}
+OTHER = {
+    **{"lam": "0.1", "gamma": "0.2", "value_at": "end", "critic_lam": "0.3", "critic_lr": "0.5"},
+    **{"critic_hears": "nothing", "value_clip": "0.01", "value_coef": "9", "critic": "shared"},
+    **{"top_k": "0.9", "segment_tokens": "3", "group": "8", "role_temperature": "0.1"},
+    **{"continuations": "3", "loss_below": "0.2", "branching": "2 3", "tree_advantage": "grpo"},
+}
+
+
+@pytest.mark.parametrize(
+    "flags", ["--method grpo", "--method spo-chain", "--method spo-tree", "--method ppo --lora 1"]
+)
+def test_what_is_said_to_be_unread_changes_nothing(runs, flags):
+    """To the last digit of the metrics of two iterations."""
+    if "lora" in flags:
+        pytest.importorskip("peft", reason="LoRA needs peft")
+
+    def rows(name, words):
+        run = train.build(*parsed(runs, "--name", name, "--iterations", "2", *words))
+        run.settings.eval_every = 9
+        assert train.train(run)
+        return run, without_times(rows_of(run.folder / "metrics.jsonl"))
+
+    words = [*flags.split(), *as_flags(FITTING)]
+    run, plain = rows("as-it-is", words)
+    unread = baselines.unread(run.settings, run.config)
+    assert unread and set(unread) <= OTHER.keys()
+    changed = as_flags({name: OTHER[name] for name in unread})
+    assert rows("of-other-values", [*words, *changed])[1] == plain
+
+
+def as_flags(values):
+    return [word for name, value in values.items() for word in (f"--{name}", *value.split())]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method grpo --lam 0.9 --top_k 0.2", "not read by --method grpo: --lam, --top_k"),
+        ("--group 4", "not read by --method sapo: --group"),
+        ("--lora 4 --critic shared", "not read by --lora 4: --critic"),
+        ("--cut turn --top-k 0.2", "not read by --cut turn: --top_k"),
+        ("--model m --habits 0.5", "not read by --model m: --habits"),
+        ("--method spo-chain --lam 0.5 --gamma 0.9 --loss_below 0.5", ""),
+        ("--method spo-tree --segment_tokens 4 --cut token", ""),
+        ("--method vc-ppo --critic_lam 1 --critic shared --warm_start_steps 5", ""),
+        ("", ""),
+    ],
+)
+def test_flags_that_nothing_reads_are_noted(words, said):
+    settings, config = train.parse(words.split())
+    assert baselines.note(settings, config, train.given_flags(words.split())) == said
+
+
+def test_the_warm_start_is_not_read_where_a_run_goes_on_without_it(tmp_path, runs):
+    for flags, said in (([], ["habits"]), (["--kl_coef", "0.1"], []), (["--lora", "2"], [])):
+        write_config(tmp_path, *parsed(runs, *flags))
+        unread = baselines.unread(*train.parse(["--resume", str(tmp_path)]))
+        assert [name for name in unread if name == "habits"] == said
+
+
+def test_a_note_stands_before_the_work_and_refuses_nothing(tmp_path, capsys, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def stop_here(*_):
+        raise Begun
+
+    monkeypatch.setattr(train, "build", stop_here)
+    with pytest.raises(Begun):
+        train.main(["--group", "4", "--runs", str(tmp_path)])
+    assert capsys.readouterr().out == "not read by --method sapo: --group\n"
 
 
 def test_one_environment_is_enough_to_refuse_what_does_not_fit(runs, monkeypatch):
