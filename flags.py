@@ -37,6 +37,13 @@ def given(words, kinds, description) -> dict:
     return values
 
 
+def one_line(message) -> str:
+    """A message in one line of characters that show: others, as a newline in a word that it
+    repeats, are written as Python would."""
+    shown = (c if c.isprintable() else ascii(c).strip("'") for c in str(message).strip())
+    return "".join(shown)
+
+
 def _nearest(word, names):
     """What somebody may have meant who wrote a flag that there is not."""
     name = word.split("=")[0].strip("-").replace("-", "_")

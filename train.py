@@ -613,7 +613,7 @@ def stored_settings(folder) -> dict:
     are left out. ValueError, naming the file, for anything that the command line would refuse."""
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise SystemExit(
+        raise ValueError(
             f"--resume {folder}: no config.json there; give the folder of a run, runs/<name>"
         )
     stored = {}
@@ -706,14 +706,23 @@ def default_name(settings) -> str:
 
 
 def check_folder(settings) -> None:
-    """ValueError for a --runs or a --name that gives no folder of its own within --runs."""
-    for flag, word in (("--name", settings.name), ("--runs", settings.runs)):
-        if not word or "\0" in word:
-            raise ValueError(f"{flag} {word!r}: expected the name of a folder")
+    """ValueError for a --runs or a --name that gives a new run no folder of its own within --runs.
+    Of a run that is resumed the folder is there, whatever its name."""
+    named = {"--runs": settings.runs}
+    if not settings.resume:
+        named["--name"] = settings.name
+    for flag, word in named.items():
+        if not word or not word.isprintable() or word != word.strip():
+            raise ValueError(
+                f"{flag} {word!r}: expected the name of a folder, in characters that show and "
+                "without blanks around it"
+            )
+    if settings.resume:
+        return
     parts = Path(settings.name).parts
     if Path(settings.name).is_absolute() or ".." in parts or parts[:1] in ((), ("cache",)):
         raise ValueError(f"--name {settings.name}: expected a folder within --runs, not its cache")
-    if not settings.resume and any(len(os.fsencode(part)) > 200 for part in parts):
+    if any(len(os.fsencode(part)) > 200 for part in parts):
         raise ValueError(
             f"--name {settings.name:.40}...: longer than 200 bytes; give a shorter one"
         )
@@ -746,14 +755,14 @@ def begin(argv, command, lock) -> Run:
         baselines.check_numbers(settings, config)
         note = baselines.note(settings, config, given_flags(argv))
         if note:
-            print(note)
+            print(flags.one_line(note))
         lock.enter_context(checkpoint.held(folder_of(settings), settings.runs))
         try:
             return build(settings, config, command)
         except (RuntimeError, MemoryError) as error:
             raise OSError(models.explain_out_of_memory_at_start(settings, error)) from None
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"train.py: {error}") from error
+        raise SystemExit(f"train.py: {flags.one_line(error)}") from error
 
 
 def how_to_go_on(run) -> str:
@@ -775,7 +784,7 @@ def run_to_its_end(run) -> None:
             print(f"stopped at iteration {run.progress.iteration}; {how_to_go_on(run)}")
     except (OSError, FloatingPointError, sapo.NaNError, RuntimeError, MemoryError) as error:
         where, reason = f"iteration {run.progress.iteration}", reason_of(run, error)
-        raise SystemExit(f"{where}: {reason}; {how_to_go_on(run)}") from error
+        raise SystemExit(flags.one_line(f"{where}: {reason}; {how_to_go_on(run)}")) from error
 
 
 def reason_of(run, error) -> str:

@@ -181,6 +181,24 @@ def test_what_does_not_parse_is_refused_by_name(flags, capsys):
     assert "\n" not in left.value.code and not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["\udcff", " ", "a ", "a\nb", "a/\tb", "\x1b[2J", "a\u200bb"])
+def test_a_name_that_does_not_show_or_cannot_be_written_is_refused(name, tmp_path):
+    with pytest.raises(SystemExit, match="^train.py: --name '.*': expected the name") as left:
+        train.main(["--name", name, "--runs", str(tmp_path)])
+    assert left.value.code.isprintable() and list(tmp_path.iterdir()) == []
+
+
+def test_a_name_may_be_of_any_language_and_lie_in_folders():
+    assert train.parse(["--name", "étude/長い 名前"])[0].name == "étude/長い 名前"
+
+
+@pytest.mark.parametrize("flag", ["device", "env", "env_args", "model", "resume", "cut", "zzz"])
+def test_a_word_of_two_lines_is_repeated_in_one(flag, tmp_path):
+    with pytest.raises(SystemExit, match=r"^train.py: .*a\\nb") as left:
+        train.main([f"--{flag}=a\nb", "--runs", str(tmp_path)])
+    assert left.value.code.isprintable()
+
+
 @pytest.mark.parametrize("name", [field.name for field in EVERY_FIELD if field.type is not bool])
 @pytest.mark.parametrize("kind", ["nothing", "no word"])
 def test_a_flag_without_a_value_is_named(name, kind):
@@ -319,7 +337,8 @@ def test_the_length_of_a_name_is_of_no_matter_where_its_run_is_resumed(tmp_path,
 
 
 def test_resuming_a_folder_that_is_no_run_says_so(tmp_path):
-    with pytest.raises(SystemExit, match="no config.json"):
+    said = f"^--resume {tmp_path}/nowhere: no config.json there; give the folder of a run"
+    with pytest.raises(ValueError, match=said):
         train.parse(["--resume", str(tmp_path / "nowhere")])
 
 
