@@ -400,6 +400,9 @@ def finish(run) -> None:
 
 # --------------------------------------------------------------------------- how a run begins
 
+# What gym.make takes for itself, and what shows an episode: nothing of it is the task's
+NOT_OF_THE_TASK = {"id", "max_episode_steps", "disable_env_checker", "render_mode"}
+
 
 def make_env(settings) -> gym.Env:
     """One environment, from --env and --env_args: values as in JSON, or else words. A task that
@@ -409,6 +412,8 @@ def make_env(settings) -> gym.Env:
         keywords = dict(pair.split("=", 1) for pair in settings.env_args)
         if len(keywords) < len(settings.env_args):
             raise ValueError("a name stands there twice")
+        for name in NOT_OF_THE_TASK & keywords.keys():
+            raise ValueError(f"{name} is no keyword of a task; leave it out")
         keywords = {name: value_of(name, word) for name, word in keywords.items()}
         module, _, name = settings.env.rpartition(":")
         if module:  # "my_module:MyTask-v0" registers itself on import

@@ -1,6 +1,7 @@
 """train.py's command line: every flag, the defaults of a method, what a resumed run takes over."""
 
 import argparse
+import inspect
 import json
 import typing
 from dataclasses import asdict, fields
@@ -369,6 +370,20 @@ def test_env_args_that_the_task_refuses_are_named(args, named):
     settings, _ = train.parse(["--env_args", *args])
     with pytest.raises(ValueError, match=named):
         train.make_env(settings)
+
+
+@pytest.mark.parametrize("pair", ["max_episode_steps=1", "render_mode=human", "id=3"])
+def test_keywords_of_gymnasium_are_none_of_the_task(pair):
+    """With max_episode_steps=1 each episode ended at its first segment, and nothing was right."""
+    settings, _ = train.parse(["--env_args", pair])
+    said = f"--env_args {pair}: .*{pair.split('=')[0]} is no keyword of a task; leave it out"
+    with pytest.raises(ValueError, match=said):
+        train.make_env(settings)
+
+
+def test_all_keywords_of_gymnasium_are_known():
+    own = inspect.signature(gym.make).parameters.keys() - {"kwargs"}
+    assert own == train.NOT_OF_THE_TASK - {"render_mode"}
 
 
 def test_env_args_reach_the_task():
