@@ -513,7 +513,7 @@ def check_start(settings, run_models, progress) -> None:
         raise ValueError(
             f"--resume {settings.resume}: --model {settings.model} has other weights here than "
             "those that the run began from, on which its adapters or its KL penalty rest; leave "
-            "out the flags that change them (--model, --habits, --error_rate, --warm_start_...), "
+            "out what changes them (--model, --device, --habits, --error_rate, --warm_start_...), "
             "or put the run's own start back (of the tiny model: runs/cache)"
         )
     if not settings.resume:
