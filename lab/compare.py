@@ -62,8 +62,14 @@ def heading(sweep, argv) -> dict:
 def finished_runs(sweep, extra):
     """Make a sweep's runs, `jobs` at a time, but for those whose outcome the results have already.
     Yields the outcomes so far, each time one is done, in the order of a whole sweep: those that
-    the plan does not have, because it is one of fewer methods or seeds, stay among them."""
+    the plan does not have, because it is one of fewer methods or seeds, stay among them. Nothing
+    where all were there: their file keeps the command and the date that made it."""
     runs = list(plan(sweep, extra))
+    if not runs:
+        raise ValueError(
+            f"--experiment {sweep.experiment} --methods {' '.join(sweep.methods)}: no run of it is "
+            f"for --env {sweep.env}; choose other methods, or another task"
+        )
     kept = kept_outcomes(sweep)
     missing = [run for run in runs if shlex.join(run.flags) not in kept]
     planned = {(run.label, run.seed) for run in runs}
@@ -83,7 +89,6 @@ def finished_runs(sweep, extra):
                 done.append(outcome(run))
         return sorted(done, key=place)
 
-    yield {"runs": outcomes()}
     bar = tqdm(total=len(missing), desc=f"{sweep.experiment} on {sweep.task}", disable=None)
     with bar, ThreadPoolExecutor(sweep.jobs) as pool:
         for _ in pool.map(lambda run: execute(run.folder, run.flags), missing):
@@ -103,10 +108,10 @@ def measure(sweep, extra):
 def main(argv=None):
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
-    sweep, extra = parse(argv)
-    first_lines = heading(sweep, argv)
-    sweep.file.parent.mkdir(exist_ok=True)
     try:
+        sweep, extra = parse(argv)
+        first_lines = heading(sweep, argv)
+        sweep.file.parent.mkdir(exist_ok=True)
         for part in measure(sweep, extra):
             sweep.file.write_text(json.dumps(first_lines | part, indent=1) + "\n")
     except (ValueError, OSError, ImportError) as error:

@@ -12,7 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,22 +127,25 @@ class Sweep:
     """What to compare."""
 
     experiment: str = setting("main", f"one of {', '.join(EXPERIMENTS)}, truth, lift")
-    methods: list[str] = field(
-        default_factory=list, metadata={"help": "only these methods, in place of all of main"}
-    )
+    methods: list[str] = setting([], "only these methods, in place of all of the experiment")
     env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
-    env_args: list[str] = field(
-        default_factory=list, metadata={"help": "keywords of the task: n=9, length=12 grid=5"}
-    )
+    env_args: list[str] = setting([], "keywords of the task: n=9, length=12 grid=5")
     tag: str = setting(
         "", "one more word in the names of the outcome and the runs; by default train.py's flags"
     )
-    seeds: int = setting(5, "runs per method")
-    first_seed: int = setting(0, "the first of them; tuning takes others than the comparison")
-    tokens: int = setting(500_000, "budget of a run, in tokens generated while training")
-    jobs: int = setting(2, "processes side by side, one thread each")
+    seeds: int = setting(5, "runs per method", "[1, 1000]")
+    first_seed: int = setting(
+        0, "the first of them; tuning takes others than the comparison", "[0, 4294967295]"
+    )
+    tokens: int = setting(
+        500_000, "budget of a run, in tokens generated while training", "[1, inf)"
+    )
+    jobs: int = setting(2, "processes side by side, one thread each", "[1, inf)")
     runs: str = setting("runs", "folder of all runs")
     results: str = setting("results", "folder of the outcomes")
+
+    def __post_init__(self):
+        sapo.check_settings(self)
 
     @property
     def task(self) -> str:
@@ -218,21 +221,38 @@ def lambda_of(sweep: Sweep, method: str) -> str:
     return str(baselines.SETTINGS[method].get("lam", sapo.SAPOConfig().lam))
 
 
+def method_of(variant: list[str]) -> str:
+    """The method that a variant's flags name, or train.py's default."""
+    return variant[variant.index("--method") + 1] if "--method" in variant else "sapo"
+
+
+def of_methods(sweep: Sweep, variants: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The variants of the sweep's --methods, or all. ValueError for a method that none has."""
+    known = dict.fromkeys(map(method_of, variants.values()))
+    for method in sweep.methods:
+        if method not in known:
+            raise ValueError(
+                f"--methods {method}: expected some of those that --experiment {sweep.experiment} "
+                f"has: {', '.join(known)}"
+            )
+    wanted = sweep.methods or known
+    return {label: flags for label, flags in variants.items() if method_of(flags) in wanted}
+
+
 def plan(sweep: Sweep, extra: list[str]):
     """Every run of the sweep, all variants on a seed before the next seed. Yields Planned.
 
     `extra`: flags of train.py for every run. They win over the tuned ones; a method's own
-    batch and a variant's own flags win over them. Raises ValueError for an unknown experiment.
+    batch and a variant's own flags win over them. Raises ValueError for an unknown experiment, and
+    for a method that it does not have.
     """
     if sweep.experiment not in EXPERIMENTS:
         known = ", ".join([*EXPERIMENTS, "truth", "lift"])
         raise ValueError(f"--experiment {sweep.experiment}: expected one of {known}")
-    variants = EXPERIMENTS[sweep.experiment]
+    variants = of_methods(sweep, EXPERIMENTS[sweep.experiment])
     for seed in range(sweep.first_seed, sweep.first_seed + sweep.seeds):
         for label, variant in variants.items():
-            method = variant[variant.index("--method") + 1] if "--method" in variant else "sapo"
-            if sweep.methods and method not in sweep.methods:
-                continue
+            method = method_of(variant)
             if label == "ppo, lambda of sapo":
                 if lambda_of(sweep, "sapo") == lambda_of(sweep, "ppo"):
                     continue  # it is PPO once more

@@ -9,7 +9,6 @@ Shapes: B responses, T tokens, as in sapo.py.
 """
 
 import math
-import re
 import shlex
 from dataclasses import replace
 
@@ -24,7 +23,7 @@ import rollout
 import sapo
 import train
 from lab.stats import auroc, interval, lift
-from lab.sweep import BATCHES, EXPERIMENTS, execute, plan
+from lab.sweep import BATCHES, EXPERIMENTS, execute, of_methods, plan
 
 # {label: flags of train.py}: SAPO at other lambdas than its own, and the methods beside it.
 TRUTH = {
@@ -323,6 +322,7 @@ def lifts(sweep, extra, **sizes):
     The training is SAPO's run of the main comparison; it is made where it is missing. `sizes`: as
     `value_error` takes them. Yields what is measured so far, for results/lift-<task>.json.
     """
+    of_methods(sweep, {"sapo": []})  # no other is trained here
     comparison = replace(sweep, experiment="main", methods=["sapo"], seeds=1)
     (planned,) = plan(comparison, extra)
     execute(planned.folder, planned.flags)
@@ -352,6 +352,7 @@ def truth(
     large: batches of the reference gradient
     responses: to measure the credit on; an eighth of them for the values
     """
+    compared = of_methods(sweep, TRUTH)
     measured = {"methods": {}, "values": {}}
     for name, method in (("segment critic", "sapo"), ("token critic", "ppo")):
         flags = ["--method", method]
@@ -364,9 +365,7 @@ def truth(
         "responses": judge.settings.batch * large,
         "cosine_of_its_halves": agreement,
     }
-    for name, flags in TRUTH.items():
-        if sweep.methods and re.split("[ ,]", name)[0] not in sweep.methods:
-            continue
+    for name, flags in compared.items():
         run = frozen(sweep, extra, flags, rollouts)
         measured["methods"][name] = credit_accuracy(run, responses)
         if name in BATCHES:  # then its own batch size, as in the comparison

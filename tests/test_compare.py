@@ -9,7 +9,7 @@ import pytest
 from small_sweeps import LEARNED, SUM_TASK, parsed_sweep
 
 import train
-from lab import compare, figures
+from lab import compare, figures, truth
 from lab.sweep import CURVES, finished, plan
 
 SHARES = ("warm_start_accuracy", "accuracy", "accuracy_low", "accuracy_high")
@@ -135,5 +135,57 @@ def test_what_is_wrong_becomes_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="see .*grpo-seed0.log"):
         flags = ["--methods", "grpo", "--seeds", "1", "--runs", str(tmp_path)]
         compare.main([*flags, "--results", str(tmp_path)])
-    (file,) = tmp_path.glob("*.json")
-    assert json.loads(file.read_text())["runs"] == []
+    assert not list(tmp_path.glob("*.json")), "no outcome, no file"
+
+
+def said_by(words, capsys):
+    """The one line with which the command refuses some words."""
+    with pytest.raises(SystemExit) as refused:
+        compare.main(words)
+    assert refused.value.code not in (0, None)
+    said = str(refused.value.code) if refused.value.code != 2 else capsys.readouterr().err
+    return said.splitlines()[-1]
+
+
+WRONG = {
+    "--seeds 0": "seeds: 0, expected a number in [1, 1000]",
+    "--seeds -2": "seeds: -2, expected",
+    "--seeds 99999999999": "seeds: 99999999999, expected",
+    "--seeds 0 --methods nope": "seeds: 0, expected",
+    "--first_seed -3": "first_seed: -3, expected",
+    "--tokens 0": "tokens: 0, expected",
+    "--jobs 0": "jobs: 0, expected",
+    "--methods nope": "--methods nope: expected some of those that --experiment main has: sapo, ",
+    "--methods grpoo sapo": "--methods grpoo: expected",
+    "--experiment cuts --methods ppo": "--experiment cuts has: sapo",
+    "--experiment truth --methods nope": "--methods nope: expected",
+    "--experiment lift --methods ppo": "--experiment lift has: sapo",
+    "--methods srpo --env SAPO/TextSum-v0": "no run of it is for --env SAPO/TextSum-v0",
+}
+
+
+@pytest.mark.parametrize(("words", "line"), WRONG.items(), ids=WRONG)
+def test_a_wrong_word_is_refused_before_any_work(words, line, tmp_path, monkeypatch, capsys):
+    """And the outcome of earlier work stays as it was, with the command that made it."""
+    monkeypatch.setattr(compare, "execute", None)
+    monkeypatch.setattr(truth, "frozen", None)
+    monkeypatch.setattr(truth, "execute", None)
+    file = tmp_path / "main-DiceSum.json"
+    file.write_text('{"command": "as it was", "runs": []}')
+    said = said_by([*words.split(), "--results", str(tmp_path)], capsys)
+    assert said.startswith("python -m lab.compare: ") and line in said
+    assert file.read_text() == '{"command": "as it was", "runs": []}'
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_where_all_was_done_the_file_says_still_what_made_it(tmp_path, monkeypatch, capsys):
+    flags = ["--results", str(tmp_path), "--methods", "grpo", "--seeds", "1"]
+    (planned,) = plan(*parsed_sweep(*flags))
+    numbers = dict.fromkeys((*SHARES, "generated_tokens", "seconds"), 0.5)
+    kept = {"label": "grpo", "seed": 0, "flags": shlex.join(planned.flags), **numbers}
+    file = tmp_path / "main-DiceSum.json"
+    file.write_text(json.dumps({"command": "as it was", "runs": [kept]}))
+    monkeypatch.setattr(compare, "execute", None)
+    compare.main(flags)
+    assert json.loads(file.read_text())["command"] == "as it was"
+    assert "| grpo | 1 |" in capsys.readouterr().out
