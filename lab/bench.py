@@ -35,7 +35,9 @@ FILES = {
 
 def main(argv=None) -> dict:
     """The command line: measure, print, write the outcome. -> the outcome."""
-    parser = argparse.ArgumentParser("python -m lab.bench", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m lab.bench", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("what", nargs="?", default="math", choices=list(FILES))
     parser.add_argument("--batch", type=int, default=512, help="math: responses")
     parser.add_argument("--tokens", type=int, default=2048, help="math: tokens of the longest one")

@@ -34,13 +34,38 @@ from tqdm import tqdm
 from lab.sweep import EXPERIMENTS, Sweep, execute, finished, kept_outcomes, outcome, plan, table
 from lab.truth import lifts, truth
 
+# Flags of train.py that a run of a comparison has from its plan, and what to do in place of each
+NOT_FOR_ALL = {
+    "method": "choose by --methods, or another --experiment",
+    "seed": "take --seeds, how many, and --first_seed",
+    "token_budget": "take --tokens",
+    "iterations": "--tokens alone ends a run: leave it out",
+    "eval_every": "a run is evaluated at its start and its end: leave it out",
+    "env_args": "write --env_args in full",
+    "runs": "write --runs in full",
+    "name": "take --tag",
+    "resume": "a run goes on by itself where it was left: leave it out",
+}
+
 
 def parse(argv=None) -> tuple[Sweep, list[str]]:
-    """The command line -> (the sweep, the flags that are train.py's)."""
+    """The command line -> (the sweep, the flags that are train.py's).
+
+    ValueError for a number out of its range, and for a flag of NOT_FOR_ALL.
+    """
     parser = transformers.HfArgumentParser(
-        Sweep, prog="python -m lab.compare", description=__doc__.split("\n\n")[0]
+        Sweep,
+        prog="python -m lab.compare",
+        description=__doc__.split("\n\n")[0],
+        allow_abbrev=False,
     )
     sweep, extra = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    for word in extra:
+        given = word.split("=")[0].removeprefix("--").replace("-", "_")
+        for flag, instead in NOT_FOR_ALL.items():
+            # train.py takes the beginning of a flag for the whole of it
+            if word.startswith("--") and given and flag.startswith(given):
+                raise ValueError(f"{word}: not for every run of a comparison; {instead}")
     if not sweep.tag:
         sweep.tag = "_".join(word.strip("-").replace("/", "_") for word in extra)
     return sweep, extra

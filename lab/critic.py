@@ -324,7 +324,9 @@ def of_run(folder, count):
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser(prog="python -m lab.critic", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.critic", description=main.__doc__, allow_abbrev=False
+    )
     parser.add_argument(
         "--run", help="only this: the folder of a run, whose own critic is measured"
     )

@@ -104,7 +104,9 @@ def record(run, deaf) -> dict:
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser("python -m lab.episode", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m lab.episode", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path, help="a finished run on SAPO/DiceSum-v0")
     parser.add_argument("deaf", type=Path, help="another, whose critic hears nothing")
     arguments = parser.parse_args(argv)

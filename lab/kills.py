@@ -273,7 +273,9 @@ def kill(run, number, uncut_lengths, rng) -> dict | None:
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser("python -m lab.kills", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m lab.kills", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args(argv)

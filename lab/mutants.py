@@ -102,7 +102,9 @@ def same_but_for_wording(was, now) -> bool:
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser("python -m lab.mutants", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m lab.mutants", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "mutants", help="mutmut's")
     return parser.parse_args(argv)
 

@@ -112,7 +112,9 @@ def growth(looks) -> dict:
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser("python -m lab.soak", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m lab.soak", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--minutes", type=float, default=float(LONG), help="2 or more")
     arguments = parser.parse_args(argv)
     if not arguments.minutes >= 2:

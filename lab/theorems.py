@@ -1198,7 +1198,9 @@ def imported(name):
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser("python -m lab.theorems", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m lab.theorems", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("function", help="module:function; see docs/theorems.md")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="tried for each theorem")
     arguments = parser.parse_args(argv)

@@ -85,7 +85,9 @@ def explained(outcomes, values):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser("python -m lab.treasure", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m lab.treasure", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path, help="a finished run, runs/<name>")
     parser.add_argument("--games", type=int, default=256)
     arguments = parser.parse_args(argv)

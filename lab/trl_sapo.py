@@ -236,7 +236,9 @@ def explain_out_of_memory(error) -> str:
 def parse(words):
     """-> (train.Settings, SAPOConfig, what --trl gives, the file of the outcome)."""
     about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("python -m lab.trl_sapo", description=about)
+    parser = argparse.ArgumentParser(
+        "python -m lab.trl_sapo", description=about, allow_abbrev=False
+    )
     parser.add_argument("--trl", nargs="+", default=[], help="name=value: GRPOConfig's settings")
     parser.add_argument("--out", type=Path, help="the file of the outcome")
     own, of_train = parser.parse_known_args(words)

@@ -160,6 +160,17 @@ WRONG = {
     "--experiment cuts --methods ppo": "--experiment cuts has: sapo",
     "--experiment truth --methods nope": "--methods nope: expected",
     "--experiment lift --methods ppo": "--experiment lift has: sapo",
+    "--seed 3": "--seed: not for every run of a comparison; take --seeds, how many, and",
+    "--seed=3": "--seed=3: not for every run",
+    "--method ppo": "--method: not for every run of a comparison; choose by --methods",
+    "--meth ppo": "--meth: not for every run",
+    "--token 9": "--token: not for every run of a comparison; take --tokens",
+    "--token-budget 9": "--token-budget: not for every run",
+    "--iterations 3": "--tokens alone ends a run",
+    "--eval_every 3": "evaluated at its start and its end",
+    "--name mine": "take --tag",
+    "--run elsewhere": "write --runs in full",
+    "--resume runs/one": "goes on by itself",
     "--methods srpo --env SAPO/TextSum-v0": "no run of it is for --env SAPO/TextSum-v0",
 }
 
