@@ -161,7 +161,7 @@ def load(
     last layer.
     """
     prepare(device)
-    processor = _open_processor(name_or_directory)
+    processor = open_processor(name_or_directory)
     model = AutoModelForImageTextToText.from_pretrained(  # with PyTorch's own (sdpa) attention
         name_or_directory, dtype=getattr(torch, dtype)
     )
@@ -206,7 +206,8 @@ def idefics3_image_processor() -> type:
     return Idefics3ImageProcessorPil
 
 
-def _open_processor(name_or_directory):
+def open_processor(name_or_directory):
+    """A checkpoint's processor alone. OSError and ImportError as of `load`, in a line."""
     if not Path(name_or_directory).exists() and str(name_or_directory).count("/") != 1:
         raise OSError(f"{name_or_directory}: neither a folder nor a hub name (owner/name)")
     idefics3_image_processor()

@@ -31,7 +31,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from lab.sweep import EXPERIMENTS, Sweep, execute, finished, kept_outcomes, outcome, plan, table
+from lab.sweep import (
+    EXPERIMENTS,
+    Sweep,
+    check_runs,
+    execute,
+    finished,
+    kept_outcomes,
+    outcome,
+    plan,
+    table,
+)
 from lab.truth import lifts, truth
 
 # Flags of train.py that a run of a comparison has from its plan, and what to do in place of each
@@ -100,6 +110,8 @@ def finished_runs(sweep, extra):
     planned = {(run.label, run.seed) for run in runs}
     others = [run for run in kept.values() if (run["label"], run["seed"]) not in planned]
     labels = list(EXPERIMENTS[sweep.experiment])
+    if missing:
+        check_runs([run.flags for run in missing])
 
     def place(run):
         known = run["label"] in labels

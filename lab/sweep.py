@@ -21,6 +21,8 @@ import numpy as np
 import baselines
 import checkpoint
 import sapo
+import train
+import vlm
 from lab.stats import interval, probability_of_improvement
 from sapo import setting
 
@@ -158,7 +160,7 @@ class Sweep:
         words = [self.experiment, self.task]
         if self.tag:
             words.append(self.tag)
-        return "-".join(words)
+        return "-".join(words).replace("/", "_")  # one name, and no way out of the folder
 
     @property
     def file(self) -> Path:
@@ -275,6 +277,25 @@ def plan(sweep: Sweep, extra: list[str]):
             yield Planned(label, seed, Path(sweep.runs) / name, flags)
 
 
+def check_runs(all_flags: list[list[str]]) -> None:
+    """ValueError, OSError or ImportError where train.py would refuse one of a sweep's runs, given
+    what it is told in each: the last may begin hours after the first.
+
+    They share task, model and device, and only the processor of a model is opened.
+    """
+    parsed = [train.parse(flags) for flags in all_flags]
+    shared, _ = parsed[0]
+    train.check_device(shared.device)
+    if shared.model != "tiny":
+        vlm.open_processor(shared.model)
+    world = train.make_env(shared)
+    observed = world.observation_space.spaces
+    for settings, config in parsed:
+        baselines.check_numbers(settings, config)
+        has_picture = "image" in observed or "images" in observed
+        baselines.check(settings, has_picture, world.unwrapped.task.replies)
+
+
 def kept_outcomes(sweep: Sweep) -> dict[str, dict]:
     """{flags: outcome} of the runs that an earlier sweep, perhaps on another machine, has left in
     the results: a run with the same flags is not made again."""
@@ -291,7 +312,7 @@ def finished(folder: Path) -> bool:
 def execute(folder: Path, flags: list[str]):
     """Make one run, from where it was left; its output goes to <folder>.log.
 
-    Raises ChildProcessError, naming the log, when train.py fails.
+    Raises ChildProcessError, with the log and its last line, when train.py fails.
     """
     if finished(folder):
         return
@@ -304,8 +325,10 @@ def execute(folder: Path, flags: list[str]):
     with open(f"{folder}.log", "a") as log:
         process = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
     if process.returncode or not finished(folder):
+        said = Path(f"{folder}.log").read_text(errors="replace").strip() or "nothing"
         raise ChildProcessError(
-            f"{shlex.join(command)} ended with {process.returncode}; see {folder}.log"
+            f"{shlex.join(command)} ended with {process.returncode} and said: "
+            f"{said.splitlines()[-1]}; see {folder}.log"
         )
 
 

@@ -23,7 +23,7 @@ import rollout
 import sapo
 import train
 from lab.stats import auroc, interval, lift
-from lab.sweep import BATCHES, EXPERIMENTS, execute, of_methods, plan
+from lab.sweep import BATCHES, EXPERIMENTS, check_runs, execute, of_methods, plan
 
 # {label: flags of train.py}: SAPO at other lambdas than its own, and the methods beside it.
 TRUTH = {
@@ -45,16 +45,21 @@ def frozen(sweep, extra, flags, critic_rollouts=0):
 
     Whatever the method, that policy is the same.
     """
-    argv = [*sweep.task_flags, "--seed", str(sweep.first_seed), "--batch", "256"]
-    argv += ["--value_pretraining", "1000000"]  # for so many iterations only the critic learns
-    argv += ["--runs", sweep.runs, "--name", "truth", *flags, *extra]
-    run = train.build(*train.parse(argv))
+    run = train.build(*train.parse(frozen_flags(sweep, extra, flags)))
     if run.models.critic is None:
         return run
     label = f"critic, {' '.join(flags)}"
     for _ in tqdm(range(critic_rollouts), label, leave=False, disable=None):
         train.iterate(run)
     return run
+
+
+def frozen_flags(sweep, extra, flags):
+    """What train.py is told for a run of `frozen`."""
+    argv = [*sweep.task_flags, "--seed", str(sweep.first_seed), "--batch", "256"]
+    # For so many iterations only the critic learns
+    argv += ["--iterations", "1000000", "--value_pretraining", "1000000"]
+    return [*argv, "--runs", sweep.runs, "--name", "truth", *flags, *extra]
 
 
 def same_batch(run, count, group=8, seed=0):
@@ -325,6 +330,7 @@ def lifts(sweep, extra, **sizes):
     of_methods(sweep, {"sapo": []})  # no other is trained here
     comparison = replace(sweep, experiment="main", methods=["sapo"], seeds=1)
     (planned,) = plan(comparison, extra)
+    check_runs([planned.flags, frozen_flags(sweep, extra, ["--method", "ppo"])])
     execute(planned.folder, planned.flags)
     measured = {"seed": planned.seed, "run": shlex.join(planned.flags)}
     starts = {"early": [], "late": ["--model", str(planned.folder / "checkpoint")]}
@@ -353,6 +359,9 @@ def truth(
     responses: to measure the credit on; an eighth of them for the values
     """
     compared = of_methods(sweep, TRUTH)
+    of_runs = [["--method", "sapo"], ["--method", "ppo"], *compared.values()]
+    of_runs += [[*BATCHES[name], *flags] for name, flags in compared.items() if name in BATCHES]
+    check_runs([frozen_flags(sweep, extra, flags) for flags in of_runs])
     measured = {"methods": {}, "values": {}}
     for name, method in (("segment critic", "sapo"), ("token critic", "ppo")):
         flags = ["--method", method]

@@ -100,6 +100,15 @@ def test_an_unknown_experiment_is_refused_with_the_known_ones():
         list(sweep.plan(*parsed_sweep("--experiment", "nope")))
 
 
+@pytest.mark.parametrize("word", ["..", "../../elsewhere", "/tmp/elsewhere", "a/b"])
+def test_a_tag_does_not_lead_out_of_the_folder(word, tmp_path):
+    for option in (["--tag", word], ["--env_args", f"path={word}"]):
+        made, extra = parsed_sweep("--results", str(tmp_path), "--seeds", "1", *option)
+        assert made.file.parent == tmp_path and word.replace("/", "_") in made.file.name
+        for run in sweep.plan(made, extra):
+            assert len(run.folder.relative_to("runs").parts) == 2 and ".." not in run.folder.parts
+
+
 # ------------------------------------------------------------------------- the learning rates
 @pytest.fixture
 def tuned(tmp_path):
@@ -276,9 +285,19 @@ def test_a_finished_run_is_left_alone(tmp_path):
 
 
 def test_a_run_that_fails_is_named_with_its_log(tmp_path):
-    with pytest.raises(ChildProcessError, match="see .*broken.log"):
+    """And the line has the cause, which is the last of the log."""
+    with pytest.raises(ChildProcessError) as failed:
         sweep.execute(tmp_path / "broken", ["--batch", "1", "--method", "grpo"])
-    assert "--batch 1" in (tmp_path / "broken.log").read_text()
+    cause = (tmp_path / "broken.log").read_text().splitlines()[-1]
+    assert "--batch 1: --credit group needs a multiple of" in cause
+    assert f"ended with 1 and said: {cause}; see {tmp_path}/broken.log" in str(failed.value)
+
+
+def test_a_run_that_says_nothing_is_named_too(tmp_path, monkeypatch):
+    silent = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: silent)
+    with pytest.raises(ChildProcessError, match="ended with 1 and said: nothing; see .*mute.log"):
+        sweep.execute(tmp_path / "mute", [])
 
 
 # ------------------------------------------------------------------------------ what came out
