@@ -13,7 +13,6 @@ They write results/bench_<what>.json, and gpu.json. What each measures, and how,
 of lab/bench_<what>.py.
 """
 
-import argparse
 import json
 import sys
 from datetime import date
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from lab.common import LARGEST_SEED, command_line, whole, writable
 
 RESULTS = Path(__file__).parent.parent / "results"
 FILES = {
@@ -35,15 +36,17 @@ FILES = {
 
 def main(argv=None) -> dict:
     """The command line: measure, print, write the outcome. -> the outcome."""
-    parser = argparse.ArgumentParser(
-        "python -m lab.bench", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = command_line("bench", __doc__)
     parser.add_argument("what", nargs="?", default="math", choices=list(FILES))
-    parser.add_argument("--batch", type=int, default=512, help="math: responses")
-    parser.add_argument("--tokens", type=int, default=2048, help="math: tokens of the longest one")
-    parser.add_argument("--repeats", type=int, default=3, help="math: rounds; the best times count")
+    parser.add_argument("--batch", type=whole(1), default=512, help="math: responses")
+    parser.add_argument(
+        "--tokens", type=whole(1), default=2048, help="math: tokens of the longest one"
+    )
+    parser.add_argument(
+        "--repeats", type=whole(1), default=3, help="math: rounds; the best times count"
+    )
     parser.add_argument("--small", action="store_true", help="gpu: narrow models, on a CPU too")
-    parser.add_argument("--seed", type=int, default=0, help="math: of the batch")
+    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="math: of the batch")
     parser.add_argument(
         "--out",
         type=Path,
@@ -68,6 +71,8 @@ def main(argv=None) -> dict:
             save(file, so_far, command)
 
     try:
+        if file:
+            writable(file)
         outcome = measure(args, keep)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"{command}: {error}") from None
@@ -116,7 +121,6 @@ def save(file, outcome, command):
         **outcome.get("versions", {}),
     }
     made = {"command": command, "date": date.today().isoformat()}
-    file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(made | outcome | {"versions": versions}, indent=1) + "\n")
 
 

@@ -1,10 +1,14 @@
-"""What the pictures share: their colours, a figure and its file, and the files of a run.
+"""What the pictures share: their colours, a figure and its file, and the files of a run; and what
+the command lines do: their parser, its whole numbers, and the file of an outcome.
 
 Imports none of the project's modules, so that a picture can be made again long after the run.
 """
 
+import argparse
 import json
 import math
+import os
+import tempfile
 
 import numpy as np
 
@@ -18,6 +22,45 @@ FAINT = "#6B6B6B"
 GREYS = ("#404040", "#A0A0A0", "#707070")  # of lines that are told apart by their names
 LABEL_SIZE = 9  # points, of the names at the ends of lines
 WIDTH = 11  # inches of each picture. On GitHub's 830 pixels a text of 9 points is 9 pixels high.
+
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
+
+
+def command_line(name, about) -> argparse.ArgumentParser:
+    """The parser of `python -m lab.<name>`, which takes no flag for another that it begins."""
+    program = f"python -m lab.{name}"
+    return argparse.ArgumentParser(program, description=about.split("\n")[0], allow_abbrev=False)
+
+
+def whole(low, high=None):
+    """A `type` of argparse: a whole number that is at least `low`, and at most `high`."""
+    within = f"from {low} to {high}" if high is not None else f"of at least {low}"
+
+    def number(word):
+        try:
+            value = int(word)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{word}: expected a whole number {within}")
+        return value
+
+    return number
+
+
+def writable(file):
+    """The file of an outcome, its folder made. SystemExit, in one line, where it cannot be written:
+    to be called before the work whose outcome would be lost. A file stays as it is."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            os.close(os.open(file, os.O_WRONLY))
+        else:
+            tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        reason = f"{file} cannot be written ({error.strerror})"
+        raise SystemExit(f"{reason}; free the place, or choose another") from error
+    return file
 
 
 def read_lines(path):

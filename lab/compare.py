@@ -31,6 +31,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from lab.common import writable
 from lab.sweep import (
     EXPERIMENTS,
     Sweep,
@@ -148,7 +149,7 @@ def main(argv=None):
     try:
         sweep, extra = parse(argv)
         first_lines = heading(sweep, argv)
-        sweep.file.parent.mkdir(exist_ok=True)
+        writable(sweep.file)
         for part in measure(sweep, extra):
             sweep.file.write_text(json.dumps(first_lines | part, indent=1) + "\n")
     except (ValueError, OSError, ImportError) as error:

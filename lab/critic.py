@@ -40,6 +40,7 @@ import rollout
 import sapo
 import train
 import vlm
+from lab.common import LARGEST_SEED, command_line, whole, writable
 from lab.sweep import ROOT
 from lab.truth import accuracy_of
 
@@ -53,7 +54,8 @@ TASKS = {
         *("--warm_start_steps", "2400"),  # after 600 it cannot see the arrows yet
     ],
 }
-BATCH = ["--batch", "256", "--minibatch", "64"]
+HELD_OUT = 256  # responses, as many as a rollout has
+BATCH = ["--batch", str(HELD_OUT), "--minibatch", "64"]
 # {task: flags of the training that its policy has had}; of the others it is the warm start. In
 # "later" the habits are nearly gone, and what is still wrong is mostly slips. The warm start of
 # "nine" is right 3 times in 100: of so few no critic can learn anything.
@@ -324,18 +326,22 @@ def of_run(folder, count):
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.critic", description=main.__doc__, allow_abbrev=False
-    )
+    parser = command_line("critic", main.__doc__)
     parser.add_argument(
         "--run", help="only this: the folder of a run, whose own critic is measured"
     )
-    parser.add_argument("--responses", type=int, default=256, help="held-out responses for --run")
+    parser.add_argument(
+        "--responses", type=whole(1), default=256, help="held-out responses for --run"
+    )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11])
-    parser.add_argument("--rollouts", type=int, default=16, help="that teach a critic")
-    parser.add_argument("--continuations", type=int, default=64, help="of a state, for the ceiling")
-    parser.add_argument("--states-of", type=int, default=96, help="responses, for the ceiling")
+    parser.add_argument("--seeds", nargs="+", type=whole(0, LARGEST_SEED), default=[10, 11])
+    parser.add_argument("--rollouts", type=whole(1), default=16, help="that teach a critic")
+    parser.add_argument(
+        "--continuations", type=whole(1), default=64, help="of a state, for the ceiling"
+    )
+    parser.add_argument(
+        "--states-of", type=whole(1, HELD_OUT), default=96, help="responses, for the ceiling"
+    )
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--results", default="results", help="folder of the outcome")
     return parser.parse_args(argv)
@@ -345,6 +351,14 @@ def main(argv=None):
     """Teach variants of the critic from one frozen policy, and measure what each of them sees."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
+    try:
+        answer(arguments, argv)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"python -m lab.critic: {error}") from error
+
+
+def answer(arguments, argv):
+    """Measure what was asked for. argv: the words that asked."""
     if arguments.run:
         print(json.dumps(of_run(arguments.run, arguments.responses), indent=1))
         return
@@ -359,7 +373,7 @@ def main(argv=None):
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    file = ROOT / arguments.results / "critic.json"
+    file = writable(ROOT / arguments.results / "critic.json")
     done = kept(file, how)
     for measured in experiment(arguments.tasks, arguments.seeds, arguments.runs, how, told, done):
         file.write_text(json.dumps({**how, "measured": measured}, indent=1) + "\n")

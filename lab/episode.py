@@ -13,7 +13,6 @@ has bad habits: the probability of each digit, before the step and after it, whe
 digit was written and where the digit before it was.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ import rollout
 import tiny
 import train
 import vlm
+from lab.common import command_line, writable
 from lab.sweep import ROOT
 
 DIGITS = "0123456789"
@@ -104,12 +104,11 @@ def record(run, deaf) -> dict:
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m lab.episode", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = command_line("episode", __doc__)
     parser.add_argument("folder", type=Path, help="a finished run on SAPO/DiceSum-v0")
     parser.add_argument("deaf", type=Path, help="another, whose critic hears nothing")
     arguments = parser.parse_args(argv)
+    file = writable(ROOT / "results" / "episode.json")
     try:
         deaf = train.build(*train.parse(["--resume", str(arguments.deaf)]))
         # Built last, as it restores the random stream that the responses are drawn from
@@ -125,7 +124,7 @@ def main(argv=None):
         "date": time.strftime("%Y-%m-%d"),
         **episode,
     }
-    (ROOT / "results" / "episode.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    file.write_text(json.dumps(outcome, indent=1) + "\n")
 
 
 if __name__ == "__main__":

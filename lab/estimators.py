@@ -18,6 +18,7 @@ import torch
 
 import baselines
 import sapo
+from lab.common import command_line
 from lab.sweep import ROOT
 from lab.theorems import EXAMPLES, Claimant, asked, verdicts
 
@@ -327,4 +328,5 @@ def write_table(examples: int = EXAMPLES) -> str:
 
 
 if __name__ == "__main__":
+    command_line("estimators", __doc__).parse_args()
     print(write_table())

@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import train
+from lab.common import LARGEST_SEED, command_line, whole, writable
 from lab.sweep import ROOT
 
 FLAGS = (
@@ -273,20 +274,17 @@ def kill(run, number, uncut_lengths, rng) -> dict | None:
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser(
-        "python -m lab.kills", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    arguments = parser.parse_args(argv)
-    if arguments.kills < 1:
-        parser.error(f"--kills {arguments.kills}: expected at least 1")
-    return arguments
+    parser = command_line("kills", __doc__)
+    parser.add_argument("--kills", type=whole(1), default=50)
+    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the moments")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     """The command line. Exit status 1 where a run differs."""
     arguments = parse(argv)
+    if arguments.kills >= WRITTEN_FROM:
+        writable(FILE)
     with tempfile.TemporaryDirectory() as runs:
         found = kill_at_random(Path(runs), arguments.kills, arguments.seed)
     heading = {

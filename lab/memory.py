@@ -39,6 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import vlm
 from lab.bench_gpu import SIZES
+from lab.common import command_line
 from lab.tables import markdown
 
 GIB = 2**30
@@ -183,4 +184,5 @@ def table(text=200, written=512, micro_batch=4, batch=64) -> str:
 
 
 if __name__ == "__main__":
+    command_line("memory", __doc__).parse_args()
     print(table())

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from lab.common import command_line
 from lab.sweep import ROOT
 
 SOURCES = ("sapo.py", "baselines.py")
@@ -102,9 +103,7 @@ def same_but_for_wording(was, now) -> bool:
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser(
-        "python -m lab.mutants", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = command_line("mutants", __doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "mutants", help="mutmut's")
     return parser.parse_args(argv)
 

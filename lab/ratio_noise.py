@@ -21,6 +21,7 @@ import train
 import vlm
 from lab import bench_gpu
 from lab.bench import RESULTS, save
+from lab.common import command_line, writable
 
 COMMAND = "python -m lab.ratio_noise"
 CLIP = baselines.SETTINGS["gspo"]["clip_low"]
@@ -100,4 +101,5 @@ def measure() -> dict:
 
 
 if __name__ == "__main__":
-    save(RESULTS / "ratio_noise.json", measure(), COMMAND)
+    command_line("ratio_noise", __doc__).parse_args()
+    save(writable(RESULTS / "ratio_noise.json"), measure(), COMMAND)

@@ -12,6 +12,7 @@ the run gets SIGTERM, saves, and must leave without an error.
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import transformers
 
+from lab.common import command_line, writable
 from lab.sweep import ROOT
 
 FLAGS = (
@@ -112,13 +114,13 @@ def growth(looks) -> dict:
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser(
-        "python -m lab.soak", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = command_line("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=float(LONG), help="2 or more")
     arguments = parser.parse_args(argv)
-    if not arguments.minutes >= 2:
-        parser.error(f"--minutes {arguments.minutes}: expected at least 2, to see growth")
+    if not 2 <= arguments.minutes < math.inf:
+        parser.error(
+            f"--minutes {arguments.minutes}: expected at least 2, to see growth, and an end"
+        )
     return arguments
 
 
@@ -126,6 +128,9 @@ def main(argv=None):
     """Watch a run, and say what grew. Exit status 1 where the run did not leave in order."""
     argv = sys.argv[1:] if argv is None else argv
     minutes = parse(argv).minutes
+    file = ROOT / "results" / "soak.json"
+    if minutes >= LONG:
+        writable(file)
     with tempfile.TemporaryDirectory() as runs:
         looks, status = watch(runs, minutes)
     outcome = {
@@ -139,7 +144,7 @@ def main(argv=None):
     }
     text = json.dumps(outcome, indent=1) + "\n"
     if minutes >= LONG and status == 0:
-        (ROOT / "results" / "soak.json").write_text(text)
+        file.write_text(text)
     print(text, end="")
     sys.exit(status != 0)
 

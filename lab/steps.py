@@ -18,6 +18,7 @@ import torch
 
 import rollout
 import train
+from lab.common import writable
 from lab.sweep import ROOT
 
 
@@ -45,14 +46,15 @@ def main(argv=None):
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        run = train.build(*train.parse(argv))
+        settings, config = train.parse(argv)
+        file = writable(ROOT / "results" / f"steps-{train.folder_of(settings).name}.json")
+        run = train.build(settings, config)
         torch.manual_seed(run.settings.seed)
         outcome = counted(run)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"python -m lab.steps: {error}") from error
     command = shlex.join(["python", "-m", "lab.steps", *argv])
     outcome = {"command": command, "date": time.strftime("%Y-%m-%d"), **outcome}
-    file = ROOT / "results" / f"steps-{run.folder.name}.json"
     file.write_text(json.dumps(outcome, indent=1) + "\n")
     print(json.dumps(outcome, indent=1))
 

@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 import sapo
+from lab.common import command_line
 from lab.stats import of_reuse
 from lab.sweep import ROOT, TRIALS, chosen_trial, collapsed, table
 from lab.theorems import THEOREMS
@@ -354,4 +355,5 @@ def main():
 
 
 if __name__ == "__main__":
+    command_line("tables", __doc__).parse_args()
     main()

@@ -49,6 +49,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from torch import Tensor
 
+from lab import common
 from lab.enumeration import world
 
 EXAMPLES = 100  # that Hypothesis tries for each theorem
@@ -1191,22 +1192,22 @@ def imported(name):
         found = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}: {error}") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        # importlib: TypeError for a relative name, ValueError for an empty one
+        raise ValueError(f"{name}: {error}; expected module:function") from error
+    if not callable(found):
+        raise ValueError(f"{name} is {found!r:.60}, expected a function")
     return found
 
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser(
-        "python -m lab.theorems", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = common.command_line("theorems", __doc__)
     parser.add_argument("function", help="module:function; see docs/theorems.md")
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help="tried for each theorem")
-    arguments = parser.parse_args(argv)
-    if arguments.examples < 1:
-        parser.error(f"--examples {arguments.examples}: expected at least 1")
-    return arguments
+    parser.add_argument(
+        "--examples", type=common.whole(1), default=EXAMPLES, help="tried for each theorem"
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

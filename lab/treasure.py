@@ -9,7 +9,6 @@ explorer is not the policy, which errs more where it sees badly; and his value i
 who sees the whole world, dark cells included. The outcomes judge both.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import evaluation
 import rollout
 import train
+from lab.common import command_line, whole, writable
 from lab.sweep import ROOT
 from tasks import Treasure
 
@@ -85,12 +85,11 @@ def explained(outcomes, values):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m lab.treasure", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = command_line("treasure", __doc__)
     parser.add_argument("folder", type=Path, help="a finished run, runs/<name>")
-    parser.add_argument("--games", type=int, default=256)
+    parser.add_argument("--games", type=whole(1), default=256)
     arguments = parser.parse_args(argv)
+    file = writable(ROOT / "results" / f"treasure-values-{arguments.folder.name}.json")
     try:
         run = train.build(*train.parse(["--resume", str(arguments.folder)]))
         measured = measure(run, arguments.games)
@@ -102,7 +101,6 @@ def main(argv=None):
         "date": time.strftime("%Y-%m-%d"),
         **measured,
     }
-    file = ROOT / "results" / f"treasure-values-{arguments.folder.name}.json"
     file.write_text(json.dumps(outcome, indent=1) + "\n")
     print(json.dumps(outcome, indent=1))
 

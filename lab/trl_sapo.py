@@ -9,7 +9,6 @@ settings. Flags that nothing here would read are refused (`NOT_READ`). The polic
 under runs/<name>-trl/.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -29,6 +28,7 @@ import sapo
 import tiny
 import train
 import vlm
+from lab.common import command_line, writable
 
 RESULTS = Path(__file__).parents[1] / "results"
 # A head alone learns less than a critic with a backbone of its own: it takes larger steps, and is
@@ -155,6 +155,13 @@ def build(settings, config, options=None, folder="runs/trl"):
         args = trl_trainer.engine_config(config, state.num_processes, **usual | (options or {}))
     except TypeError as error:  # a name that GRPOConfig does not have
         raise ValueError(f"--trl: {error}") from error
+    except ZeroDivisionError as error:
+        zeros = [
+            f"{name}=0"
+            for name, value in (options or {}).items()
+            if type(value) is int and not value
+        ]
+        raise ValueError(f"--trl {' '.join(zeros)}: expected at least 1") from error
     start = tiny.cached_warm_start(task, settings) if settings.model == "tiny" else settings.model
     policy = vlm.load(start, str(state.device), settings.dtype)
     if not args.use_vllm:
@@ -235,10 +242,7 @@ def explain_out_of_memory(error) -> str:
 
 def parse(words):
     """-> (train.Settings, SAPOConfig, what --trl gives, the file of the outcome)."""
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(
-        "python -m lab.trl_sapo", description=about, allow_abbrev=False
-    )
+    parser = command_line("trl_sapo", __doc__)
     parser.add_argument("--trl", nargs="+", default=[], help="name=value: GRPOConfig's settings")
     parser.add_argument("--out", type=Path, help="the file of the outcome")
     own, of_train = parser.parse_known_args(words)
@@ -261,9 +265,9 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     try:
         settings, config, options, file = parse(words)
+        writable(file)  # before hours of work
         folder = Path(settings.runs) / f"{settings.name}-trl"
         run, trainer = build(settings, config, options, folder)
-        file.parent.mkdir(parents=True, exist_ok=True)  # before hours of work
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"python -m lab.trl_sapo: {error}") from error
     except RuntimeError as error:

@@ -137,7 +137,7 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
                 raise ValueError(
                     f"{name}: {getattr(args, name)}, expected {expected} by SAPOConfig"
                 )
-        if args.generation_batch_size % config.minibatch:
+        if args.generation_batch_size < 1 or args.generation_batch_size % config.minibatch:
             raise ValueError(
                 f"generation_batch_size: {args.generation_batch_size}, expected a multiple of the "
                 f"minibatch, {config.minibatch}"

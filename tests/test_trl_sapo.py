@@ -324,6 +324,7 @@ def test_token_means_and_whitening_are_taken_where_nothing_is_spread():
             {"generation_batch_size": 12},
             "generation_batch_size: 12, expected a multiple of the mi.*",
         ),
+        ({"generation_batch_size": 0}, "generation_batch_size: 0, expected a multiple of the mi.*"),
         ({"loss_type": "sapo"}, "loss_type: 'sapo', expected 'dapo': only GRPO's loss has it"),
         ({"epsilon": 0.3}, "epsilon: 0.3, expected 0.2: only GRPO's loss has it"),
         ({"vespo_k_pos": 1.0}, "vespo_k_pos: 1.0, expected 2.0: only GRPO's loss has it"),
@@ -349,6 +350,8 @@ def test_settings_that_contradict_or_would_not_be_read_are_refused(options, line
         (["--trl", "bf16"], "--trl bf16: expected name=value"),
         (["--env", "SAPO/Treasure-v0"], "--env SAPO/Treasure-v0: expected a task of one turn"),
         (["--target_kl", "0.01"], "target_kl: 0.01, expected inf"),
+        (["--trl", "num_generations=0"], "--trl num_generations=0: expected at least 1"),
+        (["--trl", "num_generations=x"], "--trl: unsupported operand"),
         (["--trl", "no_such=1"], ".*unexpected keyword argument 'no_such'"),
     ],
 )
