@@ -32,18 +32,8 @@ import transformers
 from tqdm import tqdm
 
 from lab.common import writable
-from lab.sweep import (
-    EXPERIMENTS,
-    Sweep,
-    check_runs,
-    execute,
-    finished,
-    kept_outcomes,
-    outcome,
-    plan,
-    table,
-)
-from lab.truth import lifts, truth
+from lab.sweep import EXPERIMENTS, Sweep, execute, finished, kept_outcomes, outcome, plan, table
+from lab.truth import check_runs, lifts, truth
 
 # Flags of train.py that a run of a comparison has from its plan, and what to do in place of each
 NOT_FOR_ALL = {

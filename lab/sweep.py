@@ -21,8 +21,6 @@ import numpy as np
 import baselines
 import checkpoint
 import sapo
-import train
-import vlm
 from lab.stats import interval, probability_of_improvement
 from sapo import setting
 
@@ -275,25 +273,6 @@ def plan(sweep: Sweep, extra: list[str]):
             flags += ["--token_budget", str(sweep.tokens), "--iterations", "100000"]
             flags += ["--eval_every", "100000"]
             yield Planned(label, seed, Path(sweep.runs) / name, flags)
-
-
-def check_runs(all_flags: list[list[str]]) -> None:
-    """ValueError, OSError or ImportError where train.py would refuse one of a sweep's runs, given
-    what it is told in each: the last may begin hours after the first.
-
-    They share task, model and device, and only the processor of a model is opened.
-    """
-    parsed = [train.parse(flags) for flags in all_flags]
-    shared, _ = parsed[0]
-    train.check_device(shared.device)
-    if shared.model != "tiny":
-        vlm.open_processor(shared.model)
-    world = train.make_env(shared)
-    observed = world.observation_space.spaces
-    for settings, config in parsed:
-        baselines.check_numbers(settings, config)
-        has_picture = "image" in observed or "images" in observed
-        baselines.check(settings, has_picture, world.unwrapped.task.replies)
 
 
 def kept_outcomes(sweep: Sweep) -> dict[str, dict]:

@@ -22,8 +22,9 @@ import evaluation
 import rollout
 import sapo
 import train
+import vlm
 from lab.stats import auroc, interval, lift
-from lab.sweep import BATCHES, EXPERIMENTS, check_runs, execute, of_methods, plan
+from lab.sweep import BATCHES, EXPERIMENTS, execute, of_methods, plan
 
 # {label: flags of train.py}: SAPO at other lambdas than its own, and the methods beside it.
 TRUTH = {
@@ -37,6 +38,26 @@ SHARES = (0.5, 0.3, 0.2, 0.1, 0.05)  # of tokens called high-entropy: q of Eq. 1
 def mean(values):
     """Mean over the last axis."""
     return values.mean(-1)
+
+
+# -------------------------------------------------------------------- before the first run
+def check_runs(all_flags: list[list[str]]) -> None:
+    """ValueError, OSError or ImportError where train.py would refuse one of a sweep's runs, given
+    what it is told in each: the last may begin hours after the first.
+
+    They share task, model and device, and only the processor of a model is opened.
+    """
+    parsed = [train.parse(flags) for flags in all_flags]
+    shared, _ = parsed[0]
+    train.check_device(shared.device)
+    if shared.model != "tiny":
+        vlm.open_processor(shared.model)
+    world = train.make_env(shared)
+    observed = world.observation_space.spaces
+    for settings, config in parsed:
+        baselines.check_numbers(settings, config)
+        has_picture = "image" in observed or "images" in observed
+        baselines.check(settings, has_picture, world.unwrapped.task.replies)
 
 
 # ------------------------------------------------------------------------- one policy for all
