@@ -25,8 +25,6 @@ import contextlib
 import importlib
 import importlib.util
 import json
-import math
-import os
 import shlex
 import signal
 import sys
@@ -414,7 +412,7 @@ def make_env(settings) -> gym.Env:
             raise ValueError("a name stands there twice")
         for name in NOT_OF_THE_TASK & keywords.keys():
             raise ValueError(f"{name} is no keyword of a task; leave it out")
-        keywords = {name: value_of(name, word) for name, word in keywords.items()}
+        keywords = {name: flags.value_of(name, word) for name, word in keywords.items()}
         module, _, name = settings.env.rpartition(":")
         if module:  # "my_module:MyTask-v0" registers itself on import
             importlib.import_module(module)
@@ -432,19 +430,6 @@ def make_env(settings) -> gym.Env:
             f"--env {settings.env} --env_args {' '.join(settings.env_args)}: expected a known id "
             f"and name=value pairs, such as n=9 ({error})"
         ) from None
-
-
-def value_of(name, word):
-    """The value of a task's keyword: as in JSON, or else the word itself. ValueError for NaN and
-    infinity, which no task takes."""
-    try:
-        value = json.loads(word)
-    except ValueError:
-        value = word
-    is_infinite = isinstance(value, float) and not math.isfinite(value)
-    if is_infinite or word.lower().strip("+-") in ("nan", "inf", "infinity"):
-        raise ValueError(f"{name}={word}: expected a finite number")
-    return value
 
 
 def build(settings, config, command="") -> Run:
@@ -608,10 +593,6 @@ def interrupt(*_) -> None:
 
 # --------------------------------------------------------------------------- the command line
 
-# What --resume may not change: with another value it would be another run, or the weights would not
-# fit. Not `model`: its folder may have moved
-FIXED = ("method", "credit", "critic", "critic_hears", "lora", "env", "env_args", "seed", "name")
-
 
 def stored_settings(folder) -> dict:
     """The settings of a run's config.json, all of them in one dict; those that are new since then
@@ -641,19 +622,6 @@ def stored_settings(folder) -> dict:
     return stored
 
 
-def is_same(name, given, stored) -> bool:
-    """Is a setting what it was? A task's keywords may come in another order, and its data may have
-    moved: a keyword named path, eval_path and the like."""
-    if name != "env_args":
-        return given == stored
-
-    def keywords(words):
-        pairs = (word.split("=", 1) for word in words if "=" in word)
-        return {key: value_of(key, value) for key, value in pairs if "path" not in key}
-
-    return keywords(given) == keywords(stored)
-
-
 def given_flags(argv=None) -> dict:
     """What the command line sets, {name: value}."""
     return flags.given(argv, (Settings, sapo.SAPOConfig), __doc__.split("\n\n")[0])
@@ -678,7 +646,7 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     if asked.resume:
         stored = stored_settings(asked.resume)
         settings, config = made_of(stored | given)
-        check_resumed(settings, stored)
+        flags.check_resumed(settings, stored)
         # A run's folder may come from elsewhere, and must not choose what is imported
         if ":" in settings.env and "env" not in given:
             raise ValueError(
@@ -687,50 +655,9 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
             )
     else:
         settings, config = made_of(baselines.SETTINGS[asked.method] | given)
-    settings.name = settings.name or default_name(settings)
-    check_folder(settings)
+    settings.name = settings.name or flags.default_name(settings)
+    flags.check_folder(settings)
     return settings, config
-
-
-def check_resumed(settings, stored) -> None:
-    """ValueError for a setting that a run's --resume must not change."""
-    for name in FIXED:
-        given = getattr(settings, name)
-        if name in stored and not is_same(name, given, stored[name]):
-            raise ValueError(
-                f"--{name}: {given!r}, but the run of --resume {settings.resume} has "
-                f"{stored[name]!r}, and that cannot change; leave the flag out, or begin a new run"
-            )
-
-
-def default_name(settings) -> str:
-    """A run's name, from what makes it: DiceSum-sapo-topk-n=9-seed0."""
-    task = settings.env.split("/")[-1].split("-")[0]  # SAPO/DiceSum-v0 -> DiceSum
-    words = [task, settings.method, settings.cut, *settings.env_args, f"seed{settings.seed}"]
-    return "-".join(words).replace("/", "_")
-
-
-def check_folder(settings) -> None:
-    """ValueError for a --runs or a --name that gives a new run no folder of its own within --runs.
-    Of a run that is resumed the folder is there, whatever its name."""
-    named = {"--runs": settings.runs}
-    if not settings.resume:
-        named["--name"] = settings.name
-    for flag, word in named.items():
-        if not word or not word.isprintable() or word != word.strip():
-            raise ValueError(
-                f"{flag} {word!r}: expected the name of a folder, in characters that show and "
-                "without blanks around it"
-            )
-    if settings.resume:
-        return
-    parts = Path(settings.name).parts
-    if Path(settings.name).is_absolute() or ".." in parts or parts[:1] in ((), ("cache",)):
-        raise ValueError(f"--name {settings.name}: expected a folder within --runs, not its cache")
-    if any(len(os.fsencode(part)) > 200 for part in parts):
-        raise ValueError(
-            f"--name {settings.name:.40}...: longer than 200 bytes; give a shorter one"
-        )
 
 
 def main(argv=None) -> None:
