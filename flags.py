@@ -81,6 +81,9 @@ def value_of(name, word):
 # What --resume may not change: with another value it would be another run, or the weights would not
 # fit. Not `model`: its folder may have moved
 FIXED = ("method", "credit", "critic", "critic_hears", "lora", "env", "env_args", "seed", "name")
+# The same of a run that rests on its warm start: under LoRA's adapters, or as a KL penalty's
+# reference. Whether another --model has the same weights is seen when they are there
+OF_THE_START = ("warm_start_steps", "warm_start_batch", "warm_start_lr", "habits", "error_rate")
 
 
 def is_same(name, given, stored) -> bool:
@@ -96,9 +99,10 @@ def is_same(name, given, stored) -> bool:
     return keywords(given) == keywords(stored)
 
 
-def check_resumed(settings, stored) -> None:
+def check_resumed(settings, config, stored) -> None:
     """ValueError for a setting that a run's --resume must not change."""
-    for name in FIXED:
+    rests_on_start = settings.model == "tiny" and (settings.lora or config.kl_coef)
+    for name in FIXED + (OF_THE_START if rests_on_start else ()):
         given = getattr(settings, name)
         if name in stored and not is_same(name, given, stored[name]):
             raise ValueError(

@@ -498,8 +498,7 @@ def check_start(settings, run_models, progress) -> None:
         raise ValueError(
             f"--resume {settings.resume}: --model {settings.model} has other weights here than "
             "those that the run began from, on which its adapters or its KL penalty rest; leave "
-            "out what changes them (--model, --device, --habits, --error_rate, --warm_start_...), "
-            "or put the run's own start back (of the tiny model: runs/cache)"
+            "out --model and --device, or put the run's own start back (of tiny: runs/cache)"
         )
     if not settings.resume:
         progress.start = found
@@ -646,7 +645,7 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
     if asked.resume:
         stored = stored_settings(asked.resume)
         settings, config = made_of(stored | given)
-        flags.check_resumed(settings, stored)
+        flags.check_resumed(settings, config, stored)
         # A run's folder may come from elsewhere, and must not choose what is imported
         if ":" in settings.env and "env" not in given:
             raise ValueError(
