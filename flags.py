@@ -1,4 +1,4 @@
-"""The words of a command line, and what they set. Whatever is wrong with one is one line.
+"""Read the command line. Every error is a ValueError, whose message is one line.
 
 The fields of dataclasses are its flags (transformers.HfArgumentParser), written out in full. Behind
 them stands what is asked of single words: a task's keywords, the name of a run, and what a run that

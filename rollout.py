@@ -1,4 +1,4 @@
-"""One batch of episodes: write responses, score them, value them, cut them, replay them.
+"""One batch of episodes: write responses, score them, cut them, replay them, value them.
 
 This is the first half of an iteration (Algorithm 1 of the paper); train.py has the other half. A
 response is written whole and cut afterwards, since SAPO's top-k cut needs all of its entropies.
@@ -57,8 +57,8 @@ class Batch(Responses):
 
 @torch.no_grad()
 def collect(run, indices, split="train") -> Batch:
-    """One batch of episodes: responses to the examples `indices` of a split, scored, valued, cut
-    and replayed. Who deserves credit for the rewards is not decided here."""
+    """One batch of episodes: responses to the examples `indices` of a split, scored, cut, replayed
+    and valued. Who deserves credit for the rewards is not decided here."""
     settings, config = run.settings, run.config
     tokens_before = run.tokens_written
     threshold = run.progress.threshold  # of the rollout before
@@ -99,7 +99,8 @@ def collect(run, indices, split="train") -> Batch:
 
 
 def train_indices(settings, iteration) -> np.ndarray:
-    """The training examples of iteration 1, 2, ...: fresh ones each time. (responses,).
+    """The training examples of iteration 1, 2, ...: fresh ones each time. (responses,), or
+    (prompts,) for a tree.
 
     Where a method compares a group of responses, an example is repeated for each of them, side by
     side. A tree branches from its prompt by itself, so there every example stands once.
@@ -269,7 +270,10 @@ def _replies(policy, observations):
 
 
 def continue_responses(run, inputs, rows, prefix, lengths, limit):
-    """Continue answers to the prompts `rows` after the first lengths[k] tokens of prefix[k]."""
+    """Continue answers to the prompts `rows` (K,) after the first lengths[k] tokens of prefix[k].
+
+    prefix (K, T), lengths (K,) -> as `write`: the new tokens alone.
+    """
     device = run.models.policy.model.device  # a tree's branches come from the CPU
     prompts = vlm.extended(vlm.take(inputs, rows), prefix.to(device), lengths.to(device))
     return write(run, prompts, run.settings.temperature, limit=limit)
@@ -385,16 +389,16 @@ def begin_again(responses, split):
             environment.reset(options={"index": int(index), "split": split})
 
 
-def replay(envs, texts, ends, mask) -> tuple[Tensor, Tensor, list[dict]]:
+def replay(envs, texts, ends, written) -> tuple[Tensor, Tensor, list[dict]]:
     """Pass each segment of each response to its environment, one `step` per segment.
 
-    texts: what each token reads; ends (B, T): the cut; mask (B, T): tokens written. -> rewards
-    (B, T), each on its segment's last token; the mask less the segments that an environment no
+    texts: what each token reads; ends (B, T): the cut; written (B, T): by the policy. -> rewards
+    (B, T), each on its segment's last token; `written` less the segments that an environment no
     longer took, as the episode was over; each episode's last info. ValueError for a response
     without a segment.
     """
-    rewards = np.zeros(mask.shape, np.float32)
-    used = mask.to("cpu", copy=True)
+    rewards = np.zeros(written.shape, np.float32)
+    used = written.to("cpu", copy=True)
     infos = []
     rows = zip(envs, texts, ends.tolist(), used.tolist(), strict=True)
     for row, (environment, pieces, row_ends, row_written) in enumerate(rows):

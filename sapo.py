@@ -840,7 +840,8 @@ def actor_loss(
     """Eq. 9 for a policy that gives the rollout's tokens these log-probabilities.
 
     logp, entropy (B, T) in nats, advantages (B, T) -> (scalar, stats): those of `policy_loss`, the
-    policy's distance `approx_kl`, and the means of ratio and entropy over policy tokens.
+    policy's distance `approx_kl`, and the means of ratio and entropy over policy tokens. Entropy
+    is only reported: the objective has no entropy bonus.
     """
     mask = rollout.mask
     ratio = importance_ratio(logp, rollout.logp, rollout.ends, mask, config.ratio)
@@ -879,12 +880,13 @@ def sapo_update(
 ) -> list[dict]:
     """Learn from one rollout: `config.epochs` passes of shuffled minibatches (Algorithm 1).
 
-    advantages, returns   (B, T), made once, kept in every epoch; returns may be None without critic
+    advantages, returns   (B, T), made once, kept in every epoch; advantages are whitened (if the
+                          settings say so) and clamped here; returns may be None without critic
     score(rows)           (logp, entropy) of the current policy on those rows, (len(rows), T) each,
                           in nats; logp is differentiable
     value(rows)           the critic's values, (len(rows), T); value=None: there is no critic
     optimizers            (the policy's, the critic's or None)
-    generator             of the shuffling; None: torch's global one
+    generator             of the shuffling, on the CPU; None: torch's global one
 
     Where a minibatch measures an approx_kl above config.target_kl, its own step is still taken;
     then the policy stays as it is until the next rollout, and only the critic learns. So the bound
@@ -998,12 +1000,13 @@ def outcomes(rollout: Rollout, config: SAPOConfig) -> Tensor:
     """
     rewards = penalised_rewards(rollout, config)
     no_values = torch.zeros_like(rewards)
-    returns, _ = segment_gae(rewards, no_values, rollout.ends, rollout.mask, config.gamma, lam=1.0)
-    return returns
+    # With V = 0 and lambda = 1, A_m = R_m = G_m
+    earned, _ = segment_gae(rewards, no_values, rollout.ends, rollout.mask, config.gamma, lam=1.0)
+    return earned
 
 
 def credit_metrics(rollout: Rollout, advantages: Tensor, config: SAPOConfig) -> dict:
-    """What the cut and the credit look like, as numbers to log.
+    """The cut and the credit as numbers to log. advantages (B, T): not whitened yet.
 
     explained_variance = 1 - Var(G_m - V(s_m)) / Var(G_m), G_m as in `outcomes`: 1 for values that
     foretell every outcome, 0 for values that are the same everywhere. (The critic's own targets,
@@ -1045,8 +1048,8 @@ def update_metrics(history: list[dict]) -> dict:
     """The metrics of a whole update, from those of its epochs (what `sapo_update` returns).
 
     How far it went shows at its end, so most numbers are those of the last epoch that has them. But
-    `policy_steps` and `clip_fraction` are means over the epochs (the ratio begins at 1, and in the
-    first hardly a token is clipped), and `skipped_steps` is their sum.
+    `policy_steps` is the mean over the epochs, `clip_fraction` the mean weighted by it (the ratio
+    begins at 1, and in the first epoch hardly a token is clipped), and `skipped_steps` the sum.
     """
     metrics = {}
     for epoch in history:

@@ -8,9 +8,9 @@
 One iteration is the paper's Algorithm 1, and `iterate` shows its three parts:
 
 1. collect  The policy writes a batch of responses, whole. They are scored (each token's
-            log-probability and entropy), valued (the critic's V of each prefix) and cut into
-            segments where entropy is high; then `env.step` takes the segments one by one and pays
-            the reward. -> a Batch (rollout.py)
+            log-probability and entropy) and cut into segments where entropy is high; `env.step`
+            takes the segments one by one and pays the reward; the critic values each prefix.
+            -> a Batch (rollout.py)
 2. credit   GAE over segments turns rewards, less a KL penalty if there is one, and values into one
             advantage per segment, which all of its tokens get (`assign_credit`, sapo.credit)
 3. update   Epochs of shuffled minibatches: ratio, clip, losses of policy and critic, backward
@@ -186,7 +186,7 @@ def iterate(run) -> dict:
     """One iteration (Algorithm 1): collect, credit, update. -> metrics of the rollout and of the
     update. Before an evaluation, samples.jsonl gets what was learned from."""
     settings, progress = run.settings, run.progress
-    actor_lr = current_actor_lr(run)
+    actor_lr = current_actor_lr(run)  # before the count goes up
     run.models.actor_optimizer.param_groups[0]["lr"] = actor_lr  # it has one group
     progress.iteration += 1
 
@@ -215,7 +215,7 @@ def iterate(run) -> dict:
 
 
 def assign_credit(run, batch) -> Credit:
-    """SAPO's credit (PPO's and VC-PPO's too), or the own way of a method without a critic."""
+    """SAPO's credit (PPO's and VC-PPO's too), or, without a critic, the method's own."""
     if run.settings.credit == "critic":
         advantages, returns = sapo.credit(batch.rollout, run.config)
         return Credit(advantages, returns)
@@ -253,7 +253,7 @@ def update(run, batch, credit) -> list[dict]:
     """Epochs of minibatches, each scored and valued anew by the models as they move. -> the metrics
     of each epoch.
 
-    The models read all that was written; what stands behind an episode's end is not learned.
+    The models read all that was written; tokens after an episode's end get no loss.
     """
     policy, critic = run.models.policy, run.models.critic
     # What the loss reads: for SPO's methods some of the tokens only; for all others this changes
@@ -418,8 +418,8 @@ def make_env(settings) -> gym.Env:
             importlib.import_module(module)
         spec = gym.registry.get(name)
         of_spec = {} if spec is None else spec.kwargs
-        made_of = of_spec.get("task") or of_spec.get("game")
-        if isinstance(made_of, str) and made_of in {**TASKS, **GAMES}:
+        task_name = of_spec.get("task") or of_spec.get("game")
+        if isinstance(task_name, str) and task_name in {**TASKS, **GAMES}:
             keywords = {"habits": settings.habits} | keywords
         made = gym.make(settings.env, disable_env_checker=True, **keywords)
         if not hasattr(made.unwrapped, "task"):
@@ -660,8 +660,8 @@ def parse(argv=None) -> tuple[Settings, sapo.SAPOConfig]:
 
 
 def main(argv=None) -> None:
-    """The command line. Whatever is wrong with the input becomes one line here, and so does an
-    interruption."""
+    """The command line: begin a run, and train it to its end. SystemExit, with one line, for wrong
+    input, for a run that failed, and (status 130) for an interruption."""
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     run = None
     try:
