@@ -1028,6 +1028,33 @@ def test_what_ten_arrows_show_of_three_methods_is_what_their_runs_hold():
     assert f"So {NUMBERS[len({run['seed'] for run in runs})]} seeds order no methods here" in page
 
 
+def test_what_wordy_answers_show_is_what_their_runs_hold():
+    page = prose("docs/results.md")
+    runs = result("main-DiceSum-verbosity=8-long.json")["runs"]
+    tuning = {
+        run["label"]: run["accuracy"]
+        for run in result("tune-DiceSum-verbosity=8-long.json")["runs"]
+    }
+    assert len(tuning) == 12 and {run["seed"] for run in runs} == {0, 1}
+
+    def span(key, method):
+        ends = [run[key] for run in runs if run["label"] == method]
+        return f"{min(ends):.3f} to {max(ends):.3f}"
+
+    def tuned(lam):
+        ends = [tuning[f"sapo --actor_lr {rate} --lam {lam}"] for rate in ("1e-4", "2e-4")]
+        return f"{min(ends):.3f} to {max(ends):.3f}"
+
+    said = "SAPO ends at {}, PPO at {}, GRPO at {}. Greedy GRPO is ahead on both seeds"
+    assert said.format(*(span("accuracy", method) for method in ("sapo", "ppo", "grpo"))) in page
+    ends = (span("greedy", method) for method in ("grpo", "sapo", "ppo"))
+    assert "({}; SAPO {}, PPO {})".format(*ends) in page
+    for seed in (0, 1):
+        greedy = {run["label"]: run["greedy"] for run in runs if run["seed"] == seed}
+        assert max(greedy, key=greedy.get) == "grpo"
+    assert f"SAPO ends at {tuned(0.7)} with it, and at {tuned(0.95)} with 0.95" in page
+
+
 def test_what_is_not_equal_in_the_comparison_is_what_the_page_says():
     page, runs = prose("docs/results.md"), result("tune-DiceSum.json")["runs"]
     assert f"in the {len(result('trials.json')['trials'])} trials above" in page
