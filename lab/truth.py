@@ -79,7 +79,7 @@ def frozen_flags(sweep, extra, flags):
     """What train.py is told for a run of `frozen`."""
     argv = [*sweep.task_flags, "--seed", str(sweep.first_seed), "--batch", "256"]
     # For so many iterations only the critic learns
-    argv += ["--iterations", "1000000", "--value_pretraining", "1000000"]
+    argv += ["--iterations", "1000001", "--value_pretraining", "1000000"]
     return [*argv, "--runs", sweep.runs, "--name", "truth", *flags, *extra]
 
 

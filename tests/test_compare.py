@@ -173,7 +173,7 @@ WRONG = {
     "--resume runs/one": "goes on by itself",
     # train.py's, of which some would be refused by a later run only
     "--lam 7": "lam: 7.0, expected",
-    "--lam seven": "argument --lam: invalid float value: 'seven'",
+    "--lam seven": "--lam: invalid float value: 'seven'",
     "--group 3": "--batch 128: --credit group needs a multiple of the 3 responses",
     "--batch 20": "--batch 20: --credit group needs a multiple of the 8 responses",
     "--minibatch 256": "--minibatch 256: above --batch 128",
@@ -182,7 +182,7 @@ WRONG = {
     "--env SAPO/Nope-v0": "--env SAPO/Nope-v0",
     "--env SAPO/Treasure-v0": "SAPO/Treasure-v0 replies",
     "--nope 1": "--nope",
-    "cuts": "['cuts']",
+    "cuts": "cuts: no flag of this program",
     "--model nowhere": "nowhere: neither a folder nor a hub name (owner/name)",
     "--device nowhere": "--device nowhere: ",
     "--first_seed 4294967295": "seed: 4294967296, expected",

@@ -21,7 +21,7 @@ ABBREVIATED = {
     "soak --minute 5": "unrecognized arguments: --minute 5",
     "theorems sapo:segment_gae --example 3": "unrecognized arguments: --example 3",
     "treasure a --game 3": "unrecognized arguments: --game 3",
-    "trl_sapo --ou a.json": "not used by the HfArgumentParser: ['--ou', 'a.json']",
+    "trl_sapo --ou a.json": "--ou: no flag of this program; did you mean --group?",
 }
 
 SENSELESS = {
