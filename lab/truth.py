@@ -78,9 +78,9 @@ def frozen(sweep, extra, flags, critic_rollouts=0):
 def frozen_flags(sweep, extra, flags):
     """What train.py is told for a run of `frozen`."""
     argv = [*sweep.task_flags, "--seed", str(sweep.first_seed), "--batch", "256"]
-    # For so many iterations only the critic learns
-    argv += ["--iterations", "1000001", "--value_pretraining", "1000000"]
-    return [*argv, "--runs", sweep.runs, "--name", "truth", *flags, *extra]
+    # The rate stands last, where no other overrides it: only the critic learns
+    place = ["--runs", sweep.runs, "--name", "truth"]
+    return [*argv, *place, *flags, *extra, "--actor_lr", "0", "--value_pretraining", "0"]
 
 
 def same_batch(run, count, group=8, seed=0):
