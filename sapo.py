@@ -901,7 +901,6 @@ def sapo_update(
     """
     _check_update(rollout, advantages, returns, value, config)
     mask = rollout.mask
-    of_credit = credit_metrics(rollout, advantages, config)
     advantages = scaled_advantages(advantages, mask, config)
     reads = boundaries(rollout.ends, mask, config.value_at)
     actor_optimizer, critic_optimizer = optimizers
@@ -926,9 +925,7 @@ def sapo_update(
                 stats |= _descend("value", of_critic, rows, reads, critic_optimizer, config)
             minibatches.append(stats)
             skipped_in_a_row = _skipped_up_to(stats, skipped_in_a_row)
-        history.append(
-            _means_of_finite(minibatches) | of_credit | {"skipped_in_a_row": skipped_in_a_row}
-        )
+        history.append(_means_of_finite(minibatches) | {"skipped_in_a_row": skipped_in_a_row})
     return history
 
 

@@ -206,6 +206,7 @@ def iterate(run) -> dict:
     return {
         "accuracy": np.mean([info["correct"] for info in batch.infos]).item(),
         "reward": batch.rollout.rewards.sum(1).mean().item(),
+        **sapo.credit_metrics(batch.rollout, credit.advantages, run.config),
         **sapo.update_metrics(history),
         "episodes": progress.episodes,
         "generated_tokens": progress.generated_tokens,

@@ -209,8 +209,8 @@ def test_the_mechanism_by_hand(tmp_path):
     for iteration, explained in enumerate((-9.0, -9.0, 0.1, 0.2, 0.6), 1):
         number = iteration / 100
         row = {"iteration": iteration, "clip_fraction": number, "approx_kl": 0.05 - number}
-        rows.append(row | {"explained_variance": explained})
-    rows.append({"iteration": 6, "explained_variance": 9.0})
+        rows.append(row | {"explained_variance": explained, "value_loss": 1.0})
+    rows.append({"iteration": 6, "explained_variance": 9.0, "value_loss": 1.0})
     mechanism = mechanism_of(tmp_path, rows)
     assert mechanism == pytest.approx(
         {
@@ -220,7 +220,7 @@ def test_the_mechanism_by_hand(tmp_path):
         }
     )
     for row in rows:
-        row.pop("explained_variance", None)  # as without a critic
+        row.pop("value_loss", None)  # as without a critic, whose values were sampled
     without_critic = mechanism_of(tmp_path, rows)
     assert without_critic == mechanism | {"explained_variance_second_half": None}
     assert set(mechanism_of(tmp_path, rows[:1]).values()) == {None}

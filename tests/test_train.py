@@ -92,10 +92,28 @@ def test_the_update_learns_from_the_tokens_of_the_loss_mask_alone(runs, monkeypa
 
     monkeypatch.setattr(train, "assign_credit", credited)
     monkeypatch.setattr(sapo, "sapo_update", updated)
-    train.iterate(run)
+    metrics = train.iterate(run)
     ((mask, advantages),), (credit,) = learned, credits
     assert credit.loss_mask.any() and torch.equal(mask, credit.loss_mask)
     assert torch.equal(advantages, credit.advantages * credit.loss_mask)
+    # The cut is logged as it was made, not as the loss reads it
+    assert metrics["tokens_per_segment"] > 1 and metrics["segments_per_response"] >= 1
+
+
+def test_credit_is_logged_as_it_is_before_whitening(runs, monkeypatch):
+    flags = ("--whiten_advantages", "true", "--advantage_clamp", "0.1")
+    run = built(runs, *SMALL, *flags, "--name", "credit-logged")
+    assign_credit, expected = train.assign_credit, {}
+
+    def credited(run, batch):
+        credit = assign_credit(run, batch)
+        expected.update(sapo.credit_metrics(batch.rollout, credit.advantages, run.config))
+        return credit
+
+    monkeypatch.setattr(train, "assign_credit", credited)
+    metrics = train.iterate(run)
+    assert expected["advantage_std"] > 0.1  # beyond the clamp
+    assert {name: metrics[name] for name in expected} == expected
 
 
 def test_vc_ppo_first_teaches_its_critic_alone(runs):
