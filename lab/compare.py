@@ -64,7 +64,7 @@ def parse(argv=None) -> tuple[Sweep, list[str]]:
     for word in extra:
         given = word.split("=")[0].removeprefix("--").replace("-", "_")
         for flag, instead in NOT_FOR_ALL.items():
-            # train.py takes the beginning of a flag for the whole of it
+            # train.py refuses a flag's beginning; here it is told what to do in its place
             if word.startswith("--") and given and flag.startswith(given):
                 raise ValueError(f"{word}: not for every run of a comparison; {instead}")
     if not sweep.tag:
