@@ -144,6 +144,8 @@ class SegmentEnv(Episode):
         **settings,
     ):
         kind = TASKS.get(task) if isinstance(task, str) else task
+        if settings and isinstance(kind, Task):
+            raise ValueError(f"{tuple(settings)}: expected no more keywords beside a task")
         self.task = kind(**settings) if isinstance(kind, type) else kind
         if not isinstance(self.task, Task):
             raise ValueError(f"task={task!r} is unknown; expected one of {tuple(TASKS)} or a Task")

@@ -78,9 +78,13 @@ def value_of(name, word):
 
 # ----------------------------------------------------------------------- a run that is resumed
 
-# What --resume may not change: with another value it would be another run, or the weights would not
-# fit. Not `model`: its folder may have moved
-FIXED = ("method", "credit", "critic", "critic_hears", "lora", "env", "env_args", "seed", "name")
+# What --resume may not change: with another value it would be another run, the weights would not
+# fit, examples would be asked again, or before and after would be of other questions. Not `model`:
+# its folder may have moved
+FIXED = (
+    *("method", "credit", "critic", "critic_hears", "lora", "env", "env_args", "seed", "name"),
+    *("batch", "group", "branching", "eval_episodes"),
+)
 # The same of a run that rests on its warm start: under LoRA's adapters, or as a KL penalty's
 # reference. Whether another --model has the same weights is seen when they are there
 OF_THE_START = ("warm_start_steps", "warm_start_batch", "warm_start_lr", "habits", "error_rate")

@@ -883,7 +883,7 @@ def sapo_update(
     advantages, returns   (B, T), made once, kept in every epoch; advantages are whitened (if the
                           settings say so) and clamped here; returns may be None without critic
     score(rows)           (logp, entropy) of the current policy on those rows, (len(rows), T) each,
-                          in nats; logp is differentiable
+                          in nats; logp is differentiable. score=None: the policy stays as it is
     value(rows)           the critic's values, (len(rows), T); value=None: there is no critic
     optimizers            (the policy's, the critic's or None)
     generator             of the shuffling, on the CPU; None: torch's global one
@@ -912,7 +912,7 @@ def sapo_update(
         return critic_loss(value(rows), rollout.take(rows), returns[rows], config)
 
     history = []
-    policy_stays = False  # as it is: it has been moved as far as target_kl allows
+    policy_stays = score is None  # or, later, it has been moved as far as target_kl allows
     for _ in range(config.epochs):
         order = torch.randperm(len(mask), generator=generator).to(mask.device)
         minibatches = []  # the stats of each

@@ -251,6 +251,7 @@ def _cache_key(task, settings):
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "sources": [Path(file).read_text() for file in (__file__, vlm.__file__)],
+        "habits": getattr(task, "habits", None),  # which no repr of a task tells
         "tags": task.tags,
         "picture_side": _picture_side(task),
         "task": repr(task),

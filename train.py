@@ -254,7 +254,8 @@ def update(run, batch, credit) -> list[dict]:
     """Epochs of minibatches, each scored and valued anew by the models as they move. -> the metrics
     of each epoch.
 
-    The models read all that was written; tokens after an episode's end get no loss.
+    The models read all that was written; tokens after an episode's end get no loss. At a rate of 0,
+    as in value pre-training, the policy is left alone, and so are its optimizer's moments.
     """
     policy, critic = run.models.policy, run.models.critic
     # What the loss reads: for SPO's methods some of the tokens only; for all others this changes
@@ -271,7 +272,7 @@ def update(run, batch, credit) -> list[dict]:
         learned,
         advantages,
         credit.returns,
-        score,
+        score if run.models.actor_optimizer.param_groups[0]["lr"] else None,
         None if critic is None else value,
         (run.models.actor_optimizer, run.models.critic_optimizer),
         run.config,
@@ -472,6 +473,10 @@ def build(settings, config, command="") -> Run:
     run_models = models.build(settings, config, start, saved)
     if saved is not None:
         progress = Progress(**checkpoint.restore(run_models, saved, settings.device))
+        if (
+            run_models.critic_optimizer is not None
+        ):  # the policy's rate is set anew at every rollout
+            run_models.critic_optimizer.param_groups[0]["lr"] = config.critic_lr
     if needs_start:
         check_start(settings, run_models, progress)
 

@@ -86,6 +86,15 @@ def test_a_run_killed_before_its_first_iteration_goes_on_from_there(runs):
     assert_same_run(whole.folder, half.folder)
 
 
+def test_a_resumed_run_takes_other_rates_from_its_flags(runs):
+    run = built(runs, "--name", "rates", "--iterations", "1")
+    assert train.train(run)
+    again = resumed(run.folder, "--iterations", "2", "--actor_lr", "1e-5", "--critic_lr", "1e-6")
+    assert train.train(again)
+    assert rows_of(run.folder / "metrics.jsonl")[-1]["actor_lr"] == pytest.approx(1e-5, rel=1e-2)
+    assert again.models.critic_optimizer.param_groups[0]["lr"] == 1e-6
+
+
 def test_the_seconds_of_a_resumed_run_go_on(runs):
     run = built(runs, "--name", "seconds", "--iterations", "0")
     assert train.train(run)

@@ -275,6 +275,7 @@ def test_wrong_calls_are_refused_clearly():
         ({"task": "ArrowPath", "grid": 1}, "grid=1"),
         ({"task": "ArrowPath", "length": 0}, "length=0"),
         ({"task": "TextSum", "n": 65}, "n=65"),
+        ({"task": DiceSum(), "n": 9}, "n.*no more keywords beside a task"),
     ],
 )
 def test_wrong_settings_are_value_errors_with_the_value_seen(bad, named):

@@ -301,6 +301,10 @@ def test_resuming_takes_the_runs_own_settings_and_flags_beside_it_win(tmp_path):
         (["--env_args", "n=4"], r"\['n=1', 'largest=99'\]"),
         (["--seed", "7"], "0"),
         (["--name", "other"], "'fixed'"),
+        (["--batch", "32"], "16"),
+        (["--group", "4"], "8"),
+        (["--branching", "2", "2"], r"\[4, 4, 4\]"),
+        (["--eval_episodes", "9"], "8"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )
@@ -311,7 +315,7 @@ def test_what_a_run_is_does_not_change_where_it_is_resumed(tmp_path, runs, flags
         train.parse(["--resume", str(tmp_path), *flags])
     stored = parsed(runs, "--name", "fixed")[0]
     same = getattr(stored, flags[0].strip("-"))  # who repeats it changes nothing
-    words = same if isinstance(same, list) else [str(same)]
+    words = [str(part) for part in (same if isinstance(same, list) else [same])]
     again, _ = train.parse(["--resume", str(tmp_path), flags[0], *words])
     assert asdict(again) == asdict(stored) | {"resume": str(tmp_path)}
 

@@ -172,6 +172,10 @@ def test_the_cache_key_has_what_the_tasks_setting_adds_to_demonstrations_alone()
     assert key_of(wordy) != key_of(tasks.TextSum())
 
 
+def test_the_cache_key_has_habits_that_differ_less_than_the_demonstrations_shown():
+    assert key_of(tasks.TextSum(habits=0.6)) != key_of(tasks.TextSum(habits=0.6001))
+
+
 def draw_one_higher(monkeypatch):
     draw = tasks.DiceSum._draw
     monkeypatch.setattr(tasks.DiceSum, "_draw", lambda self, rng: (draw(self, rng)[0][::-1],))

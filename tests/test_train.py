@@ -120,6 +120,16 @@ def test_vc_ppo_first_teaches_its_critic_alone(runs):
     assert two_iterations(runs, "vc-ppo", "--value_pretraining", "1") == [False, True]
 
 
+def test_value_pretraining_leaves_no_trace_in_the_policys_optimizer(runs):
+    """Moments of gradients that an untrained critic gave would be in its first steps."""
+    run = built(runs, "--value_pretraining", "1", "--iterations", "2", "--name", "pretrained")
+    metrics = train.iterate(run)
+    assert metrics["policy_steps"] == 0 and "policy_loss" not in metrics
+    assert metrics["value_loss"] > 0 and run.models.critic_optimizer.state
+    assert not run.models.actor_optimizer.state
+    assert train.iterate(run)["policy_steps"] > 0 and run.models.actor_optimizer.state
+
+
 def test_the_budget_counts_generated_tokens_and_the_rate_falls_with_them(runs):
     run = built(
         runs,
