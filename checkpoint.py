@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -113,9 +114,32 @@ def _locked(folder, kind, named):
 
 def write_whole(file, text) -> None:
     """Write a text file whole or not at all: a kill leaves the old one."""
+    file = Path(file).resolve()  # of a link, what it leads to
     aside = Path(f"{file}.new")
     aside.write_text(text)
     aside.replace(file)
+
+
+def write_json(file, content) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_whole(file, as_json(content, indent=1) + "\n")
+
+
+def as_json(content, indent=None) -> str:
+    """Content as JSON that every program reads. Infinity and NaN, which JSON does not have, stand
+    there as the words that float() takes: "inf", "-inf", "nan"."""
+    return json.dumps(_without_infinity(content), indent=indent, allow_nan=False)
+
+
+def _without_infinity(content):
+    """A copy of lists and dicts with words for numbers that are not finite."""
+    if isinstance(content, dict):
+        return {key: _without_infinity(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_infinity(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(float(content))
+    return content
 
 
 def damaged(folder) -> list[str]:
@@ -228,7 +252,7 @@ def restore(run_models, stored, device="cpu") -> dict:
 def append_lines(file, rows) -> None:
     """Append JSON lines to a file."""
     with open(file, "a") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
+        stream.writelines(as_json(row) + "\n" for row in rows)
 
 
 def lines_up_to(file, iteration) -> tuple[list[str], list[int]]:

@@ -278,11 +278,13 @@ def mechanism(folder) -> dict:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "clip_fraction" in row]  # not the evaluation before training
     second_half = rows[len(rows) // 2 :]
-    explained = [row["explained_variance"] for row in second_half if "value_loss" in row]
+    # float: infinity stands there as a word (checkpoint.as_json)
+    explained = [float(row["explained_variance"]) for row in second_half if "value_loss" in row]
+    clipped = [float(row["clip_fraction"]) for row in rows]
     return {
         "explained_variance_second_half": float(np.mean(explained)) if explained else None,
-        "clip_fraction": float(np.mean([row["clip_fraction"] for row in rows])) if rows else None,
-        "largest_approx_kl": max((row["approx_kl"] for row in rows), default=None),
+        "clip_fraction": float(np.mean(clipped)) if clipped else None,
+        "largest_approx_kl": max((float(row["approx_kl"]) for row in rows), default=None),
     }
 
 

@@ -25,6 +25,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import shlex
 import signal
 import sys
@@ -33,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -389,7 +390,7 @@ def learned_from(run, batch, credit) -> list[dict]:
 def finish(run) -> None:
     """Final evaluations, summary.json, the table on the terminal, the pictures and the page."""
     summary = evaluation.summarise(run, evaluation.final_evaluations(run))
-    checkpoint.write_whole(run.folder / "summary.json", json.dumps(summary, indent=1))
+    checkpoint.write_json(run.folder / "summary.json", summary)
     evaluation.print_summary(summary, run.folder)
     for draw in (explorer.explorer, credit_page.credit_map, figures.learning_curve):
         try:
@@ -548,7 +549,7 @@ def prepare_folder(folder, settings, config, progress) -> None:
             )
     for file, lines in kept.items():
         checkpoint.write_whole(file, "".join(lines))
-    checkpoint.write_whole(folder / "config.json", json.dumps(content, indent=1))
+    checkpoint.write_json(folder / "config.json", content)
 
 
 # ------------------------------------------------------------------------------------ signals
@@ -618,6 +619,7 @@ def stored_settings(folder) -> dict:
                 raise ValueError(f"{key}: {part!r}, expected an object")
             for name in part.keys() - {known.name for known in fields(kind)}:
                 raise ValueError(f"{name}: not a setting of this version")
+            part = with_infinity(part, kind)
             kind(**part)  # checks each of them
             stored |= part
     except ValueError as error:
@@ -625,6 +627,17 @@ def stored_settings(folder) -> dict:
             f"{file}: {error}; put it back from a copy, or start the run again without --resume"
         ) from None
     return stored
+
+
+def with_infinity(part, kind) -> dict:
+    """Settings as they were before config.json had a word for infinity (checkpoint.as_json). A
+    setting that is no number may be that word itself."""
+    hints = get_type_hints(kind)
+    values = {}
+    for name, value in part.items():
+        is_number = float in (hints[name], *get_args(hints[name]))
+        values[name] = math.inf if is_number and value == "inf" else value
+    return values
 
 
 def given_flags(argv=None) -> dict:

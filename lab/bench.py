@@ -13,7 +13,6 @@ They write results/bench_<what>.json, and gpu.json. What each measures, and how,
 of lab/bench_<what>.py.
 """
 
-import json
 import sys
 from datetime import date
 from pathlib import Path
@@ -121,7 +120,9 @@ def save(file, outcome, command):
         **outcome.get("versions", {}),
     }
     made = {"command": command, "date": date.today().isoformat()}
-    file.write_text(json.dumps(made | outcome | {"versions": versions}, indent=1) + "\n")
+    import checkpoint  # not above: it brings transformers, whose memory would be measured too
+
+    checkpoint.write_json(file, made | outcome | {"versions": versions})
 
 
 if __name__ == "__main__":

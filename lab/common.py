@@ -5,10 +5,12 @@ Imports none of the project's modules, so that a picture can be made again long 
 """
 
 import argparse
+import errno
 import json
 import math
 import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +26,7 @@ LABEL_SIZE = 9  # points, of the names at the ends of lines
 WIDTH = 11  # inches of each picture. On GitHub's 830 pixels a text of 9 points is 9 pixels high.
 
 LARGEST_SEED = 2**32 - 1  # that NumPy takes
+NOT_FINITE = ("inf", "-inf", "nan")  # as checkpoint.as_json writes such numbers
 
 
 def command_line(name, about) -> argparse.ArgumentParser:
@@ -53,14 +56,40 @@ def writable(file):
     to be called before the work whose outcome would be lost. A file stays as it is."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        # An outcome is written beside its place, and takes it when it is whole
+        tempfile.TemporaryFile(dir=file.resolve().parent).close()
+        if file.is_file():
             os.close(os.open(file, os.O_WRONLY))
-        else:
-            tempfile.TemporaryFile(dir=file.parent).close()
+        elif file.exists():
+            raise OSError(errno.EINVAL, "it is no plain file")
     except OSError as error:
         reason = f"{file} cannot be written ({error.strerror})"
         raise SystemExit(f"{reason}; free the place, or choose another") from error
     return file
+
+
+def read_outcome(file):
+    """The JSON object of a file under results/, its numbers as they were before
+    checkpoint.write_json. ValueError, naming the file, for one that is damaged."""
+    try:
+        outcome = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(outcome, dict):
+            raise ValueError("something else")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: expected one whole object of JSON ({error}); put it back from a copy, or "
+            "move it away and measure again"
+        ) from None
+    return with_infinity(outcome)
+
+
+def with_infinity(content):
+    """A copy of lists and dicts with numbers in place of checkpoint.as_json's words for them."""
+    if isinstance(content, dict):
+        return {key: with_infinity(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [with_infinity(value) for value in content]
+    return float(content) if content in NOT_FINITE else content
 
 
 def read_lines(path):
@@ -110,6 +139,8 @@ def read_metrics(path):
     rows = read_lines(path)
     for row in rows:
         for key in DRAWN:
+            if row.get(key) in NOT_FINITE:
+                row[key] = float(row[key])
             if key in row and not is_number(row[key]):
                 raise ValueError(
                     f"{path}, iteration {row['iteration']}: {key} is {row[key]!r:.60}, expected a "

@@ -21,7 +21,6 @@ Statistics as in Agarwal et al. (arXiv:2108.13264, the rliable paper): the inter
 seeds, and its 95% interval by bootstrap. Left out: significance tests; read the intervals.
 """
 
-import json
 import shlex
 import sys
 import time
@@ -31,7 +30,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from lab.common import writable
+import checkpoint
+from lab.common import read_outcome, writable
 from lab.sweep import EXPERIMENTS, Sweep, execute, finished, kept_outcomes, outcome, plan, table
 from lab.truth import check_runs, lifts, truth
 
@@ -141,14 +141,13 @@ def main(argv=None):
         first_lines = heading(sweep, argv)
         writable(sweep.file)
         for part in measure(sweep, extra):
-            sweep.file.write_text(json.dumps(first_lines | part, indent=1) + "\n")
+            checkpoint.write_json(sweep.file, first_lines | part)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"python -m lab.compare: {error}") from error
-    text = sweep.file.read_text()
     if sweep.experiment in ("truth", "lift"):
-        print(text)
+        print(sweep.file.read_text())
     else:
-        print(table(json.loads(text)))
+        print(table(read_outcome(sweep.file)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ critic without a flaw would show, but for the noise of 64 coins.
 
 import argparse
 import copy
-import json
 import shlex
 import sys
 import time
@@ -35,12 +34,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+import checkpoint
 import models
 import rollout
 import sapo
 import train
 import vlm
-from lab.common import LARGEST_SEED, command_line, whole, writable
+from lab.common import LARGEST_SEED, command_line, read_outcome, whole, writable
 from lab.sweep import ROOT
 from lab.truth import accuracy_of
 
@@ -293,7 +293,7 @@ def kept(file, how) -> list[dict]:
     they cannot stand beside new ones."""
     if not file.is_file():
         return []
-    before = json.loads(file.read_text())
+    before = read_outcome(file)
     for name, value in how.items():
         if before.get(name) != value:
             raise SystemExit(
@@ -360,7 +360,7 @@ def main(argv=None):
 def answer(arguments, argv):
     """Measure what was asked for. argv: the words that asked."""
     if arguments.run:
-        print(json.dumps(of_run(arguments.run, arguments.responses), indent=1))
+        print(checkpoint.as_json(of_run(arguments.run, arguments.responses), indent=1))
         return
     how = {
         "rollouts": arguments.rollouts,
@@ -376,7 +376,7 @@ def answer(arguments, argv):
     file = writable(ROOT / arguments.results / "critic.json")
     done = kept(file, how)
     for measured in experiment(arguments.tasks, arguments.seeds, arguments.runs, how, told, done):
-        file.write_text(json.dumps({**how, "measured": measured}, indent=1) + "\n")
+        checkpoint.write_json(file, {**how, "measured": measured})
     print(file)
 
 

@@ -13,19 +13,19 @@ has bad habits: the probability of each digit, before the step and after it, whe
 digit was written and where the digit before it was.
 """
 
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import checkpoint
 import evaluation
 import rollout
 import tiny
 import train
 import vlm
-from lab.common import command_line, writable
+from lab.common import command_line, read_outcome, writable
 from lab.sweep import ROOT
 
 DIGITS = "0123456789"
@@ -114,17 +114,18 @@ def main(argv=None):
         # Built last, as it restores the random stream that the responses are drawn from
         run = train.build(*train.parse(["--resume", str(arguments.folder)]))
         episode = record(run, deaf)
+        summaries = [folder / "summary.json" for folder in (arguments.folder, arguments.deaf)]
+        commands = [read_outcome(summary)["command"] for summary in summaries]
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"python -m lab.episode: {error}") from error
-    summaries = [folder / "summary.json" for folder in (arguments.folder, arguments.deaf)]
     outcome = {
         "command": f"python -m lab.episode {arguments.folder} {arguments.deaf}",
-        "commands": [json.loads(file.read_text())["command"] for file in summaries],
+        "commands": commands,
         "seed": run.settings.seed,
         "date": time.strftime("%Y-%m-%d"),
         **episode,
     }
-    file.write_text(json.dumps(outcome, indent=1) + "\n")
+    checkpoint.write_json(file, outcome)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ project: `pip install torchrl trl stable-baselines3 verl ray`, in an environment
 """
 
 import importlib.metadata
-import json
 import time
 from collections import defaultdict
 from types import SimpleNamespace
@@ -17,8 +16,9 @@ import numpy as np
 import torch
 
 import baselines
+import checkpoint
 import sapo
-from lab.common import command_line
+from lab.common import command_line, read_outcome
 from lab.sweep import ROOT
 from lab.theorems import EXAMPLES, Claimant, asked, verdicts
 
@@ -308,7 +308,7 @@ def write_table(examples: int = EXAMPLES) -> str:
     """Run every estimator that is installed, write results/theorems.json. -> what was done."""
     kept = {}
     if FILE.is_file():
-        kept = {row["name"]: row for row in json.loads(FILE.read_text())["rows"]}
+        kept = {row["name"]: row for row in read_outcome(FILE)["rows"]}
     rows, said = [], []
     for package, functions in ESTIMATORS.items():
         for name, function in functions.items():
@@ -323,7 +323,7 @@ def write_table(examples: int = EXAMPLES) -> str:
             said.append(f"{name}: {', '.join(failing) or 'none'} fail")
             rows.append(row)
     content = {"command": "python -m lab.estimators", "rows": rows}
-    FILE.write_text(json.dumps(content, indent=1) + "\n")
+    checkpoint.write_json(FILE, content)
     return "\n".join(said)
 
 

@@ -14,7 +14,6 @@ when it draws. The same files give the same SVG, to the byte. Left out: what nee
 
 import argparse
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from lab.common import (
     name_lines,
     new_figure,
     read_metrics,
+    read_outcome,
     run_title,
     save_svg,
 )
@@ -80,14 +80,6 @@ WORDS = {
     "sapo, token mean": "SAPO, mean over all tokens",
     "ppo, lambda of sapo": "PPO at SAPO's lambda",
 }
-
-
-# -------------------------------------------------------------------- what all pictures share
-
-
-def _read_results(file):
-    """A JSON that lab.compare wrote."""
-    return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------- the learning curve
@@ -375,7 +367,7 @@ def comparison(file):
 
     Raises ValueError for a sweep without a finished run, ImportError without matplotlib.
     """
-    results = _read_results(file)
+    results = read_outcome(file)
     if not results["runs"]:
         raise ValueError(f"{file} holds no finished run yet")
     return save_svg(comparison_figure(results), Path(file).with_suffix(".svg"))
@@ -428,7 +420,7 @@ def reuse_figure(results):
 
 def reuse(file):
     """Write `reuse_figure` of a sweep's JSON beside it; return the SVG's path."""
-    return save_svg(reuse_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+    return save_svg(reuse_figure(read_outcome(file)), Path(file).with_suffix(".svg"))
 
 
 def truth_figure(results):
@@ -468,7 +460,7 @@ def truth_figure(results):
 
 def truth(file):
     """Write `truth_figure` of a ground truth's JSON beside it; return the SVG's path."""
-    return save_svg(truth_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+    return save_svg(truth_figure(read_outcome(file)), Path(file).with_suffix(".svg"))
 
 
 def lift_figure(results):
@@ -506,7 +498,7 @@ def lift_figure(results):
 
 def lift(file):
     """Write `lift_figure` of a lift measurement's JSON beside it; return the SVG's path."""
-    return save_svg(lift_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+    return save_svg(lift_figure(read_outcome(file)), Path(file).with_suffix(".svg"))
 
 
 # Of lab.critic: the variants that are drawn (the table has all), and the policies, in words
@@ -587,7 +579,7 @@ def _seen_best(curves, accuracies):
 
 def critic(file):
     """Write `critic_figure` of lab.critic's JSON beside it; return the SVG's path."""
-    return save_svg(critic_figure(_read_results(file)), Path(file).with_suffix(".svg"))
+    return save_svg(critic_figure(read_outcome(file)), Path(file).with_suffix(".svg"))
 
 
 def drawn(folder):
@@ -603,7 +595,7 @@ def drawn(folder):
             yield lift(file)
         elif experiment == "reuse":
             yield reuse(file)
-        elif experiment in ROWS and "runs" in _read_results(file):
+        elif experiment in ROWS and "runs" in read_outcome(file):
             yield comparison(file)
 
 

@@ -293,7 +293,7 @@ def main(argv=None):
         "date": time.strftime("%Y-%m-%d"),
     }
     if arguments.kills >= WRITTEN_FROM:
-        FILE.write_text(json.dumps(heading | found, indent=1) + "\n")
+        checkpoint.write_json(FILE, heading | found)
         print(f"written to {FILE}")
     else:
         print(f"not written: {FILE.name} is for {WRITTEN_FROM} kills or more")

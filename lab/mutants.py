@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 from lab.common import command_line
 from lab.sweep import ROOT
 
@@ -121,7 +122,7 @@ def main(argv=None):
         "versions": {"torch": torch.__version__, "mutmut": importlib.metadata.version("mutmut")},
         **found,
     }
-    (ROOT / "results" / "mutants.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    checkpoint.write_json(ROOT / "results" / "mutants.json", outcome)
     print(f"{found['killed']} of {found['tried']} were noticed; these were not:")
     for survivor in found["survivors"]:
         print(f"{survivor['name']}\n  - {survivor['was']}\n  + {survivor['is']}")

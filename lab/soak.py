@@ -11,7 +11,6 @@ the run gets SIGTERM, saves, and must leave without an error.
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 
+import checkpoint
 from lab.common import command_line, writable
 from lab.sweep import ROOT
 
@@ -142,10 +142,9 @@ def main(argv=None):
         "growth": growth(looks),
         "looks": looks[:: max(1, len(looks) // 60)],
     }
-    text = json.dumps(outcome, indent=1) + "\n"
     if minutes >= LONG and status == 0:
-        file.write_text(text)
-    print(text, end="")
+        checkpoint.write_json(file, outcome)
+    print(checkpoint.as_json(outcome, indent=1))
     sys.exit(status != 0)
 
 

@@ -7,7 +7,6 @@ The flags are train.py's. As many held-out questions as --batch, at --temperatur
 given what the response said before it (`Task.check_steps`). -> results/steps-<name>.json
 """
 
-import json
 import shlex
 import sys
 import time
@@ -16,6 +15,7 @@ from collections import Counter
 import numpy as np
 import torch
 
+import checkpoint
 import rollout
 import train
 from lab.common import writable
@@ -55,8 +55,8 @@ def main(argv=None):
         raise SystemExit(f"python -m lab.steps: {error}") from error
     command = shlex.join(["python", "-m", "lab.steps", *argv])
     outcome = {"command": command, "date": time.strftime("%Y-%m-%d"), **outcome}
-    file.write_text(json.dumps(outcome, indent=1) + "\n")
-    print(json.dumps(outcome, indent=1))
+    checkpoint.write_json(file, outcome)
+    print(checkpoint.as_json(outcome, indent=1))
 
 
 if __name__ == "__main__":

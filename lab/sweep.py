@@ -21,6 +21,7 @@ import numpy as np
 import baselines
 import checkpoint
 import sapo
+from lab.common import read_outcome
 from lab.stats import interval, probability_of_improvement
 from sapo import setting
 
@@ -193,7 +194,7 @@ def best_trial(sweep: Sweep, method: str) -> list[str]:
     file = replace(sweep, experiment="tune").file
     if sweep.experiment == "tune" or not file.is_file():
         return []
-    return chosen_trial(json.loads(file.read_text())["runs"], method)
+    return chosen_trial(read_outcome(file)["runs"], method)
 
 
 def chosen_trial(runs: list[dict], method: str) -> list[str]:
@@ -280,7 +281,7 @@ def kept_outcomes(sweep: Sweep) -> dict[str, dict]:
     the results: a run with the same flags is not made again."""
     if not sweep.file.is_file():
         return {}
-    return {run["flags"]: run for run in json.loads(sweep.file.read_text())["runs"]}
+    return {run["flags"]: run for run in read_outcome(sweep.file)["runs"]}
 
 
 def finished(folder: Path) -> bool:
@@ -344,13 +345,13 @@ def training_curve(rows: list[dict], bins: int = 20) -> dict[str, list]:
 
 def _mean_of(metric, rows):
     """The mean over the rows that have the metric: a row of skipped updates has no loss."""
-    values = [row[metric] for row in rows if metric in row]
+    values = [float(row[metric]) for row in rows if metric in row]  # "inf" is a word there
     return round(float(np.mean(values)), 5)
 
 
 def outcome(planned: Planned) -> dict:
     """What results/ keeps of a finished run: numbers of its summary, and its training curve."""
-    summary = json.loads((planned.folder / "summary.json").read_text())
+    summary = read_outcome(planned.folder / "summary.json")
     lines = (planned.folder / "metrics.jsonl").read_text().splitlines()
     # The evaluation before training stands in a row of its own, without a learning rate.
     rows = [json.loads(line) for line in lines if '"actor_lr"' in line]

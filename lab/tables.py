@@ -5,13 +5,12 @@
 The figures beside the tables are `python -m lab.figures results`.
 """
 
-import json
 import re
 
 import numpy as np
 
 import sapo
-from lab.common import command_line
+from lab.common import command_line, read_outcome
 from lab.stats import of_reuse
 from lab.sweep import ROOT, TRIALS, chosen_trial, collapsed, table
 from lab.theorems import THEOREMS
@@ -21,7 +20,7 @@ RESULTS = ROOT / "results"
 
 def summaries(names) -> list[dict]:
     """The files of results/ that a pattern names, in the order of their names."""
-    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob(names))]
+    return [read_outcome(file) for file in sorted(RESULTS.glob(names))]
 
 
 def markdown(heads, rows) -> str:
@@ -329,7 +328,7 @@ def all_tables() -> dict[str, str]:
         if any(tried.values()):
             tables[name] = tried_table(tried)
     for file in sorted(RESULTS.glob("*.json")):
-        results = json.loads(file.read_text())
+        results = read_outcome(file)
         if file.name == "critic.json":
             tables[file.name] = critic_table(results)
         elif file.name == "trials.json":
@@ -350,7 +349,11 @@ def all_tables() -> dict[str, str]:
 
 def main():
     """Print every table."""
-    for source, lines in all_tables().items():
+    try:
+        tables = all_tables()
+    except ValueError as error:  # a file that is damaged
+        raise SystemExit(f"python -m lab.tables: {error}") from error
+    for source, lines in tables.items():
         print(f"results/{source}\n\n{lines}\n")
 
 

@@ -9,13 +9,13 @@ explorer is not the policy, which errs more where it sees badly; and his value i
 who sees the whole world, dark cells included. The outcomes judge both.
 """
 
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import checkpoint
 import evaluation
 import rollout
 import train
@@ -101,8 +101,8 @@ def main(argv=None):
         "date": time.strftime("%Y-%m-%d"),
         **measured,
     }
-    file.write_text(json.dumps(outcome, indent=1) + "\n")
-    print(json.dumps(outcome, indent=1))
+    checkpoint.write_json(file, outcome)
+    print(checkpoint.as_json(outcome, indent=1))
 
 
 if __name__ == "__main__":

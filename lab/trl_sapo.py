@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import env  # noqa: F401  importing it registers the SAPO/... environments
 import evaluation
 import models
@@ -283,7 +284,7 @@ def main(argv=None):
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-    file.write_text(json.dumps(made | outcome, indent=1) + "\n")
+    checkpoint.write_json(file, made | outcome)
     print(f"written to {file}, the policy to {folder}")
 
 

@@ -10,7 +10,6 @@ that a test can tell when it is stale.
 import base64
 import hashlib
 import io
-import json
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ from lab.common import (
     name_lines,
     new_figure,
     read_lines,
+    read_outcome,
     save_svg,
 )
 from lab.sweep import ROOT
@@ -292,7 +292,7 @@ def made_of(name):
 
 def drawn():
     """Draw all of them into results/; yields the path of each."""
-    episode = json.loads(EPISODE.read_text())
+    episode = read_outcome(EPISODE)
     pictures = {
         "episode": episode_figure(episode),
         "step": step_figure(episode),
@@ -301,7 +301,7 @@ def drawn():
         "lambdas": lambdas_figure(episode),
         "clip": clip_figure(),
         "run": run_figure(read_lines(RUN)),
-        "broken": broken_figure(json.loads(REUSE.read_text())),
+        "broken": broken_figure(read_outcome(REUSE)),
     }
     for name, figure in pictures.items():
         path = RESULTS / f"tutorial-{name}.svg"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -481,6 +483,43 @@ def test_a_text_file_is_written_whole_or_not_at_all(tmp_path):
         checkpoint.write_whole(file, "new")
         assert reader.read() == "old"
     assert file.read_text() == "new"
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    checkpoint.write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+
+
+def strictly(text):
+    """A JSON text as jq, a browser and most other programs read it: without NaN and Infinity."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_json_has_no_number_for_stands_there_as_a_word(tmp_path):
+    infinite = {"a": [math.inf, (np.float64(-math.inf), math.nan)], "b": {"c": 1.5}, "d": "inf"}
+    words = {"a": ["inf", ["-inf", "nan"]], "b": {"c": 1.5}, "d": "inf"}
+    checkpoint.write_json(tmp_path / "a.json", infinite)
+    checkpoint.append_lines(tmp_path / "a.jsonl", [infinite] * 2)
+    assert strictly((tmp_path / "a.json").read_text()) == words
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert [strictly(line) for line in lines] == [words, words]
+
+
+def test_every_file_of_a_run_is_json_for_every_program(runs):
+    flags = ["--clip_high", "inf", "--actor_half_life", "inf", "--iterations", "1"]
+    run = built(runs, "--name", "infinite", *flags)
+    train.run_to_its_end(run)
+    assert strictly((run.folder / "config.json").read_text())["config"]["clip_high"] == "inf"
+    strictly((run.folder / "summary.json").read_text())
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        for line in (run.folder / name).read_text().splitlines():
+            strictly(line)
 
 
 def test_a_folder_that_is_gone_is_said_in_one_line(runs, monkeypatch):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import SMALL, built, check_samples, rows_of, without_times
 
+import checkpoint
 import evaluation
 import rollout
 import sapo
@@ -224,3 +225,10 @@ def test_the_mechanism_by_hand(tmp_path):
     without_critic = mechanism_of(tmp_path, rows)
     assert without_critic == mechanism | {"explained_variance_second_half": None}
     assert set(mechanism_of(tmp_path, rows[:1]).values()) == {None}
+
+
+def test_the_mechanism_of_a_critic_that_is_infinitely_wrong(tmp_path):
+    row = {"clip_fraction": 0.1, "approx_kl": math.inf, "explained_variance": -math.inf}
+    checkpoint.append_lines(tmp_path / "metrics.jsonl", [row | {"value_loss": 1.0}])
+    found = {"explained_variance_second_half": -math.inf, "clip_fraction": 0.1}
+    assert evaluation.mechanism(tmp_path) == found | {"largest_approx_kl": math.inf}

@@ -726,6 +726,13 @@ def test_a_metric_that_is_no_number_is_named_in_one_line(run, key, value):
         figures.learning_curve(run)
 
 
+@pytest.mark.parametrize("word", common.NOT_FINITE)
+def test_a_metric_that_is_not_finite_is_read_as_it_was(run, word):
+    write_lines(run, "metrics.jsonl", [{"iteration": 3, "explained_variance": word}])
+    (row,) = common.read_metrics(run / "metrics.jsonl")
+    assert str(row["explained_variance"]) == word and isinstance(row["explained_variance"], float)
+
+
 @pytest.mark.parametrize(
     ("make", "name"), [(figures.learning_curve, "metrics.jsonl"), (credit_map, "samples.jsonl")]
 )
@@ -749,6 +756,14 @@ def test_settings_that_are_no_numbers_leave_those_of_the_paper(run, lam):
     )
     (run / "config.json").write_text(told % lam)
     assert '"lam":0.99' in explorer(run).read_text(encoding="utf-8")
+
+
+def test_no_clip_is_a_large_one_on_the_page(run):
+    """In config.json it is a word."""
+    config = {"value_at": "start", "clip_high": "inf"}
+    stored = {"config": config, "settings": {"credit": "critic", "cut": ""}}
+    (run / "config.json").write_text(json.dumps(stored))
+    assert '"clip_high":1000000000.0' in explorer(run).read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- the command line
@@ -776,7 +791,10 @@ def test_the_command_draws_a_folder_of_results(tmp_path):
 
 def test_the_command_says_in_one_line_why_it_cannot_draw(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "main-DiceSum.json").write_text('{"runs": [')
     cases = [("none", "is no folder"), ("empty", "metrics.jsonl is missing")]
+    cases += [("cut", "main-DiceSum.json: expected one whole object of JSON (Expecting value")]
     for folder, message in cases:
         failed = command(tmp_path / folder)
         assert failed.returncode == 1

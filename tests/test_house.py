@@ -58,6 +58,14 @@ def test_only_the_training_script_looks_into_the_laboratory():
     assert looking == {"train"}  # for its figures
 
 
+def test_files_of_json_are_written_by_one_function():
+    """checkpoint.write_json: whole, and such as every program reads. What others make of JSON is
+    hashed, asked of another process, printed or put into a page."""
+    makers = {module_name(file) for file in FILES if "json.dump" in file.read_text()}
+    others = {"tiny", "tasks.judge", "tasks.reasoning", "lab.bench_gpu", "lab.ratio_noise"}
+    assert makers == others | {"checkpoint", "lab.explorer"}
+
+
 def test_a_reader_of_the_algorithm_needs_torch_alone():
     standard = {"math", "collections", "dataclasses", "numbers", "typing"}
     packages = {name.split(".")[0] for name in imported_names(ROOT / "sapo.py")}

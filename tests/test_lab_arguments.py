@@ -2,14 +2,18 @@
 
 import argparse
 import importlib
+import math
+import os
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
+import checkpoint
 from lab import bench, critic, kills, soak
-from lab.common import whole, writable
+from lab.common import read_outcome, whole, writable
 
 # {words: the end of the line that refuses them}
 ABBREVIATED = {
@@ -115,10 +119,20 @@ def test_the_folder_of_an_outcome_is_made_and_its_file_is_not(tmp_path):
 
 
 def test_an_outcome_that_cannot_be_written_is_refused_with_its_name(tmp_path):
+    """Nor is one written in place of /dev/null."""
     (tmp_path / "file").write_text("")
-    for file in (tmp_path, tmp_path / "file" / "a.json", tmp_path / "file" / "of" / "a.json"):
+    os.mkfifo(tmp_path / "pipe")
+    within = (tmp_path / "file" / "a.json", tmp_path / "file" / "of" / "a.json")
+    for file in (tmp_path, tmp_path / "pipe", Path("/dev/null"), *within):
         with pytest.raises(SystemExit, match=f"^{re.escape(str(file))} cannot be written"):
             writable(file)
+
+
+def test_an_outcome_is_read_as_it_was_written(tmp_path):
+    outcome = {"auroc": math.nan, "of": [[-math.inf, 0.5], {"is": "word", "none": None}]}
+    file = tmp_path / "a.json"
+    checkpoint.write_json(file, outcome)
+    assert repr(read_outcome(file)) == repr(outcome)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from small_runs import parsed, resumed, rows_of, without_times
 
 import baselines
+import checkpoint
 import sapo
 import train
 from tasks import TASKS
@@ -276,7 +277,27 @@ def test_runs_of_different_settings_get_different_folders():
 
 def write_config(folder, settings, config):
     stored = {"settings": asdict(settings), "config": asdict(config)}
-    (folder / "config.json").write_text(json.dumps(stored))
+    checkpoint.write_json(folder / "config.json", stored)
+
+
+INFINITE = [part.name for part in EVERY_FIELD if part.metadata["help"].endswith("inf]")]
+
+
+@pytest.mark.parametrize("written_as", ["inf", "Infinity"])
+def test_infinity_is_restored_from_its_word_and_from_what_earlier_versions_wrote(
+    tmp_path, written_as
+):
+    """And a name that is that word stays a name."""
+    flags = [word for name in INFINITE for word in (f"--{name}", "inf")]
+    first = train.parse([*flags, "--name", "inf"])
+    write_config(tmp_path, *first)
+    if written_as == "Infinity":
+        stored = {"settings": asdict(first[0]), "config": asdict(first[1])}
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert (tmp_path / "config.json").read_text().count(written_as) >= len(INFINITE)
+    again = as_dict(*train.parse(["--resume", str(tmp_path)]))
+    assert again == as_dict(*first) | {"resume": str(tmp_path)}
+    assert {type(again[name]) for name in INFINITE} == {float} and again["name"] == "inf"
 
 
 def test_resuming_takes_the_runs_own_settings_and_flags_beside_it_win(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 
@@ -316,6 +317,11 @@ def test_a_curve_has_the_mean_of_each_part_and_the_tokens_at_its_end():
 def test_a_row_without_losses_does_not_count_for_their_mean():
     rows = [row(1, entropy=0.5), row(2), row(3, entropy=0.3)]
     assert sweep.training_curve(rows, bins=1)["entropy"] == [0.4]
+
+
+def test_the_word_for_infinity_counts_as_that_number():
+    rows = [row(1, approx_kl=0.5), row(2, approx_kl="inf")]
+    assert sweep.training_curve(rows, bins=1)["approx_kl"] == [math.inf]
 
 
 def test_an_outcome_is_the_summary_the_flags_and_the_curve(tmp_path):

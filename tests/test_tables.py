@@ -294,6 +294,16 @@ def test_without_runs_of_four_epochs_there_is_no_table_of_them(results):
     assert "epochs4-*.json" not in tables.all_tables()
 
 
+@pytest.mark.parametrize("name", ["default-sapo-seed0.json", "main-DiceSum.json", "other.json"])
+@pytest.mark.parametrize("text", ["", '{"runs": [', "[]", "\0", "[" * 10**5])
+def test_a_damaged_file_is_named_in_one_line(results, name, text):
+    (results / name).write_text(text)
+    said = rf"^python -m lab.tables: .*/{name}: expected one whole object of JSON \(.*put it back"
+    with pytest.raises(SystemExit, match=said) as left:
+        tables.main()
+    assert "\n" not in left.value.code
+
+
 def test_main_prints_every_table_under_its_source(results, capsys):
     tables.main()
     expected = [f"results/{source}\n\n{lines}\n" for source, lines in tables.all_tables().items()]
