@@ -89,7 +89,7 @@ class Method:
     )
     group: int = setting(8, "group, roles: responses per prompt", "[2, inf)")
     continuations: int = setting(
-        9, "continuations: responses sampled from each segment's start", "[1, inf)"
+        9, "continuations: responses sampled from each segment's start", "[1, 65536]"
     )
     segment_tokens: int = setting(10, "fixed, tree: tokens per segment", "[1, inf)")
     branching: list[int] = setting([4, 4, 4], "tree: children per level", "[1, inf)")

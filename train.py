@@ -63,7 +63,10 @@ from tasks import GAMES, TASKS
 @dataclass
 class Settings(baselines.Method):
     """Task, model and budget. --method, --cut, --credit and what belongs to them are inherited from
-    baselines.Method; the numbers of the algorithm are sapo.SAPOConfig's."""
+    baselines.Method; the numbers of the algorithm are sapo.SAPOConfig's.
+
+    The sizes for which something is made or written before an error could come end at 65536 and
+    1048576: above what anybody trains with, and low enough that a slip of the hand is one line."""
 
     env: str = setting("SAPO/DiceSum-v0", "Gymnasium id of the task")
     env_args: list[str] = setting([], "keywords of the task: n=9, length=12 grid=5")
@@ -75,7 +78,7 @@ class Settings(baselines.Method):
     lora: int = setting(
         0,
         "rank of LoRA adapters, by which policy, critic and reference share one backbone; 0: none",
-        "[0, inf)",
+        "[0, 65536]",
     )
     critic: Literal["separate", "shared"] = setting(
         "separate",
@@ -103,19 +106,19 @@ class Settings(baselines.Method):
         "stop also when so many tokens were generated, continuations and trees included; 0: never",
         "[0, inf)",
     )
-    batch: int = setting(128, "responses per rollout", "[1, inf)")
+    batch: int = setting(128, "responses per rollout", "[1, 65536]")
     generate_batch: int = setting(
         0,
         "responses that are written at a time, 0: all of a rollout; bounds the memory of keys and "
         "values; another split draws other samples",
         "[0, inf)",
     )
-    max_new_tokens: int = setting(64, "longest response, in tokens", "[1, inf)")
+    max_new_tokens: int = setting(64, "longest response, in tokens", "[1, 1048576]")
     temperature: float = setting(1.0, "of sampling and scoring in training", "[0.01, 100]")
     warm_start_steps: int = setting(
         600, "supervised steps on noisy demonstrations before RL; 0 for none", "[0, inf)"
     )
-    warm_start_batch: int = setting(64, "demonstrations per step", "[1, inf)")
+    warm_start_batch: int = setting(64, "demonstrations per step", "[1, 65536]")
     warm_start_lr: float = setting(3e-3, "peak learning rate of the warm start", "(0, 1]")
     habits: float = setting(
         0.6,
@@ -131,7 +134,7 @@ class Settings(baselines.Method):
     eval_every: int = setting(
         30, "iterations between held-out evaluations at temperature 1", "[1, inf)"
     )
-    eval_episodes: int = setting(512, "held-out episodes per evaluation", "[1, inf)")
+    eval_episodes: int = setting(512, "held-out episodes per evaluation", "[1, 1048576]")
     checkpoint_every: int = setting(30, "iterations between checkpoints", "[1, inf)")
     tensorboard: bool = setting(False, "also write TensorBoard event files")
 

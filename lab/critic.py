@@ -331,7 +331,7 @@ def parse(argv=None) -> argparse.Namespace:
         "--run", help="only this: the folder of a run, whose own critic is measured"
     )
     parser.add_argument(
-        "--responses", type=whole(1), default=256, help="held-out responses for --run"
+        "--responses", type=whole(1, 65536), default=256, help="held-out responses for --run"
     )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=whole(0, LARGEST_SEED), default=[10, 11])

@@ -423,7 +423,7 @@ DAMAGED = {  # what was done to a run's folder, and what is said
     ),
     "batch 0": (
         change_config("batch", 0),
-        r"config.json: batch: 0, expected a number in \[1, inf\)",
+        r"config.json: batch: 0, expected a number in \[1, 65536\]",
     ),
     "env a number": (change_config("env", 5), "config.json: env: 5, expected a word"),
     "env_args numbers": (

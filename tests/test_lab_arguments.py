@@ -39,6 +39,7 @@ SENSELESS = {
     "critic --states-of 0": "argument --states-of: 0: expected a whole number from 1 to 256",
     "critic --states-of 257": "argument --states-of: 257: expected",
     "critic --run a --responses 0": "argument --responses: 0: expected",
+    "critic --run a --responses 99999": "argument --responses: 99999: expected a whole number from",
     "critic --run /nowhere": "--resume /nowhere: no config.json there",
     "kills --seed=-1 --kills 1": "argument --seed: -1: expected a whole number from 0 to 42949",
     "kills --kills 0": "argument --kills: 0: expected a whole number of at least 1",

@@ -66,9 +66,14 @@ def test_a_number_outside_its_range_is_refused_in_one_line(field, word, tmp_path
         (["--role_temperature", "1e-320"], "role_temperature: 1e-320, expected .* 32 bits hold"),
         (["--loss_below", "1e-320"], "loss_below: 1e-320, expected .* 32 bits hold"),
         (["--warm_start_steps", str(2**63)], f"warm_start_steps: {2**63}, .* 32 bits hold"),
-        (["--continuations", str(2**63)], f"continuations: {2**63}, .* 32 bits hold"),
-        (["--batch", str(2**31)], f"batch: {2**31}, .* 32 bits hold"),
-        (["--lora", str(2**31)], f"lora: {2**31}, .* 32 bits hold"),
+        (["--group", str(2**63)], f"group: {2**63}, .* 32 bits hold"),
+        (["--batch", "65537"], r"batch: 65537, expected a number in \[1, 65536\]"),
+        (["--batch", str(2**31 - 1)], rf"batch: {2**31 - 1}, expected a number in \[1, 65536\]"),
+        (["--warm_start_batch", "65537"], "warm_start_batch: 65537, expected a number"),
+        (["--continuations", "65537"], "continuations: 65537, expected a number"),
+        (["--lora", "65537"], "lora: 65537, expected a number"),
+        (["--max_new_tokens", "1048577"], "max_new_tokens: 1048577, expected a number"),
+        (["--eval_episodes", "1048577"], "eval_episodes: 1048577, expected a number"),
         (["--env_args", "format_reward=nan"], "format_reward=nan: expected a finite number"),
         (["--env_args", "format_reward=-Infinity"], "format_reward=-Infinity: expected a finite"),
         (["--env_args", "format_reward=inf"], "format_reward=inf: expected a finite number"),
@@ -220,7 +225,7 @@ def test_a_flag_without_a_value_is_named(name, kind):
     [
         (
             ["--batch", "x"],
-            r"--batch: invalid int value: 'x' \(responses per rollout; in \[1, inf\)",
+            r"--batch: invalid int value: 'x' \(responses per rollout; in \[1, 65536\]",
         ),
         (["--max_new_tokens", "x"], r"--max_new_tokens: invalid int .* \(longest response, in tok"),
         (["--batch"], r"--batch: expected one argument \(responses"),
@@ -628,8 +633,8 @@ def test_one_environment_is_enough_to_refuse_what_does_not_fit(runs, monkeypatch
         return make_env(settings)
 
     monkeypatch.setattr(train, "make_env", counted)
-    with pytest.raises(ValueError, match=f"--batch {2**31 - 1}: --credit group needs a multiple"):
-        train.build(*parsed(runs, "--method", "grpo", "--batch", str(2**31 - 1)))
+    with pytest.raises(ValueError, match="--batch 65535: --credit group needs a multiple"):
+        train.build(*parsed(runs, "--method", "grpo", "--batch", "65535"))
     assert len(made) == 1
 
 
