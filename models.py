@@ -11,6 +11,7 @@ are three ways to make them:
 `trained_parameters` are what the optimizers move; `explain_out_of_memory` says where memory went.
 """
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -62,7 +63,8 @@ def build(settings, config: SAPOConfig, start: str | Path, stored: Path | None =
     """
 
     def opened(name):
-        return vlm.load(name, settings.device, settings.dtype, settings.gradient_checkpointing)
+        with named_by_its_flag():
+            return vlm.load(name, settings.device, settings.dtype, settings.gradient_checkpointing)
 
     if settings.lora:
         policy, critic_view, reference = lora(opened(start), settings.lora)
@@ -87,6 +89,15 @@ def build(settings, config: SAPOConfig, start: str | Path, stored: Path | None =
     critic = SegmentCritic(backbone, policy.hidden_size, hears).to(settings.device)
     critic_optimizer = Adam(critic.parameters(), config.critic_lr)
     return Models(policy, critic, reference, actor_optimizer, critic_optimizer)
+
+
+@contextlib.contextmanager
+def named_by_its_flag():
+    """Within it, what `vlm` cannot open is an OSError that names the flag."""
+    try:
+        yield
+    except (OSError, ImportError, ValueError) as error:
+        raise OSError(f"--model {error}") from error
 
 
 def fingerprint(opened: VLM) -> str:

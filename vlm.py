@@ -25,6 +25,7 @@ Shapes: B responses, P prompt tokens (left-padded), T response tokens (right-pad
 H hidden size, N tokens under a mask.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
 from PIL import Image
+from safetensors import SafetensorError
 from tokenizers import decoders
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -156,15 +158,16 @@ def load(
     dtype: of the weights, "float32", "bfloat16" or "float16".
     gradient_checkpointing: keep fewer activations, and make them again for the gradient.
 
-    Raises OSError when there is no such checkpoint, ImportError when its processor needs a package
+    Raises OSError when no such checkpoint opens, ImportError when its processor needs a package
     that is missing (torchvision, for the Qwen-VL families), and ValueError when its head is not its
-    last layer.
+    last layer. The message is a line that begins with the name.
     """
     prepare(device)
     processor = open_processor(name_or_directory)
-    model = AutoModelForImageTextToText.from_pretrained(  # with PyTorch's own (sdpa) attention
-        name_or_directory, dtype=getattr(torch, dtype)
-    )
+    with _refusals_in_a_line(name_or_directory):
+        model = AutoModelForImageTextToText.from_pretrained(  # with PyTorch's own (sdpa) attention
+            name_or_directory, dtype=getattr(torch, dtype)
+        )
     model.to(device).eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -206,15 +209,32 @@ def idefics3_image_processor() -> type:
     return Idefics3ImageProcessorPil
 
 
+OPENED = "give one that transformers opens as an image-text-to-text model"
+
+
+@contextlib.contextmanager
+def _refusals_in_a_line(name_or_directory):
+    """Within it, what transformers says of a checkpoint that does not open is an OSError of one
+    line: that there are no weights, that they are damaged, that the hub does not answer."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{name_or_directory}: does not open ({reason}); {OPENED}") from error
+
+
 def open_processor(name_or_directory):
-    """A checkpoint's processor alone. OSError and ImportError as of `load`, in a line."""
-    if not Path(name_or_directory).exists() and str(name_or_directory).count("/") != 1:
-        raise OSError(f"{name_or_directory}: neither a folder nor a hub name (owner/name)")
+    """A checkpoint's processor alone. OSError and ImportError as of `load`."""
+    place = Path(name_or_directory)
+    is_hub_name = not place.exists() and str(name_or_directory).count("/") == 1
+    if not place.is_dir() and not is_hub_name:
+        raise OSError(
+            f"{name_or_directory}: neither a folder nor a hub name (owner/name); {OPENED}"
+        )
     idefics3_image_processor()
     try:
-        processor = AutoProcessor.from_pretrained(name_or_directory)
-    except ValueError as error:
-        raise OSError(f"{name_or_directory}: no checkpoint there ({error})") from None
+        with _refusals_in_a_line(name_or_directory):
+            processor = AutoProcessor.from_pretrained(name_or_directory)
     except ImportError as error:
         missing = str(error).strip().splitlines()[0]
         if "torchvision" in str(error).lower():  # the first line does not always name it

@@ -164,7 +164,8 @@ def build(settings, config, options=None, folder="runs/trl"):
         ]
         raise ValueError(f"--trl {' '.join(zeros)}: expected at least 1") from error
     start = tiny.cached_warm_start(task, settings) if settings.model == "tiny" else settings.model
-    policy = vlm.load(start, str(state.device), settings.dtype)
+    with models.named_by_its_flag():
+        policy = vlm.load(start, str(state.device), settings.dtype)
     if not args.use_vllm:
         banned = policy.banned.nonzero().flatten().tolist()
         args.generation_kwargs = {"suppress_tokens": banned} | (args.generation_kwargs or {})

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import baselines
 import evaluation
+import models
 import rollout
 import sapo
 import train
@@ -51,7 +52,8 @@ def check_runs(all_flags: list[list[str]]) -> None:
     shared, _ = parsed[0]
     train.check_device(shared.device)
     if shared.model != "tiny":
-        vlm.open_processor(shared.model)
+        with models.named_by_its_flag():
+            vlm.open_processor(shared.model)
     world = train.make_env(shared)
     observed = world.observation_space.spaces
     for settings, config in parsed:

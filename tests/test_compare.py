@@ -183,13 +183,13 @@ WRONG = {
     "--env SAPO/Treasure-v0": "SAPO/Treasure-v0 replies",
     "--nope 1": "--nope",
     "cuts": "cuts: no flag of this program",
-    "--model nowhere": "nowhere: neither a folder nor a hub name (owner/name)",
+    "--model nowhere": "--model nowhere: neither a folder nor a hub name (owner/name)",
     "--device nowhere": "--device nowhere: ",
     "--first_seed 4294967295": "seed: 4294967296, expected",
     "--experiment truth --lam 7": "lam: 7.0, expected",
     "--experiment truth --group 3": "--batch 256: --credit group needs",
     "--experiment truth --env SAPO/TextSum-v0": "--method srpo: SAPO/TextSum-v0 has no picture",
-    "--experiment lift --model nowhere": "nowhere: neither",
+    "--experiment lift --model nowhere": "--model nowhere: neither",
     "--methods srpo --env SAPO/TextSum-v0": "no run of it is for --env SAPO/TextSum-v0",
 }
 

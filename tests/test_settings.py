@@ -473,6 +473,18 @@ def test_a_module_that_registers_its_game_on_import_is_imported_first(tmp_path, 
 # --------------------------------------------------------------------- one line for bad input
 
 
+@pytest.mark.parametrize("which", ["nowhere", "file", "empty"])
+@pytest.mark.parametrize("flags", [[], ["--lora", "2"], ["--kl_coef", "1"]], ids=str)
+def test_a_model_that_does_not_open_is_named_with_its_flag(tmp_path, which, flags, offline):
+    (tmp_path / "file").write_text("weights")
+    (tmp_path / "empty").mkdir()
+    model = str(tmp_path / which)
+    line = f"--model {model}: .*; give one that transformers opens as an image-text-to-text model"
+    with pytest.raises(SystemExit, match=f"^train.py: {line}$") as left:
+        train.main(["--model", model, *flags, "--runs", str(tmp_path / "runs")])
+    assert left.value.code.isprintable()
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [

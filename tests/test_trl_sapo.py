@@ -349,6 +349,7 @@ def test_settings_that_contradict_or_would_not_be_read_are_refused(options, line
         (["--dtype", "bfloat16"], "--dtype bfloat16: expected float32 where all weights are "),
         (["--trl", "bf16"], "--trl bf16: expected name=value"),
         (["--env", "SAPO/Treasure-v0"], "--env SAPO/Treasure-v0: expected a task of one turn"),
+        (["--model", "nowhere"], "--model nowhere: neither a folder nor a hub name"),
         (["--target_kl", "0.01"], "target_kl: 0.01, expected inf"),
         (["--trl", "num_generations=0"], "--trl num_generations=0: expected at least 1"),
         (["--trl", "num_generations=x"], "--trl: unsupported operand"),

@@ -541,13 +541,65 @@ def test_a_processor_that_needs_torchvision_says_so_in_one_line(sharp_folder, tm
     assert "\n" not in message
 
 
-def test_a_missing_directory_says_so_in_one_line(tmp_path):
-    with pytest.raises(OSError) as caught:
-        vlm.load(tmp_path / "nowhere")
-    assert "nowhere" in str(caught.value) and "\n" not in str(caught.value)
+def nothing(folder):
+    shutil.rmtree(folder)
 
 
-def test_a_directory_without_a_checkpoint_says_so(tmp_path):
+def a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("weights")
+
+
+def an_empty_folder(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def damaged_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def a_damaged_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def a_model_of_text_alone(folder):
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+REFUSED = {  # what was done to a checkpoint -> what is said of it
+    nothing: "neither a folder nor a hub name (owner/name); ",
+    a_file: "neither a folder nor a hub name (owner/name); ",
+    an_empty_folder: "does not open (Unrecognized processing class in",
+    no_weights: "does not open (Error no file named model.safetensors",
+    damaged_weights: "does not open (Error while deserializing header",
+    a_damaged_config: "does not open (Expecting property name",
+    a_model_of_text_alone: "does not open (Unrecognized configuration class",
+}
+
+
+@pytest.mark.parametrize("damage", REFUSED, ids=lambda damage: damage.__name__)
+def test_what_is_no_checkpoint_is_refused_in_one_line(sharp_folder, tmp_path, damage, offline):
+    """Without a look at the hub, which is asked for a name alone."""
+    folder = tmp_path / "model"
+    shutil.copytree(sharp_folder, folder)
+    damage(folder)
     with pytest.raises(OSError) as caught:
-        vlm.load(tmp_path)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+        vlm.load(folder)
+    said = str(caught.value)
+    assert said.startswith(f"{folder}: {REFUSED[damage]}") and "\n" not in said
+    assert said.endswith("; give one that transformers opens as an image-text-to-text model")
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    def unanswered(_):
+        raise OSError("We couldn't connect to 'https://huggingface.co'.\nCheck your connection.")
+
+    monkeypatch.setattr(vlm, "AutoProcessor", SimpleNamespace(from_pretrained=unanswered))
+    line = "owner/name: does not open .We couldn't connect to 'https://huggingface.co'..; give one"
+    with pytest.raises(OSError, match=f"^{line}[^\n]*$"):
+        vlm.load("owner/name")
