@@ -11,7 +11,8 @@
 
 Flags that are not a sweep's are train.py's, and hold for every run. `--jobs` runs go side by side,
 a process of one thread each. After each run the outcome, results/<experiment>-<task>.json, is
-written anew; a sweep that was killed goes on, and makes no run whose outcome stands there.
+written anew; a sweep that was killed goes on, and makes no run whose outcome stands there. Outcomes
+of other flags are not replaced: --tag keeps comparisons apart.
 
 The learning rate of each method, and its lambda where it has one, is chosen by as many trials for
 each (`--experiment tune`, with seeds of its own, on the same task and --tag), and read from
@@ -33,7 +34,7 @@ from tqdm import tqdm
 import checkpoint
 from lab.common import read_outcome, writable
 from lab.sweep import EXPERIMENTS, Sweep, execute, finished, kept_outcomes, outcome, plan, table
-from lab.truth import check_runs, lifts, truth
+from lab.truth import check_left, check_runs, lifts, truth
 
 # Flags of train.py that a run of a comparison has from its plan, and what to do in place of each
 NOT_FOR_ALL = {
@@ -96,13 +97,14 @@ def finished_runs(sweep, extra):
             f"--experiment {sweep.experiment} --methods {' '.join(sweep.methods)}: no run of it is "
             f"for --env {sweep.env}; choose other methods, or another task"
         )
-    kept = kept_outcomes(sweep)
-    missing = [run for run in runs if shlex.join(run.flags) not in kept]
+    kept = kept_outcomes(sweep, extra)
+    missing = [run for run in runs if (run.label, run.seed) not in kept]
     planned = {(run.label, run.seed) for run in runs}
-    others = [run for run in kept.values() if (run["label"], run["seed"]) not in planned]
+    others = [run for key, run in kept.items() if key not in planned]
     labels = list(EXPERIMENTS[sweep.experiment])
     if missing:
         check_runs([run.flags for run in missing])
+        check_left([run.flags for run in missing])
 
     def place(run):
         known = run["label"] in labels
@@ -111,8 +113,8 @@ def finished_runs(sweep, extra):
     def outcomes():
         done = list(others)
         for run in runs:
-            if shlex.join(run.flags) in kept:
-                done.append(kept[shlex.join(run.flags)])
+            if (run.label, run.seed) in kept:
+                done.append(kept[run.label, run.seed])
             elif finished(run.folder):
                 done.append(outcome(run))
         return sorted(done, key=place)
@@ -122,6 +124,19 @@ def finished_runs(sweep, extra):
         for _ in pool.map(lambda run: execute(run.folder, run.flags), missing):
             yield {"runs": outcomes()}
             bar.update()
+
+
+def check_command(file, command):
+    """ValueError where another command made the outcome of a file. It is of one piece, and would be
+    replaced."""
+    if not file.is_file():
+        return
+    earlier = read_outcome(file).get("command")
+    if earlier != command:
+        raise ValueError(
+            f"{file}: made by {earlier!r}, and would be replaced by {command!r}; take another "
+            "--tag or --results, or move the file away"
+        )
 
 
 def measure(sweep, extra):
@@ -140,6 +155,8 @@ def main(argv=None):
         sweep, extra = parse(argv)
         first_lines = heading(sweep, argv)
         writable(sweep.file)
+        if sweep.experiment in ("truth", "lift"):
+            check_command(sweep.file, first_lines["command"])
         for part in measure(sweep, extra):
             checkpoint.write_json(sweep.file, first_lines | part)
     except (ValueError, OSError, ImportError) as error:

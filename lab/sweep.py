@@ -276,12 +276,53 @@ def plan(sweep: Sweep, extra: list[str]):
             yield Planned(label, seed, Path(sweep.runs) / name, flags)
 
 
-def kept_outcomes(sweep: Sweep) -> dict[str, dict]:
-    """{flags: outcome} of the runs that an earlier sweep, perhaps on another machine, has left in
-    the results: a run with the same flags is not made again."""
+def kept_outcomes(sweep: Sweep, extra: list[str]) -> dict[tuple, dict]:
+    """{(label, seed): outcome} of the runs that an earlier sweep, perhaps on another machine, has
+    left in the results: they are not made again.
+
+    ValueError where one of them, asked for now, would have other flags: then the file is of
+    another comparison. Labels that this version does not know are taken as they are.
+    """
     if not sweep.file.is_file():
         return {}
-    return {run["flags"]: run for run in read_outcome(sweep.file)["runs"]}
+    kept = {(run["label"], run["seed"]): run for run in read_outcome(sweep.file)["runs"]}
+    for of_seed in sorted({seed for _, seed in kept}):
+        for planned in plan(replace(sweep, methods=[], first_seed=of_seed, seeds=1), extra):
+            if (planned.label, of_seed) in kept:
+                earlier = shlex.split(kept[planned.label, of_seed]["flags"])
+                was, now = differing(earlier, planned.flags)
+                if was != now:
+                    raise ValueError(
+                        f"{sweep.file}: its {planned.label} of seed {of_seed} was run with {was}, "
+                        f"and would be with {now} now; one file holds one comparison: take "
+                        "another --tag, or --results and --runs of its own"
+                    )
+    return kept
+
+
+def differing(one: list[str], other: list[str]) -> tuple[str, str]:
+    """The flags in which two runs differ, as each of them has these; equal words where they differ
+    in nothing. Where a run lies is no part of it."""
+    values = by_flag(one), by_flag(other)
+    names = [name for name in values[0] | values[1] if name != "--runs"]
+    names = [name for name in names if values[0].get(name) != values[1].get(name)]
+    was, now = (
+        ", ".join(f"{name} {of_run[name]}" if name in of_run else f"no {name}" for name in names)
+        for of_run in values
+    )
+    return was, now
+
+
+def by_flag(words: list[str]) -> dict[str, str]:
+    """{flag: its values} of a command line; of a flag that stands there twice the last counts."""
+    values, flag = {}, ""
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            values[flag] = value
+        else:
+            values[flag] = f"{values.get(flag, '')} {word}".strip()
+    return values
 
 
 def finished(folder: Path) -> bool:

@@ -10,7 +10,7 @@ Shapes: B responses, T tokens, as in sapo.py.
 
 import math
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import rollout
 import sapo
 import train
 import vlm
+from flags import is_same
 from lab.stats import auroc, interval, lift
 from lab.sweep import BATCHES, EXPERIMENTS, execute, of_methods, plan
 
@@ -60,6 +61,27 @@ def check_runs(all_flags: list[list[str]]) -> None:
         baselines.check_numbers(settings, config)
         has_picture = "image" in observed or "images" in observed
         baselines.check(settings, has_picture, world.unwrapped.task.replies)
+
+
+# Settings that do not make another run: `train.build` asks no more episodes than a data set has
+OF_NO_MATTER = ("resume", "runs", "eval_episodes")
+
+
+def check_left(all_flags: list[list[str]]) -> None:
+    """ValueError where the folder of one of a sweep's runs holds a run of other settings, which
+    would be gone on with, or taken for this one."""
+    for words in all_flags:
+        settings, config = train.parse(words)
+        folder = train.folder_of(settings)
+        if not (folder / "config.json").is_file():
+            continue
+        asked = asdict(settings) | asdict(config)
+        for name, stored in train.stored_settings(folder).items():
+            if name not in OF_NO_MATTER and not is_same(name, asked[name], stored):
+                raise ValueError(
+                    f"{folder}: a run with --{name} {stored} lies there, and this one has "
+                    f"{asked[name]}; take another --tag or --runs, or move it away"
+                )
 
 
 # ------------------------------------------------------------------------- one policy for all
@@ -354,6 +376,7 @@ def lifts(sweep, extra, **sizes):
     comparison = replace(sweep, experiment="main", methods=["sapo"], seeds=1)
     (planned,) = plan(comparison, extra)
     check_runs([planned.flags, frozen_flags(sweep, extra, ["--method", "ppo"])])
+    check_left([planned.flags])
     execute(planned.folder, planned.flags)
     measured = {"seed": planned.seed, "run": shlex.join(planned.flags)}
     starts = {"early": [], "late": ["--model", str(planned.folder / "checkpoint")]}

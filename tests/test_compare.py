@@ -4,13 +4,15 @@ import contextlib
 import json
 import re
 import shlex
+from dataclasses import asdict
 
 import pytest
 from small_sweeps import LEARNED, SUM_TASK, parsed_sweep
 
+import checkpoint
 import train
 from lab import compare, figures, truth
-from lab.sweep import CURVES, finished, plan
+from lab.sweep import CURVES, ROOT, finished, kept_outcomes, plan
 
 SHARES = ("warm_start_accuracy", "accuracy", "accuracy_low", "accuracy_high")
 SHARES += ("greedy_before", "greedy")
@@ -70,7 +72,7 @@ def test_a_sweep_end_to_end_and_again(runs, tmp_path, capsys, in_this_process):
 
 
 def test_outcomes_that_a_smaller_call_does_not_plan_are_kept(tmp_path, monkeypatch):
-    """In a whole sweep's order. Those it does plan, with other flags than they had, are not."""
+    """In a whole sweep's order."""
     flags = ["--results", str(tmp_path), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
     made = []
     for planned in plan(*parsed_sweep(*flags, "--seeds", "2")):
@@ -78,9 +80,8 @@ def test_outcomes_that_a_smaller_call_does_not_plan_are_kept(tmp_path, monkeypat
     numbers = dict.fromkeys((*SHARES, "generated_tokens", "seconds"), 0.5)
     kept = [{"label": label, "seed": seed, "flags": line} | numbers for label, seed, line in made]
     gone = {"label": "of an earlier version", "seed": 0, "flags": "--gone", **numbers}
-    stale = kept[-1] | {"flags": "--stale"}  # the plan below has its label and its seed
     file = tmp_path / "main-DiceSum.json"
-    file.write_text(json.dumps({"runs": [stale, *kept[:-1][::-1], gone]}))
+    file.write_text(json.dumps({"runs": [*kept[:-1][::-1], gone]}))
     monkeypatch.setattr(compare, "execute", lambda folder, flags: None)
     monkeypatch.setattr(compare, "finished", lambda folder: False)
 
@@ -93,6 +94,121 @@ def test_outcomes_that_a_smaller_call_does_not_plan_are_kept(tmp_path, monkeypat
     monkeypatch.setattr(compare, "outcome", lambda run: new)
     compare.main([*flags, "--seeds", "2"])
     assert json.loads(file.read_text())["runs"] == [*kept[:per_seed], gone, *kept[per_seed:-1], new]
+
+
+def left_outcome(folder, *flags, methods=("sapo",)):
+    """The file that a comparison of two seeds with these flags has left in a folder."""
+    sweep, extra = compare.parse([*flags, "--results", str(folder), "--seeds", "2"])
+    numbers = dict.fromkeys((*SHARES, "generated_tokens", "seconds"), 0.5)
+    runs = [
+        {"label": run.label, "seed": run.seed, "flags": shlex.join(run.flags), **numbers}
+        for run in plan(sweep, extra)
+        if run.label in methods
+    ]
+    sweep.file.write_text(json.dumps({"command": "as it was", "runs": runs}))
+    return sweep.file
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--tokens 9 --seeds 2", "--token_budget 500000, .*--token_budget 9 now"),
+        ("--tokens 9 --first_seed 2", "sapo of seed 0 was run with --token_budget 500000"),
+        ("--tokens 9 --methods ppo --seeds 2", "its sapo of seed 0 was run with --token_budget"),
+        ("--lam 0.5", "run with no --lam, and would be with --lam 0.5 now"),
+        ("--lam=0.5", "run with no --lam, and would be with --lam 0.5 now"),
+    ],
+)
+def test_outcomes_of_other_flags_are_not_replaced(flags, said, tmp_path, monkeypatch, capsys):
+    """Nor do outcomes of two comparisons come to stand in one file."""
+    file = left_outcome(tmp_path, "--tag", "mine")
+    before = file.read_text()
+    monkeypatch.setattr(compare, "execute", None)
+    words = [*flags.split(), "--tag", "mine", "--results", str(tmp_path)]
+    line = said_by([*words, "--runs", str(tmp_path / "runs")], capsys)
+    assert line.startswith(f"python -m lab.compare: {file}: its sapo of seed 0 was run with ")
+    assert re.search(said, line) and "take another --tag" in line
+    assert file.read_text() == before and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "made"),
+    [
+        ("--seeds 3 --methods sapo", 1),
+        ("--seeds 2 --methods sapo ppo --jobs 1", 4),  # at the lambda of sapo too
+        ("--first_seed 1 --seeds 1 --methods grpo", 1),
+        ("--seeds 2 --methods sapo --max_new_tokens=64", 0),
+        ("--seeds 2 --methods sapo --max_new_tokens 9 --max_new_tokens 64", 0),
+    ],
+)
+def test_the_same_flags_go_on(flags, made, tmp_path, monkeypatch):
+    """With more seeds, other methods and jobs, in another folder of runs, in other words."""
+    tag = ["--tag", "mine", "--max_new_tokens", "64"]
+    file = left_outcome(tmp_path, *tag)
+    begun = []
+    monkeypatch.setattr(compare, "execute", lambda folder, flags: begun.append(folder))
+    words = [*flags.split(), "--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    compare.main([*tag, *words])
+    assert len(begun) == made
+    assert [run["seed"] for run in json.loads(file.read_text())["runs"]] == [0, 1]
+
+
+def test_the_two_commands_of_the_page_belong_to_one_file():
+    page = (ROOT / "docs" / "results.md").read_text()
+    file = ROOT / "results" / "main-DiceSum.json"
+    commands = [line for line in page.splitlines() if line.startswith("python -m lab.compare")]
+    commands = [command for command in commands if "--tokens 96000" in command]
+    commands = [command for command in commands if "--experiment" not in command]
+    assert len(commands) == 2
+    for command in commands:
+        sweep, extra = compare.parse(shlex.split(command)[3:])
+        assert sweep.file == file and len(kept_outcomes(sweep, extra)) == 70
+
+
+@pytest.mark.parametrize("experiment", ["truth", "lift"])
+def test_an_outcome_of_one_piece_is_replaced_by_its_own_command_alone(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    words = ["--experiment", experiment, "--results", str(tmp_path)]
+    command = shlex.join(["python", "-m", "lab.compare", *words])
+    file = tmp_path / f"{experiment}-DiceSum.json"
+    file.write_text(json.dumps({"command": command}))
+    monkeypatch.setattr(compare, "measure", lambda *_: [{"anew": True}])
+    line = said_by([*words, "--tokens", "9"], capsys)
+    assert re.search(f"{re.escape(str(file))}: made by .*replaced by .*--tokens 9", line)
+    assert "take another --tag" in line and "anew" not in file.read_text()
+    compare.main(words)
+    assert json.loads(file.read_text())["anew"]
+
+
+@pytest.mark.parametrize("experiment", ["main", "lift"])
+def test_a_run_of_other_settings_in_a_runs_folder_is_not_taken_for_it(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    flags = ["--methods", "sapo", "--seeds", "1", "--runs", str(tmp_path / "runs")]
+    flags += ["--results", str(tmp_path / "other")]
+    (planned,) = plan(*compare.parse(flags))
+    planned.folder.mkdir(parents=True)
+    settings, config = train.parse(planned.flags)
+    stored = {"settings": asdict(settings), "config": asdict(config)}
+    stored["settings"]["eval_episodes"] = 7  # as of a data set that has no more
+    checkpoint.write_json(planned.folder / "config.json", stored)
+    monkeypatch.setattr(compare, "execute", None)
+    monkeypatch.setattr(truth, "execute", None)
+    line = said_by([*flags, "--experiment", experiment, "--tokens", "9"], capsys)
+    assert f"{planned.folder}: a run with --token_budget 500000 lies there, and this one" in line
+    assert "has 9; take another --tag" in line
+    if experiment == "main":
+        monkeypatch.setattr(compare, "execute", lambda folder, flags: None)
+        compare.main(flags)
+
+
+def test_a_damaged_outcome_is_named_before_any_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "execute", None)
+    (tmp_path / "main-DiceSum.json").write_text('{"runs": [{"lab')
+    line = said_by(["--results", str(tmp_path)], capsys)
+    assert f"{tmp_path}/main-DiceSum.json: expected one whole object of JSON" in line
+    assert (tmp_path / "main-DiceSum.json").read_text() == '{"runs": [{"lab'
 
 
 def test_the_tag_is_made_of_train_pys_flags_unless_given():
