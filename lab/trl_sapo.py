@@ -248,6 +248,11 @@ def parse(words):
     parser.add_argument("--trl", nargs="+", default=[], help="name=value: GRPOConfig's settings")
     parser.add_argument("--out", type=Path, help="the file of the outcome")
     own, of_train = parser.parse_known_args(words)
+    for word in of_train:  # train.py, which gets the rest, knows no flags but its own
+        given = word.split("=")[0]
+        for flag in ("--out", "--trl"):
+            if len(given) > 2 and flag.startswith(given):
+                raise ValueError(f"{word}: no flag of this program; did you mean {flag}?")
     settings, config = train.parse([*USUAL, *of_train])
     options = {}
     for pair in own.trl:
