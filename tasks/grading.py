@@ -1,7 +1,7 @@
 r"""Is a free-form answer right? 2\sqrt{3} is, where \sqrt{12} is true; 3526*17 is not.
 
     read_boxed   the answer of a response that gives it in \boxed{...}
-    tidy         an answer without what does not matter: dollar signs, blanks, a period
+    tidy         an answer without what may stand around it: dollar signs, a period
     same         is the given answer the true one?
     is_copied    does the answer only repeat the question?
 
@@ -69,26 +69,25 @@ def read_boxed(text):
 
 # What may stand around an answer. In each alternative one group, the answer.
 _WRAPPED = re.compile(
-    r"\$\$?([^$]*)\$\$?"
+    r"\$\$?((?:[^$\\]|\\.)*)\$\$?"
     r"|\\\((.*)\\\)"
     r"|\\\[(.*)\\\]"
-    r"|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}"
+    r"|\\(?:text|textbf|mathrm|mathbf|boxed)\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _AS_LATEX = {ord("−"): "-", ord("°"): r"^\circ"}
+_DOLLAR = re.compile(r"(?<!\\)\$(?=\s*[0-9.])")  # before a number
 
 
 def tidy(text):
-    r"""Without $ signs, \text{} and a period around it, nor blanks beside symbols; words in lower
-    case. If nothing is left, the text as it was."""
-    tidied = " ".join(text.split())
+    r"""Without $ signs, \text{} and a period around it, and with single blanks; $5 as \$5. If
+    nothing is left, the text as it was."""
+    tidied = " ".join(text.translate(_AS_LATEX).split())
+    if tidied.count("$") == 1:  # typesetting needs two
+        tidied = _DOLLAR.sub(r"\\$", tidied)
     unwrapped = _unwrapped(tidied)
     while unwrapped != tidied:
         tidied = unwrapped
         unwrapped = _unwrapped(tidied)
-    tidied = re.sub(r" ?([^\w\s]) ?", r"\1", tidied)
-    has_only_words = tidied.replace(" ", "").isalpha()
-    if has_only_words:
-        return tidied.casefold()
     return tidied or text
 
 
@@ -115,28 +114,35 @@ def same(given, true):
         return False
     if has_same_text(given, true):
         return True
-    if _has_only_words(true.translate(_AS_LATEX)):
+    given, true = tidy(given), tidy(true)
+    if _has_only_words(true):
         return False  # to math-verify "act" is a*c*t, and so is "cat"
-    pair = _read_alike(tokens(given.translate(_AS_LATEX)), tokens(true.translate(_AS_LATEX)))
+    pair = _read_alike(tokens(given), tokens(true))
     if pair is None or other_form(*pair):
         return False
-    given_value, true_value = map(by_value, pair)
-    if given_value == true_value:
+    given_tree, true_tree = pair
+    if by_value(given_tree) == by_value(true_tree):
         return True
-    if given_value[0] == true_value[0] == "number":
+    if given_tree[0] == true_tree[0] == "number":
         return False
     if importlib.util.find_spec("math_verify") is None:
         return False
-    return bool(_MATH_VERIFY(_for_judge(pair[0]), _for_judge(pair[1])))
+    return bool(_MATH_VERIFY(_for_judge(given_tree), _for_judge(true_tree)))
 
 
 def has_same_text(given, true):
-    """Are the two one text, but for typesetting?"""
-    given, true = given.translate(_AS_LATEX), true.translate(_AS_LATEX)
-    if tidy(given) == tidy(true):
+    """Are the two one text, but for typesetting, and in words for capitals?"""
+    given, true = tidy(given), tidy(true)
+    if given == true:
         return True
-    words = tokens(tidy(given))
-    return bool(words) and words == tokens(tidy(true))
+    if _is_letters(given) and _is_letters(true):
+        return given.casefold() == true.casefold()
+    words = tokens(given)
+    return bool(words) and words == tokens(true)
+
+
+def _is_letters(text):
+    return text.replace(" ", "").isalpha()
 
 
 def is_copied(given, true, question):
@@ -165,7 +171,7 @@ _ASKS_FOR_A_FORM = re.compile(
 
 def _value(text):
     """The tree of an answer without name and unit, or None."""
-    _, words = _split_name(tokens(text.translate(_AS_LATEX)))
+    _, words = _split_name(tokens(tidy(text)))
     try:
         return _split_unit(words)[0]
     except Unreadable:
@@ -216,7 +222,8 @@ def _read_alike(given, true):
     their names or units differ.
 
     A name before a value (x=16, f(x)=2x, x in (1,2)) or a unit behind it may be left out by either
-    side, but not be another one. A percent sign is no unit: it divides by 100.
+    side, but not be another one. A percent sign is no unit: it divides by 100. Nor are words that
+    make another value of a number: 5 million, 5 or more.
     """
     (given_name, given_rest), (true_name, true_rest) = _split_name(given), _split_name(true)
     try:
@@ -230,7 +237,7 @@ def _read_alike(given, true):
         if given_unit and true_unit:
             return (given_tree, true_tree) if given_unit == true_unit else None
         unit, other_tree = given_unit or true_unit, true_tree if given_unit else given_tree
-        if unit == "%" or (unit and symbols(other_tree)):
+        if _CHANGES_VALUE.match(unit) or (unit and symbols(other_tree)):
             # "2ab" beside "ab*2": no unit, but letters
             return read_tree(given_rest), read_tree(true_rest)
         return given_tree, true_tree
@@ -254,14 +261,22 @@ def _split_name(words):
 
 _CURRENCY = (r"\$", "£", "€", "¥")
 _UNIT_MARKS = ("°", "%", "/", "^", ".", "*", *_CURRENCY)
+_CHANGES_VALUE = re.compile(
+    r"%|(?:(?:hundred|thousand|million|billion|trillion)(?:th)?s?|dozens?|hal(?:f|ves)|thirds?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten)ths?|squared|cubed|factorial|.*\b(?:and|or|not))\b"
+)
+_MEGA = re.compile(r"\bM(?=(?:Wh?|Hz|Pa|J|V|A|N|g|m|s|eV|b)\b)")
+_BYTES = re.compile(r"(?<=\b[kKMGT])B\b")
 
 
 def _split_unit(words):
     """(the tree of an answer without its unit, the unit in lower case). Unreadable if there is no
     tree. A unit stands behind a value without letters: cm, square feet, m/s^2, °, % (or is a
     currency before it); a single letter is none unless it is in \\text."""
-    if words and words[0] in _CURRENCY:
-        return read_tree(words[1:]), str(words[0])
+    sign = words[: words[:1] == ["-"]]
+    rest = words[len(sign) :]
+    if rest and rest[0] in _CURRENCY:
+        return read_tree([*sign, *rest[1:]]), str(rest[0])
     for at in range(len(words) - 1, 0, -1):
         is_power = words[at].kind == "number" and words[at - 1] == "^"
         is_of_unit = words[at].kind in ("word", "text") or words[at] in _UNIT_MARKS or is_power
@@ -277,9 +292,14 @@ def _split_unit(words):
                 tree = read_tree(words[:start])
                 if not symbols(tree):
                     unit = [word for word in words[start:] if word != "."]
-                    return tree, " ".join(unit).casefold()
+                    return tree, _in_lower_case(" ".join(unit))
             break
     return read_tree(words), ""
+
+
+def _in_lower_case(unit):
+    """But MW stays apart from mW, and MB from Mb."""
+    return _MEGA.sub("mega ", _BYTES.sub("byte", unit)).casefold()
 
 
 def other_form(given, true):
@@ -297,7 +317,8 @@ def other_form(given, true):
 
 
 def _has_only_words(text):
-    """Neither a digit nor a command of LaTeX, but two letters side by side."""
+    """Neither a digit nor a command of LaTeX, but two letters side by side; not A and C."""
+    text = re.sub(r"\b(?:and|or)\b", ",", text)
     return not re.search(r"[0-9\\]", text) and bool(re.search(r"[^\W\d_]{2}", text))
 
 

@@ -39,11 +39,22 @@ _IGNORED = re.compile(
     r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad)(?![A-Za-z])"
     r"|\\[,;:!()\[\] ]|[$~\s]"
 )
-_WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|[mf]box|operatorname|boxed)\s*\{")
+_WRAPPER = re.compile(
+    r"\\(?:(?P<text>text(?:bf|it|rm)?|mathrm|[mf]box|operatorname)|mathbf|mathit|boxed)\s*\{"
+)
 _PLAIN_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
-_LONG_NUMBER = re.compile(r"[0-9]{1,3}(?:(?:,\\!|\{,\}|,)[0-9]{3})+(?![0-9])(?:\.[0-9]+)?")
+_DOTTED = re.compile(r"[0-9]+(?:\.[0-9]+){2,}")  # 1.10.2024
+_DECIMAL_COMMA = re.compile(r"[0-9]+,0[0-9]+")  # 1,05
+_LONG_NUMBER = re.compile(r"[1-9][0-9]{0,2}(?:(?:,\\!|\{,\}|,)[0-9]{3})+(?![0-9])(?:\.[0-9]+)?")
 _WORD = re.compile(r"[A-Za-z]+")
-_SHORT_FRACTION = re.compile(r"(\\[dtc]?frac)\s*([0-9])\s*([0-9])")
+_REWRITTEN = [
+    (re.compile(r"(\\[dtc]?frac)\s*([0-9])\s*([0-9])"), r"\1{\2}{\3}"),
+    (re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)"), "°"),
+    (re.compile(r"\^\s*\{\s*([0-9]+)\s*\}"), r"^\1 "),
+    (re.compile("²"), "^2 "),
+    (re.compile("³"), "^3 "),
+    (re.compile(r"\bper cent\b", re.IGNORECASE), "percent"),
+]
 _MARK = re.compile(r"\\[A-Za-z]+|\\[{}%$]|[<>]=|.", re.DOTALL)
 
 _SAME_MARK = {
@@ -57,6 +68,8 @@ _SAME_MARK = {
     **dict.fromkeys([r"\dbinom", r"\tbinom"], r"\binom"),
     **dict.fromkeys([r"\degree", "degrees", "degree"], "°"),
     **dict.fromkeys([r"\%", "％", "percent", "pct"], "%"),
+    **dict.fromkeys(["dollars", "dollar"], r"\$"),
+    **dict.fromkeys(["euros", "euro"], "€"),
     **{r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]"},
     **{r"\lt": "<", r"\gt": ">", r"\in": "∈", r"\cup": "∪", r"\pm": "±"},
     **{"π": r"\pi", "∞": r"\infty", "√": r"\sqrt"},
@@ -80,38 +93,40 @@ def tokens(text):
     r"""The text as a list of tokens, without what only sets it: spacing, \left, $, \text, \boxed.
 
     A comma before three digits belongs to a number, but not within brackets: (1,234) is a pair.
+    1.10.2024 and 1,05 are no numbers, but one mark each.
     """
     found = []
-    wrapped = []  # per open brace: is it a wrapper's?
-    wrappers = 0  # that are open
+    opened = []  # per open brace: is it of "text", of another "wrapper", or does it "group"?
     depth = 0
     at = 0
-    text = _SHORT_FRACTION.sub(r"\1{\2}{\3}", text)
-    for written, plain in ((r"^{\circ}", "°"), (r"^\circ", "°"), ("²", "^2"), ("³", "^3")):
-        text = text.replace(written, plain)
+    for written, plain in _REWRITTEN:
+        text = written.sub(plain, text)
     while at < len(text):
         if ignored := _IGNORED.match(text, at):
             at = ignored.end()
             continue
         if wrapper := _WRAPPER.match(text, at):
-            wrapped.append(True)
-            wrappers += 1
+            opened.append("text" if wrapper["text"] else "wrapper")
             at = wrapper.end()
             continue
-        token, at = _token(text, at, is_text=wrappers > 0, has_long_numbers=depth == 0)
+        token, at = _token(text, at, is_text="text" in opened, in_brackets=depth > 0)
         if token == "{":
-            wrapped.append(False)
-        elif token == "}" and wrapped and wrapped.pop():
-            wrappers -= 1
+            opened.append("group")
+        elif token == "}" and opened and opened.pop() != "group":
             continue
         depth += (token in _OPENING) - (token in _CLOSING)
         found.append(token)
     return found
 
 
-def _token(text, at, is_text, has_long_numbers):
+def _token(text, at, is_text, in_brackets):
     """(the token that begins here, where the next one does)"""
-    number = has_long_numbers and _LONG_NUMBER.match(text, at) or _PLAIN_NUMBER.match(text, at)
+    number = not in_brackets and _LONG_NUMBER.match(text, at)
+    if not number:  # a date or the like, whose zeros count
+        other = _DOTTED.match(text, at) or not in_brackets and _DECIMAL_COMMA.match(text, at)
+        if other:
+            return Token(re.sub(r"\b0+(?=[0-9]+\.)", "", other[0]), "mark"), other.end()
+        number = _PLAIN_NUMBER.match(text, at)
     if number:
         return Token(_plain(re.sub(r"[^0-9.]", "", number[0])), "number"), number.end()
     if word := _WORD.match(text, at):
@@ -282,17 +297,29 @@ class _Reader:
         return tree
 
     def number(self):
-        """12, 0.5, or a mixed number: 1\frac{1}{2}"""
-        whole = self.need(self.next)
-        if len(whole) > MAX_DIGITS:
-            raise Unreadable("a number too long")
+        """12, 0.5, or a mixed number: 1\frac{1}{2}, 1 1/2"""
+        whole = self.plain_number()
         at = self.at
-        if self.next == r"\frac" and "." not in whole:
-            part = self.primary()
-            if part[0] == "number" and 0 < number(part) < 1:
-                return ("number", f"{whole} {part[1]}")
+        if "." not in whole[1]:
+            part = self.primary() if self.next == r"\frac" else self.plain_fraction()
+            if part and part[0] == "number" and 0 < number(part) < 1:
+                return ("number", f"{whole[1]} {part[1]}")
         self.at = at
-        return ("number", str(whole))
+        return whole
+
+    def plain_number(self):
+        digits = self.need(self.next)
+        if len(digits) > MAX_DIGITS:
+            raise Unreadable("a number too long")
+        return ("number", str(digits))
+
+    def plain_fraction(self):
+        """1/2, or None where no such words follow."""
+        words = self.words[self.at : self.at + 3]
+        if len(words) < 3 or (words[0].kind, words[1], words[2].kind) != ("number", "/", "number"):
+            return None
+        top, _, bottom = self.plain_number(), self.take("/"), self.plain_number()
+        return _quotient(top, bottom)
 
     def name(self):
         """x, or x_1"""
@@ -315,7 +342,9 @@ class _Reader:
     def argument(self):
         r"""What a command or a ^ is given: {...}, one number or name, a negative number."""
         if self.take("-"):
-            return _negative(_single(self.primary()))
+            return _negative(self.argument())
+        if self.next is not None and self.next.kind == "number":  # x^2\frac{1}{2} is x^2 * 1/2
+            return self.plain_number()
         return _single(self.primary())
 
     def inside(self, opening, closing):

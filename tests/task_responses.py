@@ -24,6 +24,21 @@ LATEX_SCRAPS = [
     *TAGS,
     *(END, r"\boxed{", "}", "{", "$", r"\text{", "16", "1/2", ",", ".", " ", "\\"),
     *("\ud800", "\0", "x", "²", "°"),
+    *(
+        r"\frac",
+        r"\sqrt",
+        r"\pi",
+        "^",
+        "0",
+        "-",
+        "(",
+        ")",
+        "1,000",
+        "1.2.3",
+        " million",
+        "%",
+        r"\$",
+    ),
 ]
 latex_pieces = st.one_of(st.sampled_from(LATEX_SCRAPS), st.text(max_size=3))
 latex_soup = st.lists(latex_pieces, max_size=10).map("".join)
