@@ -23,7 +23,9 @@ from tasks.latex import (
     RELATIONS,
     UNORDERED,
     Unreadable,
+    about,
     by_value,
+    exact,
     is_worked,
     joins_numbers,
     read_tree,
@@ -123,8 +125,9 @@ def same(given, true):
     given_tree, true_tree = pair
     if by_value(given_tree) == by_value(true_tree):
         return True
-    if given_tree[0] == true_tree[0] == "number":
-        return False
+    given_exact, true_exact = exact(given_tree), exact(true_tree)
+    if given_exact and true_exact and given_exact.keys() == true_exact.keys():
+        return given_exact == true_exact
     if importlib.util.find_spec("math_verify") is None:
         return False
     return bool(_MATH_VERIFY(_for_judge(given_tree), _for_judge(true_tree)))
@@ -326,27 +329,36 @@ def _has_only_words(text):
 
 
 def _for_judge(tree):
-    """A tree as JSON: [kind, do its members come in any order?, members], or LaTeX."""
+    """A tree as JSON: [kind, do its members come in any order?, members], or else its LaTeX, and
+    its value `exact` and `about`. math-verify rounds, so it is asked only where those cannot tell.
+    """
     kind, *members = tree
     if kind == "list":
         return [members[0], members[0] in UNORDERED, [*map(_for_judge, members[1:])]]
     if kind == "relation" and members[0] != "=":
         return [members[0], False, [*map(_for_judge, members[1:])]]
-    return to_latex(tree)
+    multiples = {of: str(factor) for of, factor in (exact(tree) or {}).items()}
+    return {"latex": to_latex(tree), "exact": multiples, "about": about(tree)}
 
 
 _MATH_VERIFY = Judge(
     "math-verify",
     r"""
+import math
 from math_verify import LatexExtractionConfig, parse, verify
 
 def read(text):  # as LaTeX only: plain expressions would go through Python's eval
     return parse(r"\boxed{" + text + "}", [LatexExtractionConfig()], parsing_timeout=None)
 
 def judge(given, true):
-    if isinstance(given, str) and isinstance(true, str):
-        return verify(read(true), read(given), timeout_seconds=None)
-    if isinstance(given, str) or isinstance(true, str) or given[:2] != true[:2]:
+    if isinstance(given, dict) and isinstance(true, dict):
+        if given["exact"] and given["exact"].keys() == true["exact"].keys():
+            return given["exact"] == true["exact"]
+        if given["about"] is not None and true["about"] is not None:
+            if not math.isclose(given["about"], true["about"], rel_tol=1e-5, abs_tol=1e-12):
+                return False  # rounded to six places, small numbers would all be 0
+        return verify(read(true["latex"]), read(given["latex"]), timeout_seconds=None)
+    if isinstance(given, dict) or isinstance(true, dict) or given[:2] != true[:2]:
         return False
     kind, in_any_order, members = given
     left = list(true[2])

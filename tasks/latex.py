@@ -4,6 +4,8 @@ r"""An answer read as mathematics: what is left of it without its typesetting.
     read_tree  tokens as a tree: a number, a product of two, a set of three
     is_worked  is the tree a value in its normal form, with no operation left to be worked?
     by_value   the tree with 0.5 and 1/2 as one and the same number
+    exact      the tree as multiples of 1, of roots and of \pi, e and i
+    about      the value of the tree as a float
     to_latex   the tree as plain LaTeX, every order of operations in brackets
 
 A tree is a tuple, its kind first. The members of sums, products, sets and lists are in one fixed
@@ -27,6 +29,7 @@ from fractions import Fraction
 MAX_DEPTH = 20  # of brackets inside one another
 MAX_DIGITS = 1000  # of a number
 MAX_RADICAND = 10**9  # of a root that is looked at for squares
+MAX_BITS = 10_000  # of a number that is worked out
 
 
 class Unreadable(ValueError):
@@ -460,6 +463,101 @@ def by_value(tree):
     return (tree[0], *(sorted(members, key=repr) if tree[0] in ("sum", "product") else members))
 
 
+def exact(tree):
+    r"""A value as exact multiples: {"1": 2, r"\sqrt{5}": 3} of 2+3\sqrt5. None of anything else
+    (letters, products of roots), and where the numbers grow too large to be worked out."""
+    kind, *members = tree
+    if kind == "number":
+        return {"1": number(tree)}
+    if kind == "constant" or (kind == "root" and not symbols(tree)):
+        return {to_latex(tree): Fraction(1)}
+    if kind not in ("sum", "product", "quotient", "power"):
+        return None
+    values = [exact(member) for member in members]
+    if None in values:
+        return None
+    if kind == "sum":
+        worked = _exact_sum(values)
+    elif kind == "product":
+        worked = _exact_product(values)
+    else:  # by a number, and of numbers
+        top, bottom = values[0], _rational(values[1])
+        worked = _exact_quotient(top, bottom) if kind == "quotient" else _exact_power(top, bottom)
+    if worked is None or any(_bits(factor) > MAX_BITS for factor in worked.values()):
+        return None
+    return worked
+
+
+def _rational(multiples):
+    """The Fraction that it is, or None."""
+    return multiples["1"] if multiples.keys() == {"1"} else None
+
+
+def _exact_sum(terms):
+    total = {}
+    for term in terms:
+        for key, factor in term.items():
+            total[key] = total.get(key, 0) + factor
+    return total
+
+
+def _exact_product(factors):
+    others = [factor for factor in factors if _rational(factor) is None]
+    if len(others) > 1:
+        return None
+    times = math.prod(factor["1"] for factor in factors if _rational(factor) is not None)
+    return {key: times * factor for key, factor in (others or [{"1": Fraction(1)}])[0].items()}
+
+
+def _exact_quotient(top, bottom):
+    return {key: factor / bottom for key, factor in top.items()} if bottom else None
+
+
+def _exact_power(top, exponent):
+    base = _rational(top)
+    if base is None or exponent is None or exponent.denominator > 1:
+        return None
+    is_zero_below = base == 0 and exponent <= 0
+    if is_zero_below or _bits(base) * abs(exponent) > MAX_BITS:
+        return None
+    return {"1": base ** int(exponent)}
+
+
+def about(tree):
+    """The value as a float, or None: of letters, calls, lists and i, and of too large numbers."""
+    try:
+        value = _about(tree)
+    except (KeyError, OverflowError, ZeroDivisionError):
+        return None
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+_FLOATS = {"\\pi": math.pi, "e": math.e}
+
+
+def _about(tree):
+    kind, *members = tree
+    if kind == "number":
+        return float(number(tree))
+    if kind == "constant":
+        return _FLOATS[members[0]]
+    if kind not in ("sum", "product", "quotient", "power", "root"):
+        raise KeyError(kind)
+    values = [_about(member) for member in members]
+    if kind == "sum":
+        return sum(values)
+    if kind == "product":
+        return math.prod(values)
+    left, right = values
+    if kind == "quotient":
+        return left / right
+    return left**right if kind == "power" else right ** (1 / left)  # complex below 0
+
+
+def _bits(value):
+    return value.numerator.bit_length() + value.denominator.bit_length()
+
+
 def joins_numbers(tree):
     """Does it hold two plain numbers with a sign between them, as dates do, scores and sizes?"""
     return any(
@@ -594,6 +692,8 @@ def _is_lowest_root(index, radicand):
         return bool(symbols(index))
     if radicand[0] == "number" and not (_is_whole(radicand) and number(radicand) > 1):
         return False
+    if radicand[0] != "number" and _rational(exact(radicand) or {}) is not None:
+        return False  # \sqrt{10^4}
     content = _content(radicand)
     if content.denominator > 1:
         return bool(symbols(radicand))

@@ -208,6 +208,18 @@ UNEARNED = [  # (given, true): of equal value to math-verify, and no answer in t
     *both_ways("$5", "£5"),
     *both_ways("$5", "5 cm"),
     *both_ways("-$5", "$5"),
+    # numbers that differ by less than math-verify's rounding
+    *both_ways("(0.0000001,1)", "(0.0000002,1)"),
+    *both_ways("[0,0.333333]", r"[0,\frac{1}{3}]"),
+    *both_ways("x<0.0000001", "x<0.0000002"),
+    *both_ways("0.0000001", "10^{-9}"),
+    *both_ways(r"\frac{\sqrt{6}}{5000000}", "0.0000002"),
+    *both_ways(r"(0.0000001,1)", r"(\frac{\pi}{10000000},1)"),
+    (r"\sqrt{1.5\cdot10^0}", r"1.5\cdot10^0"),
+    (r"\sqrt{1\cdot10^0}", r"1\cdot10^0"),
+    *both_ways("1+422525614103415744i", "1+422525614103415749i"),
+    *both_ways(r"\{0.0000001\pi\}", r"\{0.0000002\pi\}"),
+    *both_ways(r"\frac{2+9007199254740993\sqrt5}{3}", r"\frac{2+9007199254740992\sqrt5}{3}"),
     # other brackets, other members
     *both_ways("1,2", "(1,2)"),
     *both_ways("1,2", r"\{1,2\}"),
@@ -301,6 +313,7 @@ MATHS = [  # equal for math-verify only
     (r"\frac{ab}{2}", r"\frac12 ab", 1),
     ("2x-y+1=0", "y=2x+1", 1),
     ("2.236", r"\sqrt{5}", 0),
+    ("0.070711", r"\frac{\sqrt2}{20}", 1),
     ("16, 17", "16", 0),
     ("$16$ or $17$", "16", 0),
     (r"16}\boxed{17", "16", 0),
@@ -321,6 +334,12 @@ FORMS = {  # how a response of each style gives an answer
 @pytest.fixture(scope="module")
 def styled(tmp_path_factory, dataset_cache):
     return styled_tasks(tmp_path_factory.mktemp("rows"))
+
+
+def test_a_number_earns_where_the_true_answer_is_a_power_of_that_value(without_math_verify):
+    assert same("1500", r"1.5\times10^3") and not same(r"1.5\times10^3", "1500")
+    assert same("0.125", "2^{-3}") and not same("0.124", "2^{-3}")
+    assert not same("1", "0^0") and not same("1", "9^{9^9}") and not same("1", r"\frac{1}{0^{2}}")
 
 
 def asking(true):
