@@ -157,6 +157,15 @@ def test_the_share_of_the_entropy_cut_is_a_setting(top_k):
     assert torch.equal(ends, sapo.entropy_ends(ENTROPY, SIX_TOKENS, top_k))
 
 
+def test_without_options_a_cut_is_that_of_the_settings():
+    mask = torch.ones(1, 25, dtype=torch.bool)
+    entropy = torch.rand(1, 25)
+    ends = baselines.cut("topk", mask, entropy, None, None)
+    assert torch.equal(ends, sapo.entropy_ends(entropy, mask, SAPOConfig().top_k))
+    ends = baselines.cut("fixed", mask, None, None, None)
+    assert torch.equal(ends, baselines.fixed_ends(mask, baselines.Method().segment_tokens))
+
+
 @pytest.mark.parametrize("delimiter", ["\n", ";", "</see>", "</think>"])
 def test_a_token_that_holds_a_delimiter_is_marked(delimiter):
     """Alone or with other text; a token of its own or not."""

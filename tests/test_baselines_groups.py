@@ -134,7 +134,8 @@ def test_group_advantages_keep_the_dtype(dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "group"), [((6,), 4), ((6,), 1), ((6,), 0), ((6,), -2), ((3, 2), 2), ((), 2)]
+    ("shape", "group"),
+    [((6,), 4), ((6,), 1), ((6,), 0), ((6,), -2), ((3, 2), 2), ((), 2), ((0,), 2)],
 )
 def test_what_cannot_be_grouped_is_refused(shape, group):
     with pytest.raises(ValueError, match=f"group: {group}"):
@@ -173,6 +174,20 @@ def test_role_weights_by_hand():
         mean = math.cosh(exponent)  # of e^-exponent and e^exponent
         expected = [math.exp(-exponent) / mean, 0.0, math.exp(exponent) / mean]
         assert_close(weights, torch.tensor([expected]))
+
+
+def test_role_weights_have_mean_one_where_the_limit_makes_them_smaller():
+    """One token carries all of the signal: unlimited, no mean of these exponentials is below 1."""
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    weights = baselines.role_weights(torch.tensor([[6.0, 0, 0, 0, 0, 0]]), mask)
+    assert weights.mean().item() == pytest.approx(1.0)
+    assert weights[0, 0] / weights[0, 1] == pytest.approx(math.e**2)
+
+
+def test_without_options_the_signal_counts_in_nats():
+    mask, signal = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0.0, 1.0]])
+    weights = baselines.role_weights(signal, mask)
+    assert weights[0, 1] / weights[0, 0] == pytest.approx(math.e)
 
 
 @given(signals)

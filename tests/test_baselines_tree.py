@@ -90,6 +90,16 @@ def test_an_advantage_that_is_only_rounding_is_none(reward):
         assert not loss_mask.any() and (advantages == 0).all()
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_unit_of_the_rewards_is_of_no_matter(unit):
+    """What is rounding, and what a difference, is measured by the rewards themselves."""
+    rewards = unit * REWARDS.double()
+    advantages, loss_mask = baselines.tree_credit(TREE, rewards, TREE_MASK)
+    expected, mask = baselines.tree_credit(TREE, REWARDS, TREE_MASK)
+    assert_close(advantages, unit * expected)
+    assert torch.equal(loss_mask, mask)
+
+
 def test_the_kind_of_advantage_reaches_the_tokens():
     advantages, _ = baselines.tree_credit(TREE, REWARDS, TREE_MASK, "grpo")
     assert advantages[0, 2].item() == pytest.approx(1 / math.sqrt(2), rel=1e-4)
@@ -292,6 +302,7 @@ def test_a_stem_is_what_the_policy_wrote():
     prefixes = []
 
     def write(prompt, prefix, lengths, limit):
+        assert prefix.dtype == torch.long  # also where nothing is written yet
         prefixes.append((prefix.tolist(), lengths.tolist()))
         return torch.tensor([[7, 8, 9]]), torch.tensor([[True, False, True]]), [["a", "", "b"]]
 
@@ -309,6 +320,18 @@ def test_a_stem_is_what_the_policy_wrote():
     assert mask.all()
     assert tree.nodes.tolist() == [[1, 1, 2, 2]]
     assert prompt.tolist() == [0]
+
+
+def test_a_stem_that_gets_no_answer_is_an_error():
+    """A tree would lose a branch, and the others would be compared without it."""
+
+    def write(prompt, prefix, lengths, limit):
+        tokens = torch.ones(len(prompt), limit, dtype=torch.long)
+        return tokens, tokens > 0, [["a"] * limit for _ in prompt[1:]]
+
+    settings = SimpleNamespace(branching=[2, 2], segment_tokens=1, max_new_tokens=5)
+    with pytest.raises(ValueError, match="shorter"):
+        baselines.grow(1, settings, write, lambda text: False)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ def test_credit_leaves_the_rollout_alone():
 
 
 def test_credit_needs_values():
-    with pytest.raises(ValueError, match=r"^values\b"):
+    said = r"^values: None, expected values \(B, T\) of the rollout$"
+    with pytest.raises(ValueError, match=said):
         sapo.credit(random_rollout(values=None), SAPOConfig())
 
 

@@ -82,6 +82,17 @@ def test_two_in_a_row_do_not_stop_the_run():
     assert metrics["skipped_steps"] == metrics["skipped_in_a_row"] == 2
 
 
+def test_without_a_count_from_before_the_row_begins_here():
+    """Whoever learns from one rollout alone hands over none."""
+    learner = always_failing("NaN gradient")
+    optimizers = (learner.optimizers[0], None)
+    [metrics] = sapo.sapo_update(
+        *(learner.rollout, torch.ones_like(learner.rollout.rewards), None, learner.score, None),
+        *(optimizers, SAPOConfig(epochs=1)),
+    )
+    assert metrics["skipped_in_a_row"] == 1
+
+
 def test_three_in_a_row_across_epochs():
     with pytest.raises(FloatingPointError):
         update(always_failing("NaN gradient"), SAPOConfig(epochs=3))
@@ -224,7 +235,10 @@ def test_returns_that_do_not_fit_a_critic_are_an_error_not_a_skip(returns):
         returns = torch.where(learner.rollout.mask, math.nan, right)
     elif returns == "one per response":
         returns = right[:, 0]
-    with pytest.raises(ValueError, match="^returns"):
+    said = "^returns: "
+    if returns is None:
+        said += r"None, expected returns \(B, T\), as there is a critic$"
+    with pytest.raises(ValueError, match=said):
         teach(learner, advantages, returns)
 
 
@@ -232,7 +246,8 @@ def test_a_rollout_without_values_cannot_teach_a_critic():
     learner = FreeNumbers()
     advantages, returns = sapo.credit(learner.rollout, SAPOConfig())
     learner.rollout.values = None
-    with pytest.raises(ValueError, match="^values"):
+    said = r"^values: None, expected values \(B, T\), as there are returns$"
+    with pytest.raises(ValueError, match=said):
         teach(learner, advantages, returns)
 
 

@@ -94,7 +94,8 @@ def test_a_hole_does_not_part_the_response_of_a_response_ratio():
 
 @pytest.mark.parametrize("kind", ["word", "", None])
 def test_an_unknown_kind_of_ratio_is_refused_with_the_known_ones(batch, kind):
-    with pytest.raises(ValueError, match=r"^ratio\b.*segment, token, response, product"):
+    said = f"^ratio: {kind!r}, expected one of segment, token, response, product$"
+    with pytest.raises(ValueError, match=said):
         sapo.importance_ratio(batch.logp, batch.old_logp, batch.ends, batch.mask, kind)
 
 
@@ -197,6 +198,14 @@ def test_old_values_are_checked_even_where_no_clip_reads_them():
         with pytest.raises(ValueError, match=r"^old_values\b"):
             sapo.value_loss(x, x, mask, mask, old_values=wrong)
     assert sapo.value_loss(x, x, mask, mask, old_values=x + 1)[0] == 0
+
+
+def test_without_options_the_clip_is_the_papers():
+    """1 +- 0.2: a bad token counts as if it had kept 0.8, a good one as if it had reached 1.2."""
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    ratio, advantages = torch.tensor([[0.5, 2.0]]), torch.tensor([[-1.0, 1.0]])
+    loss, stats = sapo.policy_loss(ratio, advantages, mask)
+    assert loss.item() == pytest.approx(-(1.2 - 0.8) / 2) and stats["clip_fraction"] == 1
 
 
 def test_a_clip_of_zero_is_a_clip():

@@ -3,8 +3,10 @@
 import inspect
 import math
 import typing
+from dataclasses import dataclass
 
 import pytest
+import torch
 
 import baselines
 import sapo
@@ -111,6 +113,46 @@ def test_a_number_that_32_bits_do_not_hold_is_refused(name, wrong):
 )
 def test_a_number_that_32_bits_just_hold_is_taken(name, right):
     assert getattr(SAPOConfig(**{name: right}), name) == right
+
+
+def test_what_32_bits_hold_does_not_depend_on_torchs_default():
+    """Who has made that float64 gets the same answer."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match="^kl_coef: 1e-60, .* that 32 bits hold$"):
+            SAPOConfig(kl_coef=1e-60)
+    finally:
+        torch.set_default_dtype(default)
+
+
+@dataclass
+class Others:
+    """Settings of kinds that the algorithm's own have not."""
+
+    numbers: list[int] = sapo.setting([1, 2], "counts", "[1, inf)")
+    words: list[str] = sapo.setting([], "names")
+    word: str = sapo.setting("a", "a name")
+    share: float = sapo.setting(0.5, "a meaning; in two parts", "[0, 1]")
+    bare: int = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "expected"),
+    [
+        ("numbers", [4, "4"], r"\[4, '4'\], expected a list, each a whole number"),
+        ("numbers", (4, 4), r"\(4, 4\), expected a list, each a whole number"),
+        ("numbers", [4, 0], r"\[4, 0\], expected a number in \[1, inf\)"),
+        ("words", [1], r"\[1\], expected a list, each a word"),
+        ("word", 1, "1, expected a word"),
+        ("share", 2.0, r"2.0, expected a number in \[0, 1\]"),
+        ("bare", 0.5, "0.5, expected a whole number"),
+    ],
+)
+def test_lists_and_words_are_checked_and_a_field_without_a_meaning(name, wrong, expected):
+    sapo.check_settings(Others())
+    with pytest.raises(ValueError, match=f"^{name}: {expected}$"):
+        sapo.check_settings(Others(**{name: wrong}))
 
 
 def test_the_closed_end_of_an_interval_is_allowed():

@@ -359,6 +359,14 @@ def test_the_bound_is_of_one_rollout():
     assert update(learner, config)[0]["policy_steps"] == 1
 
 
+def test_the_bound_itself_is_not_beyond_it():
+    """To the last digit: what the second step measures is taken for the bound."""
+    reached = after(2, math.inf)[1][1]["approx_kl"]
+    for bound, steps in ((reached, [1, 1, 1]), (reached * (1 - 1e-9), [1, 1, 0])):
+        history = after(3, target_kl=bound)[1]
+        assert [epoch["policy_steps"] for epoch in history] == steps
+
+
 def test_no_bound_is_reached_below_it():
     history = after(3, target_kl=1e9)[1]
     assert [epoch["policy_steps"] for epoch in history] == [1, 1, 1]
