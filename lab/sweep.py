@@ -104,6 +104,13 @@ EXPERIMENTS = {
         "sapo, hears nothing, lambda 0.99": ["--critic_hears", "nothing", "--lam", "0.99"],
         **{method: ["--method", method] for method in ("ppo", "vineppo", "spo-tree", "grpo")},
     },
+    # The default, and one thing at a time that is ours in it, not the paper's, taken away
+    "parts": {
+        "sapo": [],
+        "sapo, hears nothing": ["--critic_hears", "nothing"],
+        "sapo, lambda 0.95": ["--lam", "0.95"],
+        "sapo, no KL bound": UNBOUNDED,
+    },
     # How far ahead must lambda look on a longer chain? Beside "main", where it is the tuned one.
     "horizon": {
         "sapo, lambda 0.99": ["--lam", "0.99"],

@@ -127,8 +127,9 @@ def critic_table(results) -> str:
     return markdown(heads, rows)
 
 
-def four_epochs_table(unbounded, bounded) -> str:
-    """Four epochs, seed by seed: earlier runs without a KL bound, and runs with the default's."""
+def four_epochs_table(unbounded, bounded, free=()) -> str:
+    """Four epochs, seed by seed: earlier runs without a KL bound, runs with the default's, and runs
+    of the default without it."""
     heads = ("KL bound", "seed", "temperature 1", "greedy", "clip fraction", "largest approx_kl")
     rows = [
         (
@@ -139,7 +140,11 @@ def four_epochs_table(unbounded, bounded) -> str:
             f"{run['mechanism']['clip_fraction']:.2%}",
             f"{run['mechanism']['largest_approx_kl']:.3f}",
         )
-        for bound, runs in (("none", unbounded), (sapo.SAPOConfig().target_kl, bounded))
+        for bound, runs in (
+            ("none, earlier settings", unbounded),
+            (sapo.SAPOConfig().target_kl, bounded),
+            ("none", free),
+        )
         for run in runs
     ]
     return markdown(heads, rows)
@@ -317,7 +322,8 @@ def all_tables() -> dict[str, str]:
     elsewhere = summaries("elsewhere-sapo-seed*.json")  # the default once more, on another machine
     if elsewhere:
         tables["elsewhere-sapo-seed*.json"] = default_table(elsewhere)
-    four = summaries("epochs4-unbounded-seed*.json"), summaries("epochs4-seed*.json")
+    kinds = ("epochs4-unbounded-seed*.json", "epochs4-seed*.json", "epochs4-free-seed*.json")
+    four = tuple(map(summaries, kinds))
     if any(four):
         tables["epochs4-*.json"] = four_epochs_table(*four)
     worlds = summaries("worlds-*.json")
