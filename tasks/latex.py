@@ -48,7 +48,9 @@ _WRAPPER = re.compile(
 _PLAIN_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
 _DOTTED = re.compile(r"[0-9]+(?:\.[0-9]+){2,}")  # 1.10.2024
 _DECIMAL_COMMA = re.compile(r"[0-9]+,0[0-9]+")  # 1,05
-_LONG_NUMBER = re.compile(r"[1-9][0-9]{0,2}(?:(?:,\\!|\{,\}|,)[0-9]{3})+(?![0-9])(?:\.[0-9]+)?")
+_LONG_NUMBER = re.compile(
+    r"[1-9][0-9]{0,2}(?:(?:,\\!\s*|\{,\}\s*|,)[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
+)
 _WORD = re.compile(r"[A-Za-z]+")
 _REWRITTEN = [
     (re.compile(r"(\\[dtc]?frac)\s*([0-9])\s*([0-9])"), r"\1{\2}{\3}"),

@@ -196,7 +196,7 @@ def as_worked(number, has_separators):
     if bottom == 1:
         texts += [f"{top}", f"{top}.0", f"{top}.00", f"0{top}"]
         if has_separators and top >= 1000:
-            texts += [f"{top:,}", f"{top:,}".replace(",", "{,}"), f"{top:,}".replace(",", r",\!")]
+            texts += [f"{top:,}".replace(",", mark) for mark in (",", "{,}", r",\!", r",\! ")]
     else:
         texts += [f"{top}/{bottom}"]
         texts += [rf"\{frac}{{{top}}}{{{bottom}}}" for frac in ("frac", "dfrac")]
