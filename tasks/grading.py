@@ -109,8 +109,8 @@ def same(given, true):
 
     Equal texts are, without their typesetting. Any other answer has to be a value in its form: not
     unworked (`is_worked`), with the true one's unit, brackets and letters (`other_form`). Then
-    equal numbers are the same (0.5, .5, 1/2; 1,234), and on all else math-verify decides, if it
-    is installed.
+    equal numbers are the same (0.5, .5, 1/2; 1,234), as are equal multiples of a root or of pi, and
+    on all else math-verify decides, if it is installed.
     """
     if len(given) > MAX_ANSWER:
         return False

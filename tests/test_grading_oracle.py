@@ -85,6 +85,31 @@ def value_in_words(means):
     return means[1] * SCALES.get(means[-1], 1)
 
 
+CHOICES = [  # not drawn, as either could be argued: (given, true, does it earn today)
+    ("5", "5 March", True),  # read as a unit, and so is pm
+    ("5", "5 pm", True),
+    ("3 quarters", "3", True),  # coins
+    ("5%", "5", False),  # even to "how many percent?"
+    ("5 million", "5000000", False),
+    ("5 min", "5 minutes", False),
+    ("1.5e3", "1500", False),
+    (r"1.5\times10^3", "1500", False),  # work is left, as in 2^{10}
+    ("5=x", "x=5", False),
+    ("x=5 or x=6", "5, 6", False),
+    ("1<x<2", "(1,2)", False),
+    ("{1,2}", r"\{1,2\}", False),
+    ("1, 000", "1000", False),
+    ("0,5", "0.5", False),
+    ("3:5", "3:05", True),
+    (r"\sqrt23", r"\sqrt{23}", True),  # to LaTeX 3 times the root of 2
+]
+
+
+@pytest.mark.parametrize(("given", "true", "is_paid"), CHOICES)
+def test_a_choice_is_made_as_it_is_written_here(either_way, given, true, is_paid):
+    assert grading.same(given, true) == is_paid
+
+
 # ---------------------------------------------------------------------------------- the parts
 
 SQUAREFREE = [2, 3, 5, 6, 7, 10]
