@@ -1427,15 +1427,20 @@ def test_what_is_said_of_the_soak_is_what_was_seen():
 
 def test_what_is_said_of_the_made_up_inputs_is_what_was_run():
     found, page = result("fuzz.json"), prose("docs/models.md")
-    graders, latex, rows, files, nonsense, trainings = (part["cases"] for part in found["parts"])
+    *chance, pairs = found["parts"]
+    graders, latex, rows, files, nonsense, trainings = (part["cases"] for part in chance)
     said = (
         f"{graders + latex:,} texts for the graders, {rows + files:,} rows, pictures and files for"
     )
     assert (
         f"{said} the data loader, {nonsense:,} command lines of nonsense, and {trainings}" in page
     )
-    assert found["cases"] > 1_000_000 and len(found["found"]) == 3
+    assert sum(part["cases"] for part in chance) > 1_000_000 and len(found["found"]) == 3
+    assert found["cases"] == sum(part["cases"] for part in found["parts"])
     assert f"(`results/fuzz.json`, {found['date']})" in page
+    assert f"Another {pairs['cases']:,} ({pairs['date']}) were pairs of answers" in page
+    paid = sum(fault.startswith("earned: ") for fault in pairs["found"])
+    assert paid == 9 and f"found {len(pairs['found'])} faults of the grader, nine of which" in page
     for part in found["parts"]:
         file = re.search(r"tests/\w+\.py", part["command"])[0]
         assert (ROOT / file).is_file()
