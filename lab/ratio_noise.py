@@ -1,6 +1,7 @@
 """Is a ratio 1 where nothing was learned? The noise of scoring, against GSPO's clip.
 
-    python -m lab.ratio_noise    # -> results/ratio_noise.json
+    python -m lab.ratio_noise                  # -> results/ratio_noise.json
+    python -m lab.ratio_noise --device cuda    # -> results/ratio_noise-cuda.json
 
 A rollout is scored in parts, and the update scores shuffled minibatches. The same
 response then stands among others, padded to other lengths, and sums are made in another order. So
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 import baselines
+import evaluation
 import rollout
 import sapo
 import train
@@ -23,7 +25,6 @@ from lab import bench_gpu
 from lab.bench import RESULTS, save
 from lab.common import command_line, writable
 
-COMMAND = "python -m lab.ratio_noise"
 CLIP = baselines.SETTINGS["gspo"]["clip_low"]
 
 
@@ -58,34 +59,37 @@ def noise(policy, inputs, tokens, mask, part=32, minibatch=8, seed=0) -> dict:
     }
 
 
-def tiny_responses(dtype):
+def tiny_responses(dtype, device):
     """The default task's warm start in a dtype, and 128 responses of it."""
-    run = train.build(*train.parse(["--dtype", dtype, "--name", "noise"]))
+    flags = ["--dtype", dtype, "--device", device, "--name", "noise"]
+    run = train.build(*train.parse(flags))
     torch.manual_seed(0)
     made = rollout.respond(run, np.arange(128), "eval")
     return run.models.policy, made.inputs, made.tokens, made.written
 
 
-def random_responses(name, dtype, count=4, written=32):
+def random_responses(name, dtype, device, count=4, written=32):
     """A model of a true size with random weights, and ragged responses of random tokens."""
     size = bench_gpu.SIZES[name]
     torch.manual_seed(0)
-    model = bench_gpu.random_model(size, "cpu").to(getattr(torch, dtype))
+    model = bench_gpu.random_model(size, device).to(getattr(torch, dtype))
     vocabulary = size.config.get_text_config().vocab_size
-    banned = torch.zeros(vocabulary, dtype=torch.bool)
+    banned = torch.zeros(vocabulary, dtype=torch.bool, device=device)
     policy = vlm.VLM(model, SimpleNamespace(tokenizer=None), banned, [vocabulary - 1])
-    inputs = bench_gpu.random_prompts(size, "cpu", count, prompt=32)
+    inputs = bench_gpu.random_prompts(size, device, count, prompt=32)
     tokens = torch.randint(10, 40_000, (count, written))
     lengths = torch.randint(written // 2, written + 1, (count,))
-    return policy, inputs, tokens, torch.arange(written) < lengths[:, None]
+    mask = torch.arange(written) < lengths[:, None]
+    return policy, inputs, tokens.to(device), mask.to(device)
 
 
-def measure() -> dict:
-    """Both models in both dtypes. -> results/ratio_noise.json."""
+def measure(device) -> dict:
+    """Both models in both dtypes."""
     rows = []
     for dtype in ("float32", "bfloat16"):
-        rows.append({"model": "tiny, warm start", "dtype": dtype} | noise(*tiny_responses(dtype)))
-        big = random_responses("SmolVLM-256M", dtype)
+        small = tiny_responses(dtype, device)
+        rows.append({"model": "tiny, warm start", "dtype": dtype} | noise(*small))
+        big = random_responses("SmolVLM-256M", dtype, device)
         rows.append(
             {"model": "SmolVLM-256M, random weights", "dtype": dtype}
             | noise(*big, part=4, minibatch=2)
@@ -94,12 +98,28 @@ def measure() -> dict:
     return {
         "what": "|log pi - log pi_old| of unmoved weights, scored in other company, in nats: the "
         "largest of a token; of a response's mean the root mean square, the largest, and the "
-        "share beyond GSPO's clip of 3e-4. On a CPU: a card's kernels sum in other orders.",
+        "share beyond GSPO's clip of 3e-4. Another device's kernels sum in other orders.",
+        "device": device,
+        **evaluation.of_card(device),
         "seeds": [0],
         "rows": rows,
     }
 
 
+def main(argv=None):
+    """The command line."""
+    parser = command_line("ratio_noise", __doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    device = parser.parse_args(argv).device
+    try:
+        train.check_device(device)
+    except ValueError as error:
+        raise SystemExit(f"python -m lab.ratio_noise: {error}") from None
+    on_device = "" if device == "cpu" else f"-{device.replace(':', '')}"
+    command = "python -m lab.ratio_noise" + (f" --device {device}" if on_device else "")
+    file = writable(RESULTS / f"ratio_noise{on_device}.json")
+    save(file, measure(device), command)
+
+
 if __name__ == "__main__":
-    command_line("ratio_noise", __doc__).parse_args()
-    save(writable(RESULTS / "ratio_noise.json"), measure(), COMMAND)
+    main()

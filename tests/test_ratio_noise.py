@@ -1,13 +1,17 @@
 """lab/ratio_noise.py: scoring twice in other company."""
 
+import contextlib
 import json
 
 import pytest
 import torch
 from helpers import pictures
+from pretended_card import PretendedCard
+from small_runs import SHORT
 
+import train
 import vlm
-from lab import ratio_noise
+from lab import bench_gpu, ratio_noise
 from lab.bench import RESULTS
 
 
@@ -43,6 +47,28 @@ def test_what_company_changes_is_measured(sharp_folder, monkeypatch):
     assert found["token_largest"] == pytest.approx(0.11, abs=0.0101)
     assert found["response_largest"] == pytest.approx(found["token_largest"], abs=1e-3)
     assert 0.03 < found["response_rms"] < found["response_largest"] and found["beyond_clip"] == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_measurement_runs_whole_on_a_cpu_and_on_a_card(device, runs, tmp_path, monkeypatch):
+    """With narrow models, and a card that is pretended: no devices mix."""
+    flags = [*SHORT, "--batch", "128", "--runs", str(runs), "--warm_start_steps", "0"]
+    monkeypatch.setattr(train, "parse", lambda words, parse=train.parse: parse([*flags, *words]))
+    monkeypatch.setattr(bench_gpu, "SIZES", {"SmolVLM-256M": bench_gpu.SMALL["small SmolVLM"]})
+    monkeypatch.setattr(ratio_noise, "RESULTS", tmp_path)
+    entered = PretendedCard() if device == "cuda" else contextlib.nullcontext()
+    with entered:
+        ratio_noise.main(["--device", device])
+    name = {"cpu": "ratio_noise.json", "cuda": "ratio_noise-cuda.json"}[device]
+    outcome = json.loads((tmp_path / name).read_text())
+    assert outcome["device"] == device and len(outcome["rows"]) == 4
+    assert ("--device cuda" in outcome["command"]) == (device == "cuda")
+
+
+def test_a_device_that_is_none_is_refused_in_one_line():
+    line = "python -m lab.ratio_noise: --device meta: [^\n]*expected cpu, or a card as cuda"
+    with pytest.raises(SystemExit, match=f"^{line}$"):
+        ratio_noise.main(["--device", "meta"])
 
 
 @pytest.mark.skipif(not (RESULTS / "ratio_noise.json").is_file(), reason="not measured yet")
