@@ -1,4 +1,5 @@
-"""Whatever a user could hand in (settings, rows, pictures) is used, or one line says why not.
+"""Whatever a user could hand in (settings, rows, pictures) is used as it reads, or one line says
+why not.
 
 Cases are drawn by Hypothesis, more of them with SAPO_EXAMPLES=10000; results/fuzz.json holds the
 count of a long run. Grading has the like in test_tasks.py and test_grading.py.
@@ -9,7 +10,7 @@ import io
 import math
 import re
 import typing
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 from data_files import additions, geometry, jsonl, stored
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_runs import SHORT, rows_of
 
+import baselines
 import sapo
 import train
 from tasks.dataset import FORMATS, DatasetTask, Rows
@@ -61,9 +63,48 @@ def nonsense(draw):
     return flags
 
 
+TRUTH = {
+    **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
+    **dict.fromkeys(("no", "false", "f", "n", "0"), False),
+}
+
+
+def as_python_reads(words, hint):
+    """The value of some words for a field of this type."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return [as_python_reads([word], inner[0]) for word in words]
+    (word,) = words
+    if hint is bool:
+        return TRUTH[word.lower()]
+    for kind in (int, float):
+        if kind in (hint, *inner):
+            return kind(word)
+    return word
+
+
+def check_meaning(words, flags, folder):
+    """The settings of an accepted command line are its words as Python reads them, and otherwise
+    the method's defaults; and they are the same again from config.json."""
+    typed = {name: as_python_reads(given, FIELDS[name][1]) for name, given in flags.items()}
+    method = typed.get("method", train.Settings.method)
+    settings, config = train.made_of(baselines.SETTINGS[method] | typed)
+    settings.runs = words[words.index("--runs") + 1]
+    settings.name = typed.get("name") or train.flags.default_name(settings)
+    expected = asdict(settings) | asdict(config)
+    # repr tells 1 from 1.0 and from True, and -0.0 from 0.0
+    assert {name: repr(expected[name]) for name in typed} == {n: repr(typed[n]) for n in typed}
+    accepted = train.parse(words)
+    assert repr(asdict(accepted[0]) | asdict(accepted[1])) == repr(expected)
+    train.prepare_folder(folder, *accepted, train.Progress())
+    assert repr(train.stored_settings(folder)) == repr(expected)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(nonsense())
-def test_nonsense_is_refused_in_one_line_that_names_it_before_any_long_work(
+@example({"clip_high": ["inf"], "name": ["inf"], "actor_lr": ["-0.0"]})
+@example({"branching": ["2", "1_0"], "gradient_checkpointing": ["no"], "dtype": ["bfloat16"]})
+def test_nonsense_is_refused_in_one_line_that_names_it_or_means_what_it_says_before_any_long_work(
     tmp_path, monkeypatch, flags
 ):
     monkeypatch.setattr(train.tiny, "cached_warm_start", stop_here)
@@ -76,6 +117,7 @@ def test_nonsense_is_refused_in_one_line_that_names_it_before_any_long_work(
         with contextlib.redirect_stderr(said), contextlib.chdir(tmp_path):
             train.main(words)
     except Begun:
+        check_meaning(words, flags, tmp_path / "begun")
         return
     except SystemExit as left:
         line = said.getvalue().strip().splitlines()[-1] if left.code == 2 else left.code
