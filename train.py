@@ -477,9 +477,8 @@ def build(settings, config, command="") -> Run:
     run_models = models.build(settings, config, start, saved)
     if saved is not None:
         progress = Progress(**checkpoint.restore(run_models, saved, settings.device))
-        if (
-            run_models.critic_optimizer is not None
-        ):  # the policy's rate is set anew at every rollout
+        # The checkpoint has the rates of its time. The policy's is set anew in every iteration
+        if run_models.critic_optimizer is not None:
             run_models.critic_optimizer.param_groups[0]["lr"] = config.critic_lr
     if needs_start:
         check_start(settings, run_models, progress)

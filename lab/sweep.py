@@ -104,7 +104,8 @@ EXPERIMENTS = {
         "sapo, hears nothing, lambda 0.99": ["--critic_hears", "nothing", "--lam", "0.99"],
         **{method: ["--method", method] for method in ("ppo", "vineppo", "spo-tree", "grpo")},
     },
-    # The default, and one thing at a time that is ours in it, not the paper's, taken away
+    # The default, and one thing at a time that is ours in it, not the paper's, taken away. With a
+    # --tag of its own: without one the tuned rate and lambda take the place of the default's
     "parts": {
         "sapo": [],
         "sapo, hears nothing": ["--critic_hears", "nothing"],
