@@ -169,115 +169,6 @@ class SAPOConfig:
         )
 
 
-# ------------------------------------------------------------------------------------- checks
-
-
-class NaNError(ValueError):
-    """A NaN where a policy token should have a number."""
-
-
-def _require(condition, name, value, expected):
-    if not condition:
-        raise ValueError(f"{name}: {value!r}, expected {expected}")
-
-
-def check_settings(settings) -> None:
-    """ValueError, naming the field, for a value that is not of the field's type, and for a number
-    outside the interval of its `setting`, or so large or small that 32 bits do not hold it."""
-    hints = get_type_hints(type(settings))  # HfArgumentParser changes the types that fields have
-    for part in fields(settings):
-        value, hint = getattr(settings, part.name), hints[part.name]
-        if not _is_of_type(value, hint):
-            raise ValueError(f"{part.name}: {value!r}, expected {_in_words(hint)}")
-        _, has_range, within = part.metadata.get("help", "").rpartition("; in ")
-        numbers = value if isinstance(value, list) else [value]
-        if has_range and not all(_is_within(number, within) for number in numbers):
-            raise ValueError(f"{part.name}: {value}, expected a number in {within}")
-        if has_range and not all(_is_held(number, within) for number in numbers):
-            raise ValueError(
-                f"{part.name}: {value}, expected a number in {within} that 32 bits hold"
-            )
-
-
-def _is_of_type(value, hint):
-    inner = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in inner
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_is_of_type(item, inner[0]) for item in value)
-    if inner:  # a union, as float | None
-        return any(_is_of_type(value, one) for one in inner)
-    if isinstance(value, bool):  # which is a number to Python
-        return hint is bool
-    return isinstance(value, {int: Integral, float: Real}.get(hint, hint))
-
-
-def _in_words(hint):
-    inner = get_args(hint)
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(inner)}"
-    if get_origin(hint) is list:
-        return f"a list, each {_in_words(inner[0])}"
-    if inner:
-        return " or ".join(map(_in_words, inner))
-    words = {int: "a whole number", float: "a number", str: "a word", bool: "True or False"}
-    return words.get(hint, "None")
-
-
-def _is_within(number, within):
-    if number is None:  # a setting that is off
-        return True
-    low, high = map(float, within[1:-1].split(","))
-    above = number >= low if within[0] == "[" else number > low
-    below = number <= high if within[-1] == "]" else number < high
-    return above and below  # NaN is neither
-
-
-def _is_held(number, within):
-    """Is a number the same one to the tensors that it meets? In float32 1e308 is infinite and
-    1e-320 is 0. A whole number ends at 2**31 - 1, unless its interval ends elsewhere."""
-    if number is None:
-        return True
-    if isinstance(number, Integral):
-        return number < 2**31 or not within.endswith("inf)")
-    in_float32 = torch.tensor(float(number), dtype=torch.float32).item()
-    return math.isclose(in_float32, number, rel_tol=1e-3)
-
-
-def _check(mask, called="mask", /, **tensors):
-    """Raise ValueError, naming the argument, for a mask that is empty or not bool (B, T), a tensor
-    of another shape, a cut that is not bool, or a NaN on a policy token."""
-    _require(
-        mask.dtype == torch.bool and mask.dim() == 2 and mask.numel() > 0,
-        called,
-        (mask.dtype, tuple(mask.shape)),
-        "a bool tensor (B, T) with B and T at least 1",
-    )
-    for name, tensor in tensors.items():
-        _require(
-            tensor.shape == mask.shape,
-            name,
-            tuple(tensor.shape),
-            f"the mask's shape {tuple(mask.shape)}",
-        )
-        if name in ("ends", "is_delimiter"):
-            _require(tensor.dtype == torch.bool, name, tensor.dtype, "torch.bool")
-    numbers = {name: x for name, x in tensors.items() if x.is_floating_point()}
-    # One sum over all tensors shows whether any is NaN, and makes the CPU wait for a GPU only once
-    if not numbers or not torch.isnan(sum(x.sum() for x in numbers.values())):
-        return
-    for name, x in numbers.items():
-        where = (torch.isnan(x) & mask).nonzero()
-        if len(where):
-            row, position = where[0].tolist()
-            raise NaNError(f"{name}: NaN on a policy token (row {row}, position {position})")
-
-
-def _wide(x):
-    """x in float32 at least: sums in bfloat16 lose the small terms, squares in float16 overflow."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 # ----------------------------------------------------------------------------------- segments
 #
 # A response is the concatenation of its segments, y = z_1 || z_2 || ... || z_M (Eq. 5). A cut is
@@ -1059,3 +950,112 @@ def update_metrics(history: list[dict]) -> dict:
         of_steps = sum(share * fraction for share, fraction in zip(taken, clipped, strict=True))
         metrics["clip_fraction"] = of_steps / sum(taken)
     return metrics
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+class NaNError(ValueError):
+    """A NaN where a policy token should have a number."""
+
+
+def _require(condition, name, value, expected):
+    if not condition:
+        raise ValueError(f"{name}: {value!r}, expected {expected}")
+
+
+def check_settings(settings) -> None:
+    """ValueError, naming the field, for a value that is not of the field's type, and for a number
+    outside the interval of its `setting`, or so large or small that 32 bits do not hold it."""
+    hints = get_type_hints(type(settings))  # HfArgumentParser changes the types that fields have
+    for part in fields(settings):
+        value, hint = getattr(settings, part.name), hints[part.name]
+        if not _is_of_type(value, hint):
+            raise ValueError(f"{part.name}: {value!r}, expected {_in_words(hint)}")
+        _, has_range, within = part.metadata.get("help", "").rpartition("; in ")
+        numbers = value if isinstance(value, list) else [value]
+        if has_range and not all(_is_within(number, within) for number in numbers):
+            raise ValueError(f"{part.name}: {value}, expected a number in {within}")
+        if has_range and not all(_is_held(number, within) for number in numbers):
+            raise ValueError(
+                f"{part.name}: {value}, expected a number in {within} that 32 bits hold"
+            )
+
+
+def _is_of_type(value, hint):
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in inner
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of_type(item, inner[0]) for item in value)
+    if inner:  # a union, as float | None
+        return any(_is_of_type(value, one) for one in inner)
+    if isinstance(value, bool):  # which is a number to Python
+        return hint is bool
+    return isinstance(value, {int: Integral, float: Real}.get(hint, hint))
+
+
+def _in_words(hint):
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(inner)}"
+    if get_origin(hint) is list:
+        return f"a list, each {_in_words(inner[0])}"
+    if inner:
+        return " or ".join(map(_in_words, inner))
+    words = {int: "a whole number", float: "a number", str: "a word", bool: "True or False"}
+    return words.get(hint, "None")
+
+
+def _is_within(number, within):
+    if number is None:  # a setting that is off
+        return True
+    low, high = map(float, within[1:-1].split(","))
+    above = number >= low if within[0] == "[" else number > low
+    below = number <= high if within[-1] == "]" else number < high
+    return above and below  # NaN is neither
+
+
+def _is_held(number, within):
+    """Is a number the same one to the tensors that it meets? In float32 1e308 is infinite and
+    1e-320 is 0. A whole number ends at 2**31 - 1, unless its interval ends elsewhere."""
+    if number is None:
+        return True
+    if isinstance(number, Integral):
+        return number < 2**31 or not within.endswith("inf)")
+    in_float32 = torch.tensor(float(number), dtype=torch.float32).item()
+    return math.isclose(in_float32, number, rel_tol=1e-3)
+
+
+def _check(mask, called="mask", /, **tensors):
+    """Raise ValueError, naming the argument, for a mask that is empty or not bool (B, T), a tensor
+    of another shape, a cut that is not bool, or a NaN on a policy token."""
+    _require(
+        mask.dtype == torch.bool and mask.dim() == 2 and mask.numel() > 0,
+        called,
+        (mask.dtype, tuple(mask.shape)),
+        "a bool tensor (B, T) with B and T at least 1",
+    )
+    for name, tensor in tensors.items():
+        _require(
+            tensor.shape == mask.shape,
+            name,
+            tuple(tensor.shape),
+            f"the mask's shape {tuple(mask.shape)}",
+        )
+        if name in ("ends", "is_delimiter"):
+            _require(tensor.dtype == torch.bool, name, tensor.dtype, "torch.bool")
+    numbers = {name: x for name, x in tensors.items() if x.is_floating_point()}
+    # One sum over all tensors shows whether any is NaN, and makes the CPU wait for a GPU only once
+    if not numbers or not torch.isnan(sum(x.sum() for x in numbers.values())):
+        return
+    for name, x in numbers.items():
+        where = (torch.isnan(x) & mask).nonzero()
+        if len(where):
+            row, position = where[0].tolist()
+            raise NaNError(f"{name}: NaN on a policy token (row {row}, position {position})")
+
+
+def _wide(x):
+    """x in float32 at least: sums in bfloat16 lose the small terms, squares in float16 overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
