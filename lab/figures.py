@@ -425,31 +425,28 @@ def reuse(file):
 
 
 def truth_figure(results):
-    """Does the credit find the wrong steps, and does the gradient point the right way?
+    """Does the credit see the first wrong step, and does the gradient point the right way?
 
-    The methods as they are: SAPO at other lambdas stands in the table. GSPO is not drawn where its
-    numbers are GRPO's, of which it differs in ratio and clip alone.
+    Not the AUROC of all steps: right steps stand more often in right answers, so there a credit
+    ranks above chance that blames all steps of an answer alike. The methods as they are: SAPO at
+    other lambdas stands in the table. GSPO is not drawn where its numbers are GRPO's, of which it
+    differs in ratio and clip alone.
     """
     methods = {
         name: row for name, row in results["methods"].items() if not name.startswith("sapo, lambda")
     }
+    seen = {name: _first_wrong(row) for name, row in methods.items()}
     if "grpo" in methods and "gspo" in methods:
         grpo, gspo = (methods[name] for name in ("grpo", "gspo"))
-        if grpo["auroc"] == gspo["auroc"] and grpo["cosine"][0] == gspo["cosine"][0]:
+        if seen["grpo"] == seen["gspo"] and grpo["cosine"][0] == gspo["cosine"][0]:
             del methods["gspo"]
-    methods = dict(sorted(methods.items(), key=lambda item: -item[1]["auroc"]))
+    methods = dict(sorted(methods.items(), key=lambda item: -seen[item[0]]))
     figure, (steps, slope) = new_figure(1.8 + 0.3 * max(5, len(methods)), 2)
-    cosines = {True: [], False: []}  # has the method a critic? -> its cosines
-    for name, row in methods.items():
-        cosines[name.startswith(("sapo", "ppo", "vc-ppo"))].append(row["cosine"][0])
-    text = f"Credit and gradient on {_task(results)}, policy frozen"
-    if all(cosines.values()) and min(cosines[True]) > max(cosines[False]):
-        text = f"With a critic taught beforehand the gradient points best ({_task(results)})"
-    headline(figure, text)
-    credit = [(name, (row["auroc"], *row["auroc_interval"])) for name, row in methods.items()]
-    unit = "P(advantage of a right step > of a wrong one),\n95% interval; 0.5: blind"
+    headline(figure, _of_taught_critics(methods, seen, _task(results)))
+    credit = [(name, (seen[name], seen[name], seen[name])) for name in methods]
+    unit = "P(advantage of a right step > of the first wrong one),\nin wrong answers; 0.5: blind"
     _dots(steps, credit, "sapo", unit)
-    steps.set_title("Does the credit find the wrong steps?", fontsize=10)
+    steps.set_title("Does the credit see the first wrong step?", fontsize=10)
     steps.axvline(0.5, color=FAINT, linestyle="--", linewidth=1)
     gradients = [(name, row["cosine"]) for name, row in methods.items()]
     unit = "cosine with the reference gradient,\nat equal generated tokens, 95% interval"
@@ -457,6 +454,30 @@ def truth_figure(results):
     slope.tick_params(labelleft=False)
     slope.set_title("Does the gradient point the right way?", fontsize=10)
     return figure
+
+
+def _first_wrong(row):
+    """AUROC of a method's advantages, the first wrong step against right ones; NaN where no step
+    was wrong."""
+    value = row["auroc_of_first_wrong_step"]
+    return math.nan if value is None else value
+
+
+def _of_taught_critics(methods, seen, task):
+    """What truth_figure shows, in a sentence: do all critics see better than what blames an answer
+    as a whole, and are their gradients the best?"""
+    critics = [name for name in methods if name.startswith(("sapo", "ppo", "vc-ppo"))]
+    others = [name for name in methods if name not in critics]
+    blind = [name for name in others if name in ("grpo", "gspo", "srpo")]
+    is_so = bool(critics and blind)
+    if is_so:
+        cosines = {name: row["cosine"][0] for name, row in methods.items()}
+        is_so = min(map(seen.get, critics)) > max(map(seen.get, blind))
+        is_so = is_so and min(map(cosines.get, critics)) > max(map(cosines.get, others))
+    if is_so:
+        text = "A critic taught beforehand sees the first wrong step, and its gradient points best"
+        return f"{text} ({task})"
+    return f"Credit and gradient on {task}, policy frozen"
 
 
 def truth(file):
