@@ -71,6 +71,56 @@ def test_every_name_of_the_code_exists():
         assert name == "py" or hasattr({"sapo": sapo, "baselines": baselines}[module], name), name
 
 
+# ----------------------------------------------------------------------------------- glossary
+GLOSSARY = TEXT.split("### F. Glossary")[1]
+ROWS = re.findall(r"^\| ([^|]*) \| ([^|]*)\| .* \|$", GLOSSARY, re.MULTILINE)[
+    1:
+]  # without the head
+WORDS = [word for words, _ in ROWS for word in words.split(", ")]
+SIGNS = [sign.strip() for _, signs in ROWS for sign in signs.split(",") if sign.strip()]
+# How LaTeX spells a sign; the names of functions and of layout are no signs
+SPELLED = {"pi": "π", "gamma": "γ", "lambda": "λ", "delta": "δ", "epsilon": "ε", "mu": "μ"}
+SPELLED |= {"nabla": "∇", "mathbb": "𝔼"}
+
+
+def signs_of(formula):
+    """The letters and signs of a formula in LaTeX: "πyx" of \\pi(y \\mid x)."""
+    formula = re.sub(r"\\(text|tag|begin|end)\{[^}]*\}|\\mathbb\{E\}", _spelled, formula)
+    formula = re.sub(r"\\([a-zA-Z]+)", _spelled, formula)
+    return {char for char in formula if char.isalpha() or char in SPELLED.values()}
+
+
+def _spelled(found):
+    name = re.match(r"\\([a-z]+)", found[0])
+    return SPELLED.get(name[1], " ") if name else " "
+
+
+def test_no_word_and_no_sign_stands_in_the_glossary_twice():
+    assert len(WORDS) > 50 and sorted(WORDS) == sorted(set(WORDS))
+    assert len(SIGNS) > 25 and sorted(SIGNS) == sorted(set(SIGNS))
+
+
+def test_the_glossary_has_every_sign_of_the_formulas():
+    text = re.sub(r"^```.*?^```", "", TEXT, flags=re.DOTALL | re.MULTILINE)
+    shown = re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL)
+    beside = re.findall(r"\$([^$]+)\$", re.sub(r"\$\$.+?\$\$", "", text, flags=re.DOTALL))
+    assert len(shown) == 8 and len(beside) > 40
+    explained = "".join(SIGNS) + "TMe"  # in the words of a row; Euler's number
+    for formula in shown + beside:
+        assert signs_of(formula) <= set(explained), formula
+    assert signs_of(r"\mathbb{E}_{y \sim \pi}\big[ \tfrac{1}{L} \big]") == set("𝔼yπL")
+
+
+def test_the_glossary_has_every_word_that_the_text_introduces():
+    """In bold, where it is not the head of a paragraph."""
+    said = re.findall(r"\*\*([a-z][a-z -]+|[A-Z][A-Za-z ]+)\*\*", TEXT)
+    heads = {"Not", "bad habits", "A critic", "A segment", "Every token", "The whole answer"}
+    words = {word.lower().rstrip("s") for word in WORDS} | {"hear"}
+    assert len(said) > 25
+    for word in set(said) - heads:
+        assert word.lower().rstrip("s") in words, word
+
+
 # ------------------------------------------------------------------------------ what it says
 def test_the_minutes_make_forty_five():
     minutes = re.findall(r"^\| \[\d+\. [^|]*\| (\d+) \|", TEXT, re.MULTILINE)
