@@ -36,6 +36,13 @@ def test_it_can_be_pasted_into_a_session():
     assert ">>>" not in TEXT
 
 
+def test_as_a_notebook_it_has_no_cell_but_its_examples():
+    """jupytext makes a cell of a block in any language that it knows: of "bash" one that would
+    train for minutes before the first example. It takes these three for text."""
+    languages = set(re.findall(r"^```(\w+)", TEXT, re.MULTILINE))
+    assert languages - {"python"} == {"shell", "text", "mermaid"}
+
+
 # ---------------------------------------------------------------------------------- equations
 def equations_of(text):
     """The numbers of the equations that a text names: "Eq. 6 and 7", "Eq. 1-4", "Eq. 19-26"."""
