@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -226,6 +227,38 @@ def test_the_committed_page_is_of_todays_template():
     (data,) = re.findall(r'id="data">(.*)</script>', page)
     assert page == TEMPLATE.read_text().replace("__DATA__", data)
     assert len(page) < 1_000_000 and json.loads(data)["title"] == "SAPO on DiceSum, seed 0"
+
+
+def drawn_answers(path):
+    """Of a credit map: [[(text, advantage) of each token] of each answer], from its cells."""
+    answers = []
+    for group in ElementTree.parse(path).iterfind(".//{*}g[@class='token']"):
+        place, number = re.match(r"token (\d+): advantage (.\d+\.\d+)", group[0].text).groups()
+        if place == "0":
+            answers.append([])
+        answers[-1].append((group.find("{*}text").text, float(number.replace("−", "-"))))
+    return answers
+
+
+@pytest.mark.parametrize("name", ["credit"])
+def test_a_committed_picture_and_its_page_show_the_same_answers_of_one_run(name):
+    path = ROOT / "results" / f"{name}.svg"
+    (page,) = re.findall(r'id="data">(.*)</script>', path.with_suffix(".html").read_text())
+    page = json.loads(page)
+    shown = {}
+    for checkpoint in page["checkpoints"]:
+        title = f"Where the credit went: {page['title']}, {checkpoint['name']}"
+        shown[title] = [
+            [(t, round(a, 3)) for t, a in zip(answer["tokens"], answer["advantages"], strict=True)]
+            for answer in checkpoint["responses"]
+        ]
+    of_picture = shown[ElementTree.parse(path).find("{*}title").text]
+    assert of_picture is shown[title.removesuffix(", learned from")], "the last checkpoint"
+    assert drawn_answers(path)
+    for answer in drawn_answers(path):
+        assert answer in of_picture, (
+            "of another run: draw both by python -m lab.figures runs/<name>"
+        )
 
 
 def test_the_update_in_the_committed_page_fell_on_the_wrong_steps():
