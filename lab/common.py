@@ -283,6 +283,17 @@ def is_right(sample):
     return sample.get("correct", sample["reward"] > (0 if "turns" in sample else 0.5))
 
 
+def known(examples, of_example, path):
+    """The ids of `examples`. ValueError, naming the file, where it holds no response to one."""
+    for name in examples:
+        if name not in of_example:
+            some = ", ".join(list(of_example)[:4])
+            raise ValueError(
+                f"{path}: no response to {name!r:.60} at the last; there are {some} ..."
+            )
+    return examples
+
+
 def run_title(run_folder):
     """A title, "SAPO on DiceSum, seed 1"; the folder's name without a usable config.json."""
     try:

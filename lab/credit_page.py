@@ -24,6 +24,7 @@ from lab.common import (
     PURPLE,
     VERMILLION,
     is_right,
+    known,
     read_samples,
     run_title,
 )
@@ -116,14 +117,18 @@ def _without_nulls(sample):
     return whole
 
 
-def _last_samples(path, count):
-    """The iteration that was sampled last, and at most `count` of its held-out responses."""
+def _last_samples(path, count, examples=None):
+    """The iteration that was sampled last, and at most `count` of its held-out responses; or those
+    to the `examples`, in their order."""
     samples = [sample for sample in read_samples(path) if "learned_from" not in sample]
     if not samples:
         raise ValueError(f"{path} holds no held-out response")
     last = max(sample["iteration"] for sample in samples)
     samples = [_without_nulls(sample) for sample in samples if sample["iteration"] == last]
-    return last, _choose(samples, count)
+    if not examples:
+        return last, _choose(samples, count)
+    of_example = {str(sample.get("example_id")): sample for sample in samples}
+    return last, [of_example[name] for name in known(examples, of_example, path)]
 
 
 # ---------------------------------------------------------------------------- text and colour
@@ -481,16 +486,17 @@ def _drawing(samples, title):
     )
 
 
-def credit_map(run_folder, count=6):
-    """Draw `count` responses of the last sampled iteration; return the path of credit.svg.
+def credit_map(run_folder, count=6, examples=None):
+    """Draw `count` responses of the last sampled iteration, or those to the `examples` (their ids);
+    return the path of credit.svg.
 
-    Raises FileNotFoundError for a missing samples.jsonl, ValueError for an unusable one and for a
-    count below 1.
+    Raises FileNotFoundError for a missing samples.jsonl, ValueError for an unusable one, for a
+    count below 1 and for an example that is not there.
     """
     run_folder = Path(run_folder)
     if count < 1:
         raise ValueError(f"count is {count}: expected at least 1 response")
-    iteration, samples = _last_samples(run_folder / "samples.jsonl", count)
+    iteration, samples = _last_samples(run_folder / "samples.jsonl", count, examples)
     title = f"Where the credit went: {_visible(run_title(run_folder), 80)}, iteration {iteration}"
     (run_folder / "credit.svg").write_text(_drawing(samples, title), encoding="utf-8")
     return run_folder / "credit.svg"

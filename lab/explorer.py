@@ -14,7 +14,7 @@ import math
 from itertools import zip_longest
 from pathlib import Path
 
-from lab.common import is_right, read_samples, run_title
+from lab.common import is_right, known, read_samples, run_title
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 CHECKPOINTS = 4  # that are kept, the first and the last among them
@@ -30,10 +30,12 @@ KEPT = (
 FINITE = ("entropy", "token_values", "rewards", "advantages", "logp", "new_logp", "exact_values")
 
 
-def explorer(run_folder) -> Path:
-    """Write credit.html into a run's folder, from its samples.jsonl and config.json.
+def explorer(run_folder, examples=None) -> Path:
+    """Write credit.html into a run's folder, from its samples.jsonl and config.json: of what is
+    held out, responses to the `examples` (their ids), or else wrong and right ones by turns.
 
-    FileNotFoundError for a missing samples.jsonl, ValueError for an unusable one.
+    FileNotFoundError for a missing samples.jsonl, ValueError for an unusable one and for an example
+    that is not there.
     """
     run_folder = Path(run_folder)
     path = run_folder / "samples.jsonl"
@@ -46,7 +48,8 @@ def explorer(run_folder) -> Path:
     if not held_out:
         raise ValueError(f"{path} holds no response of at least one token")
     iterations = _spread(sorted(held_out), CHECKPOINTS)
-    ids = _chosen_ids(held_out[iterations[-1]].values(), RESPONSES)
+    last = held_out[iterations[-1]]
+    ids = known(examples, last, path) if examples else _chosen_ids(last.values(), RESPONSES)
     head = {"title": run_title(run_folder)} | _settings(run_folder)
     template = TEMPLATE.read_text(encoding="utf-8")
     for count in range(len(ids), 0, -1):

@@ -635,8 +635,14 @@ def main(argv=None):
     parser.add_argument(
         "--count", type=int, default=6, help="responses on the credit map (default 6)"
     )
+    parser.add_argument(
+        "--examples",
+        nargs="+",
+        metavar="ID",
+        help="the held-out examples to show on map and page, eval/0 eval/6 say",
+    )
     arguments = parser.parse_args(argv)
-    folder = arguments.folder
+    folder, examples = arguments.folder, arguments.examples
     try:
         if folder == Path("tutorial"):
             from lab import tutorial_figures  # they need torch
@@ -653,8 +659,8 @@ def main(argv=None):
                 print(path)
         else:
             print(learning_curve(folder))
-            print(credit_map(folder, arguments.count))
-            print(explorer(folder))
+            print(credit_map(folder, arguments.count, examples))
+            print(explorer(folder, examples))
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"lab.figures: {error}") from None
 

@@ -110,6 +110,16 @@ def test_right_and_wrong_responses_of_the_last_iteration_by_turns(run, count, ex
     assert "early" not in text
 
 
+def test_examples_are_drawn_in_the_order_they_are_asked_for(run):
+    samples = [sample(list(word), example_id=f"eval/{word}") for word in ("ab", "cd", "ef")]
+    root = draw(run, samples, examples=["eval/ef", "eval/ab"])
+    assert "".join(group.find("{*}text").text for group in of_class(root, "token")) == "efab"
+    with pytest.raises(
+        ValueError, match="no response to 'eval/7' at the last; .* eval/ab, eval/cd"
+    ):
+        credit_map(run, examples=["eval/7"])
+
+
 def test_wrong_steps_are_underlined_and_right_ones_are_not(run):
     steps = [[0, 1, True], [2, 4, False]]
     in_legend = 1

@@ -822,6 +822,17 @@ def test_of_many_checkpoints_the_first_and_the_last_are_kept(run):
     assert len(text) < 1_000_000
 
 
+def test_a_page_of_these_examples_alone(run):
+    rows = [response(example_id=f"eval/{i}", iteration=t)[0] for t in (0, 4) for i in range(6)]
+    write_lines(run, "samples.jsonl", rows)
+    text = explorer(run, ["eval/5", "eval/2"]).read_text()
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    for checkpoint in data["checkpoints"]:
+        assert [response["id"] for response in checkpoint["responses"]] == ["eval/5", "eval/2"]
+    with pytest.raises(ValueError, match="samples.jsonl: no response to 'eval/7'"):
+        explorer(run, ["eval/7"])
+
+
 def test_pictures_stand_there_once_and_the_page_stays_small(run, open_page, monkeypatch):
     rows = [response(example_id=f"eval/{i}", iteration=t)[0] for t in (0, 4) for i in range(6)]
     write_lines(run, "samples.jsonl", rows)
