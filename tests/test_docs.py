@@ -1384,6 +1384,32 @@ def test_what_the_worlds_show_is_what_their_runs_hold():
     assert all(run["greedy"]["eval_accuracy"] > 0.9 for run in digits)
 
 
+def test_the_game_to_look_at_is_what_its_page_holds():
+    """Lost by one wrong command, behind which V does not fall, so that the end has most blame."""
+    page = prose("docs/games.md")
+    (data,) = re.findall(r'id="data">(.*)</script>', text("results/treasure-credit.html"))
+    held_out = [c for c in json.loads(data)["checkpoints"] if not c["key"].endswith("-learned")]
+    assert [len(checkpoint["responses"]) for checkpoint in held_out] == [6, 6, 6]
+    assert "has six games at three moments" in page
+    run = result("worlds-Treasure-small-seed0.json")
+    explained = run["mechanism"]["explained_variance_second_half"]
+    assert f"in the second half it explains {explained:.2f} of the variance" in page
+    assert f"seed {run['seed']}, {run['date']}: [`treasure-credit.html`]" in page
+    assert "--name treasure-credit" in run["command"]
+    game = held_out[-1]["responses"][0]
+    assert game["id"] == "eval/41" and not game["won"]
+    ((first, last, _),) = [step for step in game["steps"] if not step[2]]
+    assert game["tokens"][first : last + 1] == ["go east"] and len(game["turns"]) == 6
+    value = game["values"][game["turns"][-1]["first"]]
+    assert f"still expects {value:.2f} before the last turn" in page
+    assert game["perfect"][game["turns"][-1]["first"]] == 0
+    credit, key = game["advantages"], game["turns"][2]["last"]
+    assert min(credit[: key + 1]) > -0.03 and max(credit[first:]) == 0 > credit[first]
+    assert credit.index(min(credit)) >= game["turns"][-1]["first"]
+    ids = " ".join(response["id"] for response in held_out[-1]["responses"])
+    assert f"--examples {ids}` then" in page
+
+
 def test_what_is_said_of_the_kills_is_what_they_showed():
     found, page = result("kills.json"), prose("docs/models.md")
     assert found["command"] in commands_of("docs/models.md")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from operator import itemgetter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -221,12 +222,13 @@ def test_no_picture_is_stale(name):
     assert made_of in (ROOT / "results" / f"tutorial-{name}.svg").read_text(), again
 
 
-def test_the_committed_page_is_of_todays_template():
-    """results/credit.html: written anew by lab.explorer.explorer(folder) of a default run."""
-    page = (ROOT / "results" / "credit.html").read_text()
+@pytest.mark.parametrize(("name", "task"), [("credit", "DiceSum"), ("treasure-credit", "Treasure")])
+def test_a_committed_page_is_of_todays_template(name, task):
+    """Written anew by lab.explorer.explorer(folder): of a default run, of a small Treasure."""
+    page = (ROOT / "results" / f"{name}.html").read_text()
     (data,) = re.findall(r'id="data">(.*)</script>', page)
     assert page == TEMPLATE.read_text().replace("__DATA__", data)
-    assert len(page) < 1_000_000 and json.loads(data)["title"] == "SAPO on DiceSum, seed 0"
+    assert len(page) < 400_000 and json.loads(data)["title"] == f"SAPO on {task}, seed 0"
 
 
 def drawn_answers(path):
@@ -236,11 +238,12 @@ def drawn_answers(path):
         place, number = re.match(r"token (\d+): advantage (.\d+\.\d+)", group[0].text).groups()
         if place == "0":
             answers.append([])
-        answers[-1].append((group.find("{*}text").text, float(number.replace("−", "-"))))
+        shown = group.find("{*}text").text.replace("·", " ")
+        answers[-1].append((shown, float(number.replace("−", "-"))))
     return answers
 
 
-@pytest.mark.parametrize("name", ["credit"])
+@pytest.mark.parametrize("name", ["credit", "treasure-credit"])
 def test_a_committed_picture_and_its_page_show_the_same_answers_of_one_run(name):
     path = ROOT / "results" / f"{name}.svg"
     (page,) = re.findall(r'id="data">(.*)</script>', path.with_suffix(".html").read_text())
@@ -249,8 +252,8 @@ def test_a_committed_picture_and_its_page_show_the_same_answers_of_one_run(name)
     for checkpoint in page["checkpoints"]:
         title = f"Where the credit went: {page['title']}, {checkpoint['name']}"
         shown[title] = [
-            [(t, round(a, 3)) for t, a in zip(answer["tokens"], answer["advantages"], strict=True)]
-            for answer in checkpoint["responses"]
+            [(t, round(a, 3)) for t, a, written in zip(*told, strict=True) if written]
+            for told in map(itemgetter("tokens", "advantages", "written"), checkpoint["responses"])
         ]
     of_picture = shown[ElementTree.parse(path).find("{*}title").text]
     assert of_picture is shown[title.removesuffix(", learned from")], "the last checkpoint"
