@@ -164,7 +164,12 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, *args, **options
     ):
-        """TRL's, always with entropies. `self.passes` keeps (logp, entropy, hidden states)."""
+        """TRL's, of the policy always with entropies: `self.passes` keeps (logp, entropy, hidden
+        states) of each of its passes."""
+        if model is self.ref_model:  # which has no entropies
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **options
+            )
         hidden = []  # of each chunk (b, T, H): position t has read what is before token t
 
         def keep(module, inputs, output):
@@ -175,7 +180,7 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
             scores = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **options
             )
-        self.passes.append((*scores[:2], torch.cat(hidden) if hidden else None))  # None: reference
+        self.passes.append((*scores[:2], torch.cat(hidden)))
         return scores
 
     def score(self, model, batch, at_once=None):

@@ -186,25 +186,25 @@ def test_two_processes_take_the_steps_of_one(runs, tmp_path):
     assert max(moved.values()) > 1e-3 and moved["critic.head.weight"] > 1e-3
 
 
-def test_a_kl_penalty_and_lora_train_the_adapters_and_the_critic(runs, tmp_path):
-    pytest.importorskip("peft", reason="needs: pip install peft")
-    flags = ["--lora", "2", "--kl_coef", "0.1", "--iterations", "2", "--actor_lr", "1e-1"]
+@pytest.mark.parametrize("adapters", [("--lora", "2"), ()], ids=["lora", "all"])
+def test_a_kl_penalty_counts_with_adapters_and_with_all_weights(adapters, runs, tmp_path):
+    if adapters:
+        pytest.importorskip("peft", reason="needs: pip install peft")
+    flags = [*adapters, "--kl_coef", "0.1", "--iterations", "2", "--actor_lr", "1e-1"]
     run, trainer = trl_worker.build(runs, *flags, folder=tmp_path)
     start = copied(trl_worker.weights(trainer))
     trainer.train()
     moved = {n for n, w in trl_worker.weights(trainer).items() if not torch.equal(w, start[n])}
-    assert moved and all(name.startswith("critic.") or "lora_" in name for name in moved)
+    of_policy = [name for name in moved if not name.startswith("critic.")]
+    assert len(of_policy) < len(moved) and of_policy
+    if adapters:
+        assert all("lora_" in name for name in of_policy)
     batch = trainer._buffered_inputs[0]
     log_ratio = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["mask"]
     assert log_ratio.abs().max() > 1e-3, "after a rollout the policy has left the reference"
-    given = sapo.Rollout(
-        batch["mask"],
-        batch["ends"],
-        batch["old_per_token_logps"],
-        torch.zeros_like(batch["values"]),
-        batch["values"],
-        batch["ref_per_token_logps"],
-    )
+    kept = {name: batch[name] for name in trl_trainer.OF_ROLLOUT}
+    kept |= {"rewards": torch.zeros(batch["mask"].shape), "ref_logp": batch["ref_per_token_logps"]}
+    given = sapo.Rollout(**kept)
     texts = run.models.policy.processor.batch_decode(batch["completion_ids"], True)
     last = batch["mask"].sum(1) - 1
     paid = torch.tensor(trl_worker.reward([[{"content": text}] for text in texts]))
