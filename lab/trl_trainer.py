@@ -4,18 +4,11 @@ Meant is *Segment-Aligned* Policy Optimization (arXiv:2605.01327). TRL's loss_ty
 Adaptive* Policy Optimization (arXiv:2511.20347), another method.
 
 TRL samples, rewards, scores and steps; sapo.py values, cuts, credits and makes the losses. Where
-the engine decides, this differs from train.py:
-
-- The critic is a head on the policy's hidden states, as they are before the policy's step.
-- Minibatches are drawn once per rollout, and each process shuffles its own share.
-- Log-probabilities count tokens that sampling leaves out (image placeholders), as TRL's do.
-- There is no KL bound (target_kl). A policy's step that is not finite is not skipped: it ends the
-  run.
+the engine decides, this differs from train.py: docs/models.md, "Where TRL stands in the way".
 
 Shapes. B responses of one process, T completion tokens (right-padded), H hidden size.
 """
 
-import dataclasses
 import inspect
 import math
 from pathlib import Path
@@ -28,97 +21,77 @@ import sapo
 
 try:
     import trl
+
+    if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
+        raise ImportError(f"{trl.__version__} is installed")
 except ImportError as error:  # of TRL, or of what TRL itself imports
     raise ImportError(
         f'lab.trl_trainer needs TRL: pip install "trl>=1.16,<1.17" ({error})'
     ) from error
-if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
-    raise ImportError(
-        f"trl {trl.__version__} is installed, expected >= 1.16: pip install --upgrade trl"
-    )
 
-# What GRPOConfig says of GRPO's own loss and of its groups. It is not read here, so it is refused
+# What GRPOConfig says of GRPO's own loss and of its groups: it is not read here, so it is refused
 OF_GRPO = (
-    "loss_type",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "importance_sampling_level",
-    "scale_rewards",
-    "multi_objective_aggregation",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "use_adaptive_entropy",
-    "entropy_coef_min",
-    "entropy_coef_max",
-    "entropy_coef_delta",
-    "entropy_target",
-    "off_policy_mask_threshold",
-    "use_bias_correction_kl",
-    "sapo_temperature_neg",
-    "sapo_temperature_pos",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
+    *("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+    *("scale_rewards", "multi_objective_aggregation", "off_policy_mask_threshold"),
+    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "use_bias_correction_kl"),
     "router_aux_loss_coef",
 )
 OF_ROLLOUT = ("mask", "ends", "logp", "rewards", "values")  # travel in TRL's batches
 
 
-def engine_settings(config: sapo.SAPOConfig, processes: int = 1) -> dict:
-    """What a SAPOConfig says that a GRPOConfig says, too, for so many processes.
+def engine_config(config: sapo.SAPOConfig, batch: int, processes: int = 1, **options):
+    """The GRPOConfig of a SAPOConfig. batch: responses per rollout, on all processes together.
 
     A minibatch is spread over processes and gradient accumulation; micro_batch is what one process
-    holds at once. ValueError where the parts do not give the mean over the whole.
-    """
-    size = config.micro_batch or config.minibatch // processes
-    accumulation, rest = divmod(config.minibatch, max(size, 1) * processes)
-    if rest or not accumulation:
-        raise ValueError(
-            f"minibatch: {config.minibatch}, expected a multiple of {max(size, 1)} responses at "
-            f"once on each of {processes} processes"
-        )
-    if config.average == "token" and processes * accumulation > 1:
-        raise ValueError(
-            "average: 'token', expected 'response' where a minibatch has parts: a mean over tokens "
-            "weighs a part by the tokens of all others"
-        )
-    if config.whiten_advantages and processes > 1:
-        raise ValueError(
-            f"whiten_advantages: True, expected False on {processes} processes: it is over all"
-        )
-    if config.target_kl < math.inf:
-        raise ValueError(
-            f"target_kl: {config.target_kl}, expected inf: transformers' Trainer skips no step"
-        )
-    return {
-        "learning_rate": config.actor_lr,
-        "max_grad_norm": config.max_grad_norm,
-        "num_iterations": config.epochs,
-        "beta": config.kl_coef,  # TRL then scores a reference; the penalty is on rewards
-        "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": accumulation,
-    }
-
-
-def engine_config(config: sapo.SAPOConfig, processes: int = 1, **options) -> "trl.GRPOConfig":
-    """A GRPOConfig that agrees with a SAPOConfig; options are GRPOConfig's.
-
-    generation_batch_size: responses per rollout, on all processes together; a multiple of the
-    minibatch. TRL wants num_generations >= 2 responses to a prompt. Here they are independent
+    holds at once. TRL wants num_generations >= 2 responses to a prompt. Here they are independent
     episodes: advantages come from the critic, and the group is never compared.
+
+    options: GRPOConfig's. ValueError where the parts do not give the mean over the whole, and for
+    an option that only GRPO's loss reads; TypeError for one that config or batch says already.
     """
-    usual = {"num_generations": 2, "adam_epsilon": 1e-5, "disable_dropout": True}
-    return trl.GRPOConfig(**usual | engine_settings(config, processes) | options)
+    alone, size = processes == 1, config.micro_batch or max(config.minibatch // processes, 1)
+    accumulation, rest = divmod(config.minibatch, size * processes)
+    in_one = alone and accumulation == 1
+    at_once = f"a multiple of {size} responses at once on each of {processes} processes"
+    for name, fits, expected in (
+        ("minibatch", accumulation and not rest, at_once),
+        ("minibatch", batch % config.minibatch == 0, f"a part of the rollout's {batch} responses"),
+        ("average", in_one or config.average == "response", "'response' for a minibatch in parts"),
+        ("whiten_advantages", alone or not config.whiten_advantages, "False on many processes"),
+        ("target_kl", config.target_kl == math.inf, "inf: transformers' Trainer skips no step"),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: {getattr(config, name)!r}, expected {expected}")
+    for name in options:
+        if name in OF_GRPO:
+            raise ValueError(f"{name}: only GRPO's loss reads it; leave it out")
+    usual = {
+        "num_generations": 2,
+        "adam_epsilon": 1e-5,
+        "disable_dropout": True,
+        "num_train_epochs": 1,
+        "logging_steps": config.epochs * batch // config.minibatch,  # those of a rollout
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    return trl.GRPOConfig(
+        learning_rate=config.actor_lr,
+        max_grad_norm=config.max_grad_norm,
+        num_iterations=config.epochs,
+        beta=config.kl_coef,  # TRL then scores a reference; the penalty is on rewards
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        generation_batch_size=batch,
+        **usual | options,
+    )
 
 
 class SegmentAlignedTrainer(trl.GRPOTrainer):
     """Segment-Aligned Policy Optimization (arXiv:2605.01327) by sapo.py's own functions.
 
-    args: a GRPOConfig, best from `engine_config`; config: the algorithm's settings. ValueError
-    where they disagree, or args set what only GRPO's loss reads. Other keywords are GRPOTrainer's.
-    hears: the critic is told the surprise (sapo.SegmentCritic).
+    args: of `engine_config`; config: the algorithm's settings; hears: the critic is told the
+    surprise (sapo.SegmentCritic). Other keywords are GRPOTrainer's.
 
     The critic is a `SegmentCritic` head on the policy's last hidden states, detached, with an Adam
     of its own, and is no part of the wrapped model: vLLM would be sent its weights, and each way of
@@ -132,55 +105,30 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
     loss_is_scaled_for_ga = False  # by accumulation steps: Trainer does it
 
     def __init__(self, model, reward_funcs, args, config: sapo.SAPOConfig, hears=True, **kwargs):
-        for name, expected in engine_settings(config, args.world_size).items():
-            if getattr(args, name) != expected:
-                raise ValueError(
-                    f"{name}: {getattr(args, name)}, expected {expected} by SAPOConfig"
-                )
-        if args.generation_batch_size < 1 or args.generation_batch_size % config.minibatch:
-            raise ValueError(
-                f"generation_batch_size: {args.generation_batch_size}, expected a multiple of the "
-                f"minibatch, {config.minibatch}"
-            )
-        for field in dataclasses.fields(args):
-            value = getattr(args, field.name)
-            if field.name in OF_GRPO and value != field.default:
-                raise ValueError(
-                    f"{field.name}: {value!r}, expected {field.default!r}: only GRPO's loss has it"
-                )
         super().__init__(model, reward_funcs, args, **kwargs)
         self.config, self.passes = config, []
-        policy = self.model
-        if hasattr(policy, "get_base_model"):  # behind LoRA's adapters
-            policy = policy.get_base_model()
-        self.backbone = policy.base_model  # the module itself stays, however it is wrapped later
-        width = policy.config.get_text_config().hidden_size
+        self.backbone = self.model.get_decoder()  # the module stays, however it is wrapped later
+        width = self.model.config.get_text_config().hidden_size
         critic = sapo.SegmentCritic(torch.nn.Identity(), width, hears)
         self.critic = critic.to(self.accelerator.device)
         self.critic_optimizer = models.Adam(self.critic.parameters(), config.critic_lr)
 
     # ----------------------------------------------------------------------- score and value
 
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, *args, **options
-    ):
-        """TRL's, of the policy always with entropies: `self.passes` keeps (logp, entropy, hidden
-        states) of each of its passes."""
-        if model is self.ref_model:  # which has no entropies
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **options
-            )
+    def _get_per_token_logps_and_entropies(self, model, ids, mask, length, *args, **options):
+        """TRL's. `self.passes` keeps (logp, entropy, hidden states) of each pass of the policy."""
         hidden = []  # of each chunk (b, T, H): position t has read what is before token t
 
         def keep(module, inputs, output):
-            hidden.append(output.last_hidden_state[:, -logits_to_keep - 1 : -1].detach())
+            hidden.append(output.last_hidden_state[:, -length - 1 : -1].detach())
 
-        options["compute_entropy"] = True
+        options["compute_entropy"] = model is not self.ref_model  # which has none
         with self.backbone.register_forward_hook(keep):
             scores = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **options
+                model, ids, mask, length, *args, **options
             )
-        self.passes.append((*scores[:2], torch.cat(hidden)))
+        if hidden:  # not the reference's
+            self.passes.append((*scores[:2], torch.cat(hidden)))
         return scores
 
     def score(self, model, batch, at_once=None):
@@ -190,20 +138,17 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
         """
         named = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
         pictures = {name: batch[name] for name in named if name in batch}
-        whole = [
-            torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], 1)
-            for part in ("ids", "mask")
-        ]
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        length = batch["completion_ids"].shape[1]
         self._get_per_token_logps_and_entropies(
-            model, *whole, batch["completion_ids"].shape[1], batch_size=at_once, **pictures
+            model, ids, mask, length, batch_size=at_once, **pictures
         )
         return self.passes.pop()
 
     def values(self, hidden, old_logp, mask):
         """V of the prefix before each token, (B, T), 0 off the mask."""
-        heard = None
-        if self.critic.hears:
-            heard = F.pad(sapo.surprise(old_logp, mask), (1, -1))  # up to the token before
+        heard = F.pad(sapo.surprise(old_logp, mask), (1, -1))  # up to the token before
         return torch.where(mask, self.critic(hidden, surprise=heard), 0.0)
 
     # ---------------------------------------------------------------------------- the rollout
@@ -213,31 +158,31 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
         self.rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self.rewards_per_func
 
+    @torch.no_grad()
     def _generate_and_score_completions(self, inputs):
         """TRL writes, scores and rewards; sapo.py values, cuts and credits (Eq. 6, 7, 11)."""
         config, self.passes = self.config, []
         batch = super()._generate_and_score_completions(inputs)
-        mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()  # (B, T)
         of_all = self.rewards_per_func.chunk(self.accelerator.num_processes)
         mine = of_all[self.accelerator.process_index]  # (B, functions)
-        mask = mask & ~mine.isnan().all(1, keepdim=True)  # nobody could judge it: not learned
         reward = (mine * self.reward_weights.to(mine.device)).nansum(1)  # (B,)
+        mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()  # (B, T)
+        mask = mask & ~mine.isnan().all(1, keepdim=True)  # nobody could judge it: not learned
         last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-        with torch.no_grad():
-            if "old_per_token_logps" in batch:  # TRL has scored; a reference came after the policy
-                logp, entropy, hidden = self.passes[0]
-            else:
-                at_once = self.args.per_device_train_batch_size
-                logp, entropy, hidden = self.score(self.model, batch, at_once)
-            rollout = sapo.Rollout(
-                mask,
-                sapo.entropy_ends(entropy, mask, config.top_k),
-                logp,
-                torch.where(last, reward[:, None], 0.0),
-                self.values(hidden, logp, mask),
-                batch.get("ref_per_token_logps"),
-            )
+        if "old_per_token_logps" in batch:  # TRL has scored; a reference came after the policy
+            logp, entropy, hidden = self.passes[0]
+        else:
+            at_once = self.args.per_device_train_batch_size
+            logp, entropy, hidden = self.score(self.model, batch, at_once)
         self.passes = []
+        rollout = sapo.Rollout(
+            mask,
+            sapo.entropy_ends(entropy, mask, config.top_k),
+            logp,
+            torch.where(last, reward[:, None], 0.0),
+            self.values(hidden, logp, mask),
+            batch.get("ref_per_token_logps"),
+        )
         advantages, returns = sapo.credit(rollout, config)
         self.note(sapo.credit_metrics(rollout, advantages, config))
         advantages = sapo.scaled_advantages(advantages, mask, config)
@@ -255,16 +200,14 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
         values = self.values(hidden, rollout.logp, rollout.mask)
         loss, stats = sapo.actor_loss(logp, entropy, rollout, inputs["advantages"], self.config)
         value_loss, _ = sapo.critic_loss(values, rollout, inputs["returns"], self.config)
-        if torch.is_grad_enabled():  # not in an evaluation
-            (value_loss / self.current_gradient_accumulation_steps).backward()
-            if self.accelerator.sync_gradients:
-                self.step_critic()
+        (value_loss / self.current_gradient_accumulation_steps).backward()
+        if self.accelerator.sync_gradients:
+            self.step_critic()
         self.note(stats | {"value_loss": value_loss.item(), "policy_loss": loss.item()})
         return loss
 
     def _clip_grad_norm(self, model):
-        """Trainer's, before each of the policy's steps. FloatingPointError where none can be made:
-        taken all the same, it would leave no weight whole."""
+        """Trainer's. FloatingPointError where a step would leave no weight of the policy whole."""
         norm = super()._clip_grad_norm(model)
         if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has no norm as yet
             raise FloatingPointError(
@@ -285,11 +228,10 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
 
     def note(self, numbers):
         """Log the mean over processes of each one's numbers."""
-        mode = "train" if self.model.training else "eval"
         mine = torch.tensor(list(numbers.values()), device=self.accelerator.device)
         means = self.accelerator.reduce(mine, reduction="mean").tolist()
         for name, mean in zip(numbers, means, strict=True):
-            self._metrics[mode][name].append(mean)
+            self._metrics["train"][name].append(mean)
 
     # ------------------------------------------------------------------------ the checkpoints
 
@@ -305,8 +247,6 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             file = Path(checkpoint) / "critic.pt"
-            if not file.is_file():
-                raise OSError(f"{file}: not there; expected a checkpoint of SegmentAlignedTrainer")
             weights, adam = torch.load(file, self.accelerator.device, weights_only=True)
             self.critic.load_state_dict(weights)
             self.critic_optimizer.load_state_dict(adam)

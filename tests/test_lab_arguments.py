@@ -25,8 +25,8 @@ ABBREVIATED = {
     "soak --minute 5": "unrecognized arguments: --minute 5",
     "theorems sapo:segment_gae --example 3": "unrecognized arguments: --example 3",
     "treasure a --game 3": "unrecognized arguments: --game 3",
-    "trl_sapo --ou a.json": "--ou: no flag of this program; did you mean --out?",
-    "trl_sapo --tr=a=1": "--tr=a=1: no flag of this program; did you mean --trl?",
+    "trl_sapo --ou a.json": "--ou: no flag of this program; did you mean --out or --group?",
+    "trl_sapo --trll=a=1": "--trll=a=1: no flag of this program; did you mean --trl?",
     "trl_sapo --grou 4": "--grou: no flag of this program; did you mean --group?",
 }
 
