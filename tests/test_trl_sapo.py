@@ -288,6 +288,22 @@ def test_where_trl_scores_no_rollout_micro_batches_of_it_are_scored(runs, tmp_pa
         torch.testing.assert_close(whole[name], parts[name], atol=1e-5, rtol=0)
 
 
+def test_rewards_have_weights_and_what_nobody_judged_is_not_learned(runs, tmp_path):
+    def judged(completions, **_):
+        return [None, *range(1, len(completions))]
+
+    _, trainer = trl_worker.build(runs, folder=tmp_path)
+    trainer.reward_funcs, trainer.reward_func_names = [judged, judged], ["one", "other"]
+    trainer.reward_processing_classes = [None, None]
+    trainer.reward_weights = torch.tensor([1.0, 0.5])
+    prompts = next(iter(trainer.get_train_dataloader()))
+    batch = trainer._generate_and_score_completions(prompts)
+    assert batch["rewards"].sum(1).tolist() == [0.0, 1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 10.5]
+    assert batch["mask"].any(1).tolist() == [False] + [True] * 7
+    last = batch["completion_mask"].sum(1) - 1
+    assert batch["rewards"][torch.arange(8), last].sum() == batch["rewards"].sum() == 42
+
+
 # ---------------------------------------------------------------------------------- bad input
 def settings_of(**changes):
     return sapo.SAPOConfig(**{"target_kl": math.inf, "minibatch": 8} | changes)
