@@ -111,6 +111,7 @@ EXPERIMENTS = {
         "sapo, hears nothing": ["--critic_hears", "nothing"],
         "sapo, lambda 0.95": ["--lam", "0.95"],
         "sapo, no KL bound": UNBOUNDED,
+        "sapo, critic lambda 1": ["--critic_lam", "1"],
     },
     # How far ahead must lambda look on a longer chain? Beside "main", where it is the tuned one.
     "horizon": {
@@ -222,12 +223,11 @@ def chosen_trial(runs: list[dict], method: str) -> list[str]:
     )
 
 
-def lambda_of(sweep: Sweep, method: str) -> str:
-    """The lambda at which the sweep runs a method: the tuned one, or train.py's default."""
-    tuned = best_trial(sweep, method)
-    if "--lam" in tuned:
-        return tuned[tuned.index("--lam") + 1]
-    return str(baselines.SETTINGS[method].get("lam", sapo.SAPOConfig().lam))
+def lambda_of(sweep: Sweep, method: str, extra: list[str]) -> str:
+    """The lambda at which the sweep runs a method: that of the user's flags, the tuned one, or
+    train.py's default."""
+    default = baselines.SETTINGS[method].get("lam", sapo.SAPOConfig().lam)
+    return by_flag([*best_trial(sweep, method), *extra]).get("--lam", str(default))
 
 
 def method_of(variant: list[str]) -> str:
@@ -263,9 +263,10 @@ def plan(sweep: Sweep, extra: list[str]):
         for label, variant in variants.items():
             method = method_of(variant)
             if label == "ppo, lambda of sapo":
-                if lambda_of(sweep, "sapo") == lambda_of(sweep, "ppo"):
+                of_sapo, own = (lambda_of(sweep, name, extra) for name in ("sapo", "ppo"))
+                if of_sapo == own:
                     continue  # it is PPO once more
-                variant = [*variant, "--lam", lambda_of(sweep, "sapo")]
+                variant = [*variant, "--lam", of_sapo]
             if method == "srpo" and "TextSum" in sweep.env:  # it weighs what was seen on a picture
                 continue
             words = label.replace(" ", "_").replace(",", "")

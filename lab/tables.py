@@ -79,6 +79,7 @@ def mechanism_table(runs) -> str:
     heads = (
         "seed",
         "explained variance, second half",
+        "held out, at mid-run",
         "clip fraction",
         "largest approx_kl",
         "AUROC of TD errors: first wrong step",
@@ -93,11 +94,12 @@ def mechanism_table(runs) -> str:
             (
                 run["seed"],
                 f"{part['explained_variance_second_half']:.2f}",
+                f"{mid['explained_variance']:.2f}",
                 f"{part['clip_fraction']:.2%}",
                 f"{part['largest_approx_kl']:.3f}",
                 f"{mid['auroc_of_first_wrong_step']:.2f}",
                 f"{mid['auroc_in_wrong_responses']:.2f}",
-                f"{mid['own_credit']['share_on_first_wrong_step'][0]:.2f}",
+                f"{mid['own_credit']['share_on_first_wrong_step'][0]:.3f}",
             )
         )
     return markdown(heads, rows)
@@ -154,7 +156,8 @@ def four_epochs_table(unbounded, bounded, free=()) -> str:
 NINE_DICE = {
     "warm start of 600 steps, lambda 0.8, clip 0.2, 65 rollouts": "nine-dice-600-seed*.json",
     "warm start of 1200 steps": "nine-dice-seed*.json",
-    "the same, lambda 0.95": "nine-dice-lambda-0.95-seed*.json",
+    "the same, and the critic learns from the outcomes": "nine-dice-outcomes-seed*.json",
+    "lambda 0.95": "nine-dice-lambda-0.95-seed*.json",
     "the same, and the critic hears nothing": "nine-dice-deaf-seed*.json",
 }
 TEN_ARROWS = {
@@ -207,6 +210,32 @@ def trials_table(results) -> str:
         )
         for trial in results["trials"]
     ]
+    return markdown(heads, rows)
+
+
+def cures_table(results) -> str:
+    """What keeps alive a run that uses a rollout four times: a row per guard."""
+    heads = (
+        "guard",
+        "temperature 1, by seed",
+        "greedy, by seed",
+        "collapsed",
+        "clip fraction",
+        "largest approx_kl",
+    )
+    rows = []
+    for guard in dict.fromkeys(run["label"] for run in results["measured"]):
+        runs = [run for run in results["measured"] if run["label"] == guard]
+        _, clipped, kl = of_reuse(runs)
+        rows.append(
+            (
+                guard,
+                *(", ".join(f"{run[kind]:.3f}" for run in runs) for kind in ("accuracy", "greedy")),
+                f"{sum(map(collapsed, runs))} of {len(runs)}",
+                f"{clipped:.1%}",
+                f"{kl:.2g}",
+            )
+        )
     return markdown(heads, rows)
 
 
@@ -337,6 +366,8 @@ def all_tables() -> dict[str, str]:
         results = read_outcome(file)
         if file.name == "critic.json":
             tables[file.name] = critic_table(results)
+        elif file.name == "cures.json":
+            tables[file.name] = cures_table(results)
         elif file.name == "trials.json":
             tables[file.name] = trials_table(results)
         elif file.name == "theorems.json":

@@ -1284,6 +1284,11 @@ def test_nine_dice_are_what_the_page_says():
     assert {kind for kind, (_, share) in learned.items() if share < 1} == {"carry into 40"}
     assert stuck["read a six"] == [742, 0.0] and stuck["carry into 30"][1] == 1
     assert "takes every six for a five, 742 of 742" in page
+    told, one_lambda, larger = (
+        result(f"nine-dice{kind}-seed1.json")["accuracy"]
+        for kind in ("-outcomes", "", "-lambda-0.95")
+    )
+    assert f"the same seed to {told:.3f} in place of {one_lambda:.3f}" in page and told < larger
 
 
 def collapsed(files):

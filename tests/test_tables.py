@@ -28,6 +28,7 @@ def evaluations(*accuracies):
 def summary(seed=0):
     """A summary of train.py with what results/ adds to it."""
     mid_run = {"auroc_of_first_wrong_step": 0.876, "auroc_in_wrong_responses": 0.654}
+    mid_run |= {"explained_variance": 0.123}
     mid_run |= {"own_credit": {"share_on_first_wrong_step": [0.321, 0.2, 0.4]}}
     mechanism = {"explained_variance_second_half": 0.456, "clip_fraction": 0.0123}
     mechanism |= {"largest_approx_kl": 0.0456, "mid_run": mid_run}
@@ -117,9 +118,9 @@ def test_the_table_of_the_default_runs():
 
 def test_the_table_of_the_mechanism():
     head, first, second = cells(tables.mechanism_table([summary(), summary(seed=3)]))
-    assert first == ["0", "0.46", "1.23%", "0.046", "0.88", "0.65", "0.32"]
+    assert first == ["0", "0.46", "0.12", "1.23%", "0.046", "0.88", "0.65", "0.321"]
     assert second == ["3", *first[1:]]
-    assert "first wrong step" in head[4] and "all wrong steps" in head[5]
+    assert "first wrong step" in head[5] and "all wrong steps" in head[6]
 
 
 def test_the_table_of_four_epochs():
