@@ -452,9 +452,7 @@ def build(settings, config, command="") -> Run:
         )
     grading_env = make_env(settings)
     task = grading_env.unwrapped.task
-    held_out = task.size("eval")
-    if held_out is not None:  # a data set ends: no row is asked twice
-        settings = replace(settings, eval_episodes=min(settings.eval_episodes, held_out))
+    settings = asked_once(settings, task)
     for split in ("train", "eval"):  # whatever is wrong with them is seen before any long work
         task.example_at(0, split)
     observed = grading_env.observation_space.spaces
@@ -494,6 +492,15 @@ def build(settings, config, command="") -> Run:
     return Run(
         settings, config, folder, run_models, envs, grading_env, progress, board, command=command
     )
+
+
+def asked_once(settings, task) -> Settings:
+    """Settings with no more held-out questions than there are: a data set ends, and no row of it is
+    asked twice."""
+    held_out = task.size("eval")
+    if held_out is None:
+        return settings
+    return replace(settings, eval_episodes=min(settings.eval_episodes, held_out))
 
 
 def check_start(settings, run_models, progress) -> None:

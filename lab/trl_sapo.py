@@ -111,6 +111,7 @@ def build(settings, config, options=None, folder="runs/trl"):
     envs = [train.make_env(settings) for _ in range(at_once + 1)]
     if envs[0].unwrapped.task.replies:
         raise ValueError(f"--env {settings.env}: expected a task of one turn")
+    settings = train.asked_once(settings, envs[0].unwrapped.task)
     try:
         args = trl_trainer.engine_config(
             config,

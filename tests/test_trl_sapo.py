@@ -22,6 +22,7 @@ import vlm
 
 pytest.importorskip("trl", reason='needs: pip install "trl>=1.16,<1.17"')
 
+import data_files
 import small_runs
 import trl_worker
 from accelerate.commands.launch import launch_command_parser
@@ -450,3 +451,19 @@ def test_the_outcome_is_written_into_a_folder_that_was_missing(runs, tmp_path, m
     file = tmp_path / "of" / "mine" / "outcome.json"
     trl_sapo.main([*words, "--out", str(file)])
     assert json.loads(file.read_text())["processes"] == 1
+
+
+def test_no_held_out_row_of_a_data_set_is_asked_twice(runs, tmp_path):
+    file = data_files.jsonl(tmp_path / "sums.jsonl", data_files.additions(30))
+    words = ["--env", "SAPO/Dataset-v0", "--env_args", f"path={file}", "--eval_episodes", "512"]
+    words += [
+        "--warm_start_steps",
+        "0",
+        "--runs",
+        str(runs),
+        *trl_worker.FLAGS,
+        "--target_kl",
+        "inf",
+    ]
+    run, _ = trl_sapo.build(*train.parse(words), folder=tmp_path / "trl")
+    assert run.settings.eval_episodes == run.grading_env.unwrapped.task.size("eval") < 30
