@@ -456,14 +456,7 @@ def test_the_outcome_is_written_into_a_folder_that_was_missing(runs, tmp_path, m
 def test_no_held_out_row_of_a_data_set_is_asked_twice(runs, tmp_path):
     file = data_files.jsonl(tmp_path / "sums.jsonl", data_files.additions(30))
     words = ["--env", "SAPO/Dataset-v0", "--env_args", f"path={file}", "--eval_episodes", "512"]
-    words += [
-        "--warm_start_steps",
-        "0",
-        "--runs",
-        str(runs),
-        *trl_worker.FLAGS,
-        "--target_kl",
-        "inf",
-    ]
+    words += ["--warm_start_steps", "0", "--target_kl", "inf", *trl_worker.FLAGS]
+    words += ["--runs", str(runs)]
     run, _ = trl_sapo.build(*train.parse(words), folder=tmp_path / "trl")
     assert run.settings.eval_episodes == run.grading_env.unwrapped.task.size("eval") < 30
