@@ -82,9 +82,7 @@ def test_every_name_of_the_code_exists():
 
 # ----------------------------------------------------------------------------------- glossary
 GLOSSARY = TEXT.split("### F. Glossary")[1]
-ROWS = re.findall(r"^\| ([^|]*) \| ([^|]*)\| .* \|$", GLOSSARY, re.MULTILINE)[
-    1:
-]  # without the head
+_HEAD, *ROWS = re.findall(r"^\| ([^|]*) \| ([^|]*)\| .* \|$", GLOSSARY, re.MULTILINE)
 WORDS = [word for words, _ in ROWS for word in words.split(", ")]
 SIGNS = [sign.strip() for _, signs in ROWS for sign in signs.split(",") if sign.strip()]
 # How LaTeX spells a sign; the names of functions and of layout are no signs
