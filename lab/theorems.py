@@ -32,7 +32,7 @@ B / group prompts of `group` responses each, side by side.
 """
 
 import argparse
-import importlib
+import importlib.util
 import inspect
 import itertools
 import math
@@ -40,6 +40,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -1183,18 +1184,39 @@ def suite(function, except_for=(), examples: int = EXAMPLES) -> type:
     return TheoremsHold
 
 
+WHERE = "module:function, of a module in this folder or on PYTHONPATH, or path/to/file.py:function"
+
+
+def module_of(file):
+    """The module in a Python file, which may import what stands beside it. ImportError where there
+    is no such file."""
+    if not file.is_file():
+        raise ImportError("there is no such file")
+    sys.path.insert(0, str(file.resolve().parent))
+    # By its path, for its name may be another module's: a user's sapo.py is not ours
+    spec = importlib.util.spec_from_file_location(str(file), file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[str(file)] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
 def imported(name):
-    """The function that "module:function" names. ValueError where there is none."""
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"{name!r}: expected module:function, such as sapo:segment_gae")
+    """The function that "module:function" or "file.py:function" names. ValueError where there is
+    none."""
+    module, _, attribute = name.rpartition(":")
+    if not module:
+        raise ValueError(f"{name!r}: expected {WHERE}, such as sapo:segment_gae")
     try:
-        found = importlib.import_module(module)
+        if module.endswith(".py"):
+            found = module_of(Path(module))
+        else:
+            found = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        # importlib: TypeError for a relative name, ValueError for an empty one
-        raise ValueError(f"{name}: {error}; expected module:function") from error
+        # importlib: TypeError for a relative name
+        raise ValueError(f"{name}: {error}; expected {WHERE}") from error
     if not callable(found):
         raise ValueError(f"{name} is {found!r:.60}, expected a function")
     return found
@@ -1203,7 +1225,9 @@ def imported(name):
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
     parser = common.command_line("theorems", __doc__)
-    parser.add_argument("function", help="module:function; see docs/theorems.md")
+    parser.add_argument(
+        "function", help="module:function or file.py:function; see docs/theorems.md"
+    )
     parser.add_argument(
         "--examples", type=common.whole(1), default=EXAMPLES, help="tried for each theorem"
     )

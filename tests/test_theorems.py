@@ -3,6 +3,7 @@ function that is wrong."""
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -592,6 +593,8 @@ def test_the_command_reports_and_exits_by_what_fails():
     ("name", "line"),
     [
         ("sapo", "expected module:function"),
+        (":gae", "expected module:function"),
+        ("nowhere/mine.py:gae", r"no such file.*or path/to/file\.py:function"),
         ("nowhere:gae", "No module named 'nowhere'"),
         ("sapo:nothing", "has no attribute 'nothing'"),
         ("sapo:policy_loss", "write an adapter"),
@@ -600,6 +603,26 @@ def test_the_command_reports_and_exits_by_what_fails():
 def test_a_wrong_name_is_one_line(name, line):
     with pytest.raises(SystemExit, match=f"^python -m lab.theorems: .*{line}"):
         theorems.main([name])
+
+
+@pytest.mark.parametrize("name", ["mine:my_gae", "my/sapo.py:my_gae"])
+def test_a_function_elsewhere_is_found_by_its_module_or_its_file(tmp_path, name):
+    """In a folder of the user's, whose file is called as one of ours and imports its neighbour."""
+    (tmp_path / "my").mkdir()
+    (tmp_path / "mine.py").write_text(
+        "def my_gae(rewards, values):\n    return rewards.flip(1).cumsum(1).flip(1) - values\n"
+    )
+    (tmp_path / "my" / "beside.py").write_text((tmp_path / "mine.py").read_text())
+    (tmp_path / "my" / "sapo.py").write_text("from beside import my_gae\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "lab.theorems", name, "--examples", "3"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(estimators.ROOT)},
+    )
+    assert done.stdout.startswith("my_gae(rewards, values), a gae"), done.stderr
+    assert done.returncode == 0 and "4 hold, 0 fail" in done.stdout
 
 
 def test_without_examples_there_is_no_test():
