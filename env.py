@@ -20,6 +20,7 @@ begins (`GameEnv`; any object with `reset` and `step` is a game, tasks/games.py)
 torch, and partial credit, which would give away what SAPO has to find out.
 """
 
+import inspect
 import math
 import re
 import warnings
@@ -66,6 +67,20 @@ class Pictures(gym.Space):
 
 
 # --------------------------------------------------------------- what all environments share
+
+
+def _made(kind, settings):
+    """A task or a game of a class. ValueError where settings that it needs are missing: a class may
+    say in `needs` what they are, {name: what to give}; else their annotations stand for that."""
+    for name, parameter in inspect.signature(kind).parameters.items():
+        is_open = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if is_open or parameter.default is not parameter.empty or name in settings:
+            continue
+        expected = getattr(kind, "needs", {}).get(name)
+        if expected is None and parameter.annotation is not parameter.empty:
+            expected = inspect.formatannotation(parameter.annotation)
+        raise ValueError(f"{kind.__name__}: {name}= is missing; give it {expected or 'a value'}")
+    return kind(**settings)
 
 
 class Episode(gym.Env):
@@ -146,7 +161,7 @@ class SegmentEnv(Episode):
         kind = TASKS.get(task) if isinstance(task, str) else task
         if settings and isinstance(kind, Task):
             raise ValueError(f"{tuple(settings)}: expected no more keywords beside a task")
-        self.task = kind(**settings) if isinstance(kind, type) else kind
+        self.task = _made(kind, settings) if isinstance(kind, type) else kind
         if not isinstance(self.task, Task):
             raise ValueError(f"task={task!r} is unknown; expected one of {tuple(TASKS)} or a Task")
         max_chars = self.task.room if max_chars is None else max_chars
@@ -287,14 +302,16 @@ class DatasetEnv(SegmentEnv):
 
     def __init__(
         self,
-        path,
+        path=None,
         max_segments=None,
         max_chars=None,
         format_reward=0.0,
         render_mode=None,
         **settings,
     ):
-        task = DatasetTask(path, **settings)
+        if path is not None:
+            settings["path"] = path
+        task = _made(DatasetTask, settings)
         super().__init__(task, max_segments, max_chars, format_reward, render_mode)
         self.observation_space.spaces["images"] = Pictures()
 
@@ -351,7 +368,7 @@ class GameEnv(Episode):
             raise ValueError(f"game={game!r} is unknown; expected one of {tuple(GAMES)} or a game")
         kind = GAMES[game] if isinstance(game, str) else game
         if isinstance(kind, type):
-            self.task = games.GameTask(kind(**settings), lambda: kind(**settings))
+            self.task = games.GameTask(_made(kind, settings), lambda: kind(**settings))
         elif settings:
             raise ValueError(f"{tuple(settings)}: expected no more keywords beside a game")
         else:

@@ -186,6 +186,8 @@ class Task:
 
     ranges = {}
     """{setting: (lowest, highest value)}"""
+    needs = {}
+    """{setting without a default: what to give}"""
     side = 0
     """cells along the picture's edge; 0: no picture"""
     read_size = 0

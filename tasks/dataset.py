@@ -313,6 +313,7 @@ class DatasetTask(StepsUnknown):
     max_pixels: int = 2**25
     """a row with a picture above this is skipped"""
     max_prompt = MAX_PROMPT
+    needs = {"path": SOURCES}
 
     def __post_init__(self):
         if self.style not in STYLES:

@@ -46,6 +46,7 @@ class ReasoningGym(StepsUnknown):
 
     system = STYLES["tags"]
     max_prompt = MAX_PROMPT
+    needs = {"dataset": "the name of one of reasoning-gym's data sets, such as chain_sum"}
 
     def __init__(self, dataset, **settings):
         try:

@@ -441,6 +441,8 @@ def test_other_errors(tmp_path):
         DatasetTask(path, style="latex")
     with pytest.raises(TypeError, match="colour"):
         DatasetEnv(path, colour="red")
+    with pytest.raises(ValueError, match="^DatasetTask: path= is missing; give it a .parquet, "):
+        DatasetEnv(style="boxed")
     task = DatasetTask(path, question="text", answer="label")
     with pytest.raises(ValueError, match="no demonstrations.*without a warm start"):
         task.demonstrate(None, np.random.default_rng(0))

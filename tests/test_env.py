@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gymnasium as gym
@@ -242,6 +243,28 @@ def test_resuming_from_a_prefix_is_as_if_it_had_just_been_written(data):
     assert total == total_resumed and whole[2] == resumed[2]
     assert whole[0]["response"] == resumed[0]["response"]
     assert whole[4]["steps_correct"] == resumed[4]["steps_correct"]
+
+
+@dataclass(frozen=True)
+class Table(TextSum):
+    """A task of a user's, with settings that have no defaults."""
+
+    needs = {"rows": "a file of sums"}
+    rows: str = field(kw_only=True)
+    columns: int = field(kw_only=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"columns": 3}, "Table: rows= is missing; give it a file of sums"),
+        ({"rows": "sums.csv", "n": 4}, "Table: columns= is missing; give it int"),
+    ],
+)
+def test_a_setting_that_a_task_needs_is_named(settings, said):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        SegmentEnv(Table, **settings)
+    assert SegmentEnv(Table, rows="sums.csv", columns=3).task.columns == 3
 
 
 def test_wrong_calls_are_refused_clearly():

@@ -296,6 +296,16 @@ def test_a_wrong_setting_is_named(settings, named):
         GameEnv(**settings)
 
 
+def test_a_setting_that_a_game_needs_is_named():
+    class Levels(Spell):
+        def __init__(self, level, *rest, **others):
+            super().__init__()
+
+    with pytest.raises(ValueError, match="^Levels: level= is missing; give it a value$"):
+        GameEnv(Levels, size=3)
+    assert GameEnv(Levels, level=3).task.game
+
+
 def test_what_is_no_observation_is_named():
     class Silent(Spell):
         def reset(self, seed):

@@ -111,7 +111,7 @@ def test_what_has_many_right_answers_has_no_demonstrations():
         (["dataset=chain_sums"], "dataset='chain_sums' is unknown; expected one of ab, acre"),
         (["dataset=chain_sum", "colour=3"], "unexpected keyword argument 'colour'"),
         (["dataset=chain_sum", "min_terms=0"], "min_terms must be positive"),
-        ([], "missing 1 required positional argument: 'dataset'"),
+        ([], "(ReasoningGym: dataset= is missing; give it the name of one of"),
     ],
 )
 def test_bad_input_is_one_line(keywords, said):
