@@ -6,8 +6,8 @@ r"""Your own pictures, questions and answers as a task: `import env` registers S
 
 `path` is a .parquet, .jsonl or .json file, a folder of parquet files, an image folder
 (metadata.jsonl or metadata.csv beside the pictures) or a hub name: all through the package
-`datasets`. A local path downloads nothing. Where no rows are named for evaluation, 1 in 5 is held
-out, by a hash of its content.
+`datasets`. A local path reaches for no network. Where no rows are named for evaluation, 1 in 5 is
+held out, by a hash of its content.
 
 A row has any number of pictures: a path (in JSON relative to the file), bytes, or a list of those.
 At the start only their headers are read. A row that cannot be used is skipped, and a warning says
@@ -86,6 +86,8 @@ def _load(path, split):
         raise ImportError(
             "SAPO/Dataset-v0 needs a package that is not installed: pip install datasets"
         ) from None
+    # Else each local file that is read is counted on a server
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return datasets.load_dataset(**_source(path), split=split)
     except Exception as error:  # each reader has its own kinds

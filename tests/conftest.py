@@ -120,10 +120,22 @@ def dataset_cache(tmp_path_factory):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Whoever tries to reach the network fails."""
+    """Whoever tries to reach the network fails, with what was called; also where the error is
+    swallowed, as a library may do that reports its use. (Seen is what Python's sockets do, in this
+    process.)"""
+    tried = []
 
-    def connect(*_):
-        raise AssertionError("a local path reached for the network")
+    def refusal(name):
+        def refused(*arguments, **named):
+            tried.append(f"{name}{arguments}")
+            raise AssertionError(f"the network was reached for: {tried[-1]}")
 
-    monkeypatch.setattr("socket.socket.connect", connect)
-    monkeypatch.setattr("socket.getaddrinfo", connect)
+        return refused
+
+    for name in (
+        *("socket.socket.connect", "socket.socket.connect_ex", "socket.create_connection"),
+        *("socket.getaddrinfo", "socket.gethostbyname"),
+    ):
+        monkeypatch.setattr(name, refusal(name))
+    yield
+    assert not tried, f"the network was reached for: {tried}"

@@ -410,6 +410,18 @@ def test_a_run_on_pictures(tmp_path):
     assert rows[0]["prompt"] == "Sum the dice."
 
 
+def test_a_run_needs_no_network(tmp_path, offline):
+    """Warm start, iteration, evaluations, pictures and all."""
+    train.main(
+        [
+            *("--warm_start_steps", "1", "--warm_start_batch", "4", "--iterations", "1"),
+            *("--batch", "4", "--eval_episodes", "4", "--max_new_tokens", "8"),
+            *("--runs", str(tmp_path), "--name", "alone"),
+        ]
+    )
+    assert (tmp_path / "alone" / "summary.json").is_file()
+
+
 def test_a_run_without_an_iteration_ends_in_its_table(runs, capsys):
     train.main([*SHORT, "--runs", str(runs), "--name", "nothing", "--iterations", "0"])
     printed = capsys.readouterr().out
