@@ -71,8 +71,8 @@ def held(folder, within=None):
     that none of them becomes a run and is moved away meanwhile. That is shared: the runs of a sweep
     stand side by side in one. ValueError also for a folder inside another run's, or around one.
 
-    The lock files stay. Were they removed, a process that had just opened one could lock a file
-    that is no more, and another process the next of that name.
+    The lock file goes with the lock, unless the process is killed. Those of the folders between
+    stay: to see whether it was the last to hold one, a run would have to refuse others meanwhile.
     """
     named, folder = folder, Path(folder).resolve()  # one lock, by whatever path the folder is named
     above = []
@@ -99,17 +99,34 @@ def held(folder, within=None):
 def _locked(folder, kind, named):
     """Hold the lock file beside a folder, shared or not. -> the open file, which names the holder.
     ValueError where another process holds it."""
-    with open(f"{folder}.lock", "a+") as lock:
-        lock.seek(0)
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = lock.read() or "a run within or around it"
-            raise ValueError(
-                f"{named}: {who} is writing there; let it end, or begin a run of another --name"
-            ) from None
-        lock.truncate(0)  # who was named there has ended
-        yield lock
+    file = Path(f"{folder}.lock")
+    while True:
+        with open(file, "a+") as lock:
+            lock.seek(0)
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = lock.read() or "a run within or around it"
+                raise ValueError(
+                    f"{named}: {who} is writing there; let it end, or begin a run of another --name"
+                ) from None
+            if not _is_at(lock, file):
+                continue  # its holder removed it after it was opened here: it locks nothing
+            lock.truncate(0)  # who was named there has ended
+            try:
+                yield lock
+            finally:
+                if kind == fcntl.LOCK_EX and _is_at(lock, file):
+                    file.unlink()  # before it is let go, so that it is nobody else's
+            return
+
+
+def _is_at(opened, file):
+    """Is this open file the one that stands there now?"""
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 def write_whole(file, text) -> None:

@@ -1,5 +1,6 @@
 """checkpoint.py: resumed runs equal uninterrupted ones, and no kill at any moment loses a run."""
 
+import fcntl
 import functools
 import json
 import math
@@ -618,15 +619,40 @@ def test_a_folder_is_held_by_one_at_a_time_by_whatever_path(tmp_path, monkeypatc
             with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {IS_HELD}"):
                 hold(path)
     hold(".")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "run", "run.lock"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "run"]
 
 
-def test_a_lock_file_stays_the_same_or_two_could_hold_it(tmp_path):
-    """A process may have opened it before another let it go."""
+def test_a_lock_file_that_was_removed_locks_nothing(tmp_path, monkeypatch):
+    """One process has opened it, and then another lets it go, and a third holds the next."""
+    flock, folder = fcntl.flock, tmp_path / "run"
+    first, third = checkpoint.held(folder), checkpoint.held(folder)
+    first.__enter__()
+
+    def late(lock, kind):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.__exit__(None, None, None)
+        third.__enter__()
+        flock(lock, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ValueError, match=IS_HELD):
+        hold(folder)
+    assert fcntl.flock is flock
+    third.__exit__(None, None, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_command_leaves_no_lock_behind(tmp_path):
+    with pytest.raises(SystemExit, match="no such"):
+        train.main(["--env", "no such", "--runs", str(tmp_path), "--name", "refused"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_somebody_has_taken_away_is_no_error(tmp_path):
     with checkpoint.held(tmp_path / "run"):
-        first = (tmp_path / "run.lock").stat().st_ino
-    with checkpoint.held(tmp_path / "run"):
-        assert (tmp_path / "run.lock").stat().st_ino == first
+        (tmp_path / "run.lock").unlink()
+        (tmp_path / "run.lock").touch()  # another's
+    assert (tmp_path / "run.lock").exists()
 
 
 def test_a_folder_is_held_together_with_those_around_it(tmp_path):
