@@ -196,6 +196,52 @@ def trl_loss(loss_type, level="token"):
     return by_token if level == "token" else by_sequence
 
 
+def trl_group(scale_rewards):
+    """The group advantages of TRL's GRPOTrainer: its own `_generate_and_score_completions`, with a
+    trainer's settings around it, and in place of model and rewards what they gave: an answer of one
+    token to each prompt, and its reward."""
+
+    def advantages(rewards, group):
+        from trl import GRPOTrainer
+
+        ids = [[0]] * len(rewards)
+        answers = ids, ids, None, ids, None, {}, None, None  # prompts, answers, no tools, no images
+        trainer = SimpleNamespace(
+            _generate=lambda prompts: answers,
+            _calculate_rewards=lambda *_: rewards[:, None].clone(),  # (B, 1): one reward function
+            accelerator=SimpleNamespace(device=rewards.device, gather=lambda x: x, process_index=0),
+            args=SimpleNamespace(
+                per_device_train_batch_size=len(rewards),
+                steps_per_generation=1,
+                gradient_accumulation_steps=1,
+                gradient_checkpointing_kwargs=None,
+            ),
+            model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+            _tokenizer=SimpleNamespace(pad_token_id=0),
+            num_generations=group,
+            num_iterations=1,
+            scale_rewards=scale_rewards,
+            multi_objective_aggregation="sum_then_normalize",
+            reward_weights=torch.ones(1, dtype=rewards.dtype),
+            reward_func_names=["reward"],
+            beta=0.0,
+            use_vllm=False,
+            mask_truncated_completions=False,
+            environment_factories=None,
+            environments=None,
+            tools=None,
+            pad_to_multiple_of=None,
+            _metrics=defaultdict(lambda: defaultdict(list)),
+            _logs=defaultdict(list) | {"rewards": defaultdict(list)},
+            _pending_extra_logs={},
+            _pending_metrics={},
+        )
+        inputs = [{"prompt": ""} for _ in rewards]
+        return GRPOTrainer._generate_and_score_completions(trainer, inputs)["advantages"]
+
+    return advantages
+
+
 # ----------------------------------------------------------------- torchrl and stable-baselines3
 
 
@@ -262,6 +308,8 @@ ESTIMATORS = {
         "verl, GSPO": verl_loss("compute_policy_loss_gspo", "seq-mean-token-mean"),
     },
     "trl": {
+        "TRL, GRPO": trl_group("group"),
+        "TRL, Dr. GRPO": trl_group("none"),
         "TRL, grpo": trl_loss("grpo"),
         "TRL, dapo": trl_loss("dapo"),
         "TRL, dr_grpo": trl_loss("dr_grpo"),

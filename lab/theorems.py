@@ -435,9 +435,10 @@ def is_equal(got, wanted, what, mask=None, tolerance=None):
     off = off if mask is None else off & mask
     if off.any():
         place = first_place(off)
-        raise Refuted(
-            f"{what}{in_words(place)} is {got[place].item():.6g}, not {wanted[place].item():.6g}"
-        )
+        is_now, is_due = (f"{numbers[place].item():.6g}" for numbers in (got, wanted))
+        if is_now == is_due:  # they differ further behind
+            is_now, is_due = (f"{numbers[place].item():.12g}" for numbers in (got, wanted))
+        raise Refuted(f"{what}{in_words(place)} is {is_now}, not {is_due}")
 
 
 def is_finite(got, what):

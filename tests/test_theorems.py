@@ -625,6 +625,14 @@ def test_a_function_elsewhere_is_found_by_its_module_or_its_file(tmp_path, name)
     assert done.returncode == 0 and "4 hold, 0 fail" in done.stdout
 
 
+def test_numbers_that_differ_late_are_told_apart():
+    due = torch.tensor([[-52.1398]], dtype=torch.float64)
+    with pytest.raises(Refuted, match="it of row 0, token 0 is -52.1399, not -52.1398$"):
+        theorems.is_equal(due - 1e-4, due, "it")
+    with pytest.raises(Refuted, match="is -52.13981, not -52.1398$"):
+        theorems.is_equal(due - 1e-5, due, "it")
+
+
 def test_without_examples_there_is_no_test():
     with pytest.raises(SystemExit):
         theorems.parse(["sapo:segment_gae", "--examples", "0"])
