@@ -8,7 +8,8 @@ mutmut makes mutants: copies of a function with one thing changed (a number, a s
 an argument). Each is tried with the tests that call that function (pyproject.toml has which files).
 Here its records are read: how many were tried, and how each survivor differs from the original.
 What only changes the wording of a sentence is left out; so is `setting`, which has done its work
-before a mutant is put in.
+before a mutant is put in. A survivor may say `why` it lives: who has found it out writes that
+into the file, and the next run keeps it where the mutant is the same.
 """
 
 import argparse
@@ -102,6 +103,15 @@ def same_but_for_wording(was, now) -> bool:
     return is_wording and all(" " in string for string in differ)
 
 
+def explain(survivors, earlier) -> None:
+    """Give each survivor the `why` that it had in an earlier run."""
+    told = {(one["name"], one["was"], one["is"]): one.get("why") for one in earlier}
+    for one in survivors:
+        why = told.get((one["name"], one["was"], one["is"]))
+        if why:
+            one["why"] = why
+
+
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> its arguments."""
     parser = command_line("mutants", __doc__)
@@ -116,13 +126,15 @@ def main(argv=None):
         found = read(folder)
     except OSError as error:
         raise SystemExit(f"python -m lab.mutants: {error}; first: mutmut run") from error
+    file = ROOT / "results" / "mutants.json"
+    explain(found["survivors"], json.loads(file.read_text())["survivors"] if file.is_file() else [])
     outcome = {
         "command": "mutmut run; python -m lab.mutants",
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "mutmut": importlib.metadata.version("mutmut")},
         **found,
     }
-    checkpoint.write_json(ROOT / "results" / "mutants.json", outcome)
+    checkpoint.write_json(file, outcome)
     print(f"{found['killed']} of {found['tried']} were noticed; these were not:")
     for survivor in found["survivors"]:
         print(f"{survivor['name']}\n  - {survivor['was']}\n  + {survivor['is']}")

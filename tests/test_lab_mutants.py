@@ -98,6 +98,16 @@ def test_what_no_test_noticed_is_listed_with_how_it_differs(folder):
     ]
 
 
+def test_why_a_survivor_lives_is_kept_where_it_is_the_same():
+    earlier = [{"name": "sapo.py: whiten", "was": "a", "is": "b", "why": "same: a is b"}]
+    survivors = [
+        {"name": "sapo.py: whiten", "was": "a", "is": "b"},
+        {"name": "sapo.py: whiten", "was": "a", "is": "c"},
+    ]
+    mutants.explain(survivors, earlier)
+    assert [one.get("why") for one in survivors] == ["same: a is b", None]
+
+
 def test_without_records_one_line_says_what_to_run(tmp_path):
     with pytest.raises(SystemExit, match="No such file.*; first: mutmut run"):
         mutants.main(["--folder", str(tmp_path)])
