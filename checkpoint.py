@@ -71,8 +71,8 @@ def held(folder, within=None):
     that none of them becomes a run and is moved away meanwhile. That is shared: the runs of a sweep
     stand side by side in one. ValueError also for a folder inside another run's, or around one.
 
-    The lock file goes with the lock, unless the process is killed. Those of the folders between
-    stay: to see whether it was the last to hold one, a run would have to refuse others meanwhile.
+    The run's lock file is removed with the lock (a killed process leaves it behind, unlocked). The
+    shared ones of the folders between stay: a run cannot tell that it is the last to hold one.
     """
     named, folder = folder, Path(folder).resolve()  # one lock, by whatever path the folder is named
     above = []
@@ -117,7 +117,7 @@ def _locked(folder, kind, named):
                 yield lock
             finally:
                 if kind == fcntl.LOCK_EX and _is_at(lock, file):
-                    file.unlink()  # before it is let go, so that it is nobody else's
+                    file.unlink(missing_ok=True)  # before it is let go, so that it is nobody else's
             return
 
 

@@ -70,9 +70,14 @@ class Pictures(gym.Space):
 
 
 def _made(kind, settings):
-    """A task or a game of a class. ValueError where settings that it needs are missing: a class may
-    say in `needs` what they are, {name: what to give}; else their annotations stand for that."""
-    for name, parameter in inspect.signature(kind).parameters.items():
+    """Make a task or a game of its class. ValueError where settings that it needs are missing: a
+    class may say in `needs` what they are, {name: what to give}; else their annotations stand for
+    that."""
+    try:
+        parameters = inspect.signature(kind).parameters
+    except ValueError:  # a class that is not written in Python need not tell
+        return kind(**settings)
+    for name, parameter in parameters.items():
         is_open = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if is_open or parameter.default is not parameter.empty or name in settings:
             continue

@@ -37,6 +37,7 @@ V vocabulary. Inside an equation, T and M are a response's own numbers.
                           over at the end is a segment, too.
     values (B, T)         values[b, t] is V of the prefix *before* token t.
 
+What refuses wrong input (`_require`, `_check`) and widens bfloat16 (`_wide`) stands at the end.
 Every function of tensors takes any float dtype and device, leaves its arguments alone, and raises
 ValueError naming the argument that is wrong.
 """

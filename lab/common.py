@@ -283,15 +283,14 @@ def is_right(sample):
     return sample.get("correct", sample["reward"] > (0 if "turns" in sample else 0.5))
 
 
-def known(examples, of_example, path):
-    """The ids of `examples`. ValueError, naming the file, where it holds no response to one."""
+def check_examples(examples, of_example, path):
+    """ValueError, naming the file, where it holds no response to one of the examples (ids)."""
     for name in examples:
         if name not in of_example:
             some = ", ".join(list(of_example)[:4])
             raise ValueError(
-                f"{path}: no response to {name!r:.60} at the last; there are {some} ..."
+                f"{path}: no response to {name!r:.60} in the last iteration; there are {some} ..."
             )
-    return examples
 
 
 def run_title(run_folder):

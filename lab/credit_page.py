@@ -23,8 +23,8 @@ from lab.common import (
     INK,
     PURPLE,
     VERMILLION,
+    check_examples,
     is_right,
-    known,
     read_samples,
     run_title,
 )
@@ -128,7 +128,8 @@ def _last_samples(path, count, examples=None):
     if not examples:
         return last, _choose(samples, count)
     of_example = {str(sample.get("example_id")): sample for sample in samples}
-    return last, [of_example[name] for name in known(examples, of_example, path)]
+    check_examples(examples, of_example, path)
+    return last, [of_example[name] for name in examples]
 
 
 # ---------------------------------------------------------------------------- text and colour

@@ -3,15 +3,15 @@
     python -m lab.cures                       # every guard on every seed -> results/cures.json
     python -m lab.cures --seeds 0 1 --guards nothing "value clip"
 
-Without a guard, four epochs over a rollout move the policy faster than the critic follows: it lags,
-nearly every advantage turns negative, all that was written is pushed down, and accuracy goes to
-nothing. Each guard is one remedy for that, and nothing else differs between the runs.
+At twice the default's rate, without a guard, four epochs over a rollout move the policy faster than
+the critic follows: it lags, nearly every advantage turns negative, and all that was written is
+pushed down. Each guard is one remedy for that, tried alone.
 
-Two of them need code that train.py does not have, because neither earned a place there: a critic
-whose values are bounded, and one that learns from a rollout before the policy does. They stand here
-whole.
+Two of them need code that train.py does not have: a critic whose values are bounded, and one that
+learns from a rollout before the policy does. They stand here whole.
 
-What stands in the file already is not run again: an interrupted command goes on.
+Runs that stand in the file already are not made again; an unfinished one begins anew. A run that
+diverges is written down as one that failed.
 """
 
 import argparse
@@ -31,15 +31,14 @@ import rollout
 import sapo
 import train
 from lab.common import LARGEST_SEED, command_line, read_outcome, whole, writable
-from lab.sweep import ROOT, Planned, finished, outcome
+from lab.sweep import ROOT, UNBOUNDED, Planned, differing, finished, outcome
 
-# Where two seeds of three collapsed: four epochs at the rates, lambda and clip of November 2026
+# Settings from before there was a bound on the KL divergence, and twice the rate
 FLAGS = [
     *("--epochs", "4", "--lam", "0.9", "--clip_low", "0.2", "--clip_high", "0.2"),
     *("--batch", "256", "--minibatch", "64", "--actor_lr", "4e-4", "--actor_half_life", "2e5"),
     *("--iterations", "15", "--eval_every", "100"),
 ]
-UNBOUNDED = ["--target_kl", "inf"]
 
 
 class BoundedCritic(sapo.SegmentCritic):
@@ -52,7 +51,7 @@ class BoundedCritic(sapo.SegmentCritic):
 
 def critic_first(run, batch, credit) -> list[dict]:
     """In place of train.update: the critic learns from the rollout alone, then its values are read
-    anew, and credit is assigned by them before the usual update."""
+    anew, and credit is assigned by them before the usual update. So it takes twice the steps."""
     critic = run.models.critic
 
     def value(rows):
@@ -84,17 +83,44 @@ GUARDS = {
 }
 
 
-def guarded(guard, seed, runs) -> dict:
-    """Make one run, unless it is there. -> its outcome."""
-    flags, in_place = GUARDS[guard]
+def planned(guard, seed, runs) -> Planned:
+    """The run of a guard."""
+    flags, _ = GUARDS[guard]
     folder = Path(runs) / f"cures/{guard.replace(' ', '-')}-seed{seed}"
     words = [*FLAGS, *flags, "--seed", str(seed), "--name", f"cures/{folder.name}", "--runs", runs]
-    if not finished(folder):
-        with in_place():
-            train.main(words)
-    if not finished(folder):  # stopped by Ctrl-C or SIGTERM
-        raise SystemExit(f"{folder}: its training was stopped; give the same command again")
-    return outcome(Planned(guard, seed, folder, words))
+    return Planned(guard, seed, folder, words)
+
+
+def made(run: Planned) -> dict:
+    """Make a run, unless it is there. -> its outcome; of one that diverged what it said."""
+    _, in_place = GUARDS[run.label]
+    if not finished(run.folder):
+        try:
+            with in_place():
+                train.main(run.flags)
+        except SystemExit as error:
+            if error.code == train.INTERRUPTED:
+                raise
+            failed = {"label": run.label, "seed": run.seed, "flags": shlex.join(run.flags)}
+            return failed | {"failed": str(error)}
+    if not finished(run.folder):  # stopped by Ctrl-C or SIGTERM
+        raise SystemExit(f"{run.folder}: its training was stopped; give the same command again")
+    return outcome(run)
+
+
+def kept(file, runs) -> dict[tuple, dict]:
+    """{(guard, seed): outcome} of the runs that the file has. ValueError where one of them, asked
+    for now, would have other flags."""
+    measured = read_outcome(file)["measured"] if file.is_file() else []
+    for row in measured:
+        again = planned(row["label"], row["seed"], runs)
+        was, now = differing(shlex.split(row["flags"]), again.flags)
+        if was != now:
+            raise ValueError(
+                f"{file}: {row['label']} of seed {row['seed']} was run with {was}, and would be "
+                f"with {now} now; take --results and --runs of its own"
+            )
+    return {(row["label"], row["seed"]): row for row in measured}
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -113,7 +139,7 @@ def main(argv=None):
     arguments = parse(argv)
     try:
         file = writable(ROOT / arguments.results / "cures.json")
-        measured = read_outcome(file)["measured"] if file.is_file() else []
+        measured = kept(file, arguments.runs)
         told = {
             "command": shlex.join(["python", "-m", "lab.cures", *argv]),
             "date": time.strftime("%Y-%m-%d"),
@@ -121,9 +147,10 @@ def main(argv=None):
         }
         for seed in arguments.seeds:
             for guard in arguments.guards:
-                if not any((row["label"], row["seed"]) == (guard, seed) for row in measured):
-                    measured.append({**told, **guarded(guard, seed, arguments.runs)})
-                    checkpoint.write_json(file, {"measured": measured})
+                if (guard, seed) not in measured:
+                    run = planned(guard, seed, arguments.runs)
+                    measured[guard, seed] = told | made(run)
+                    checkpoint.write_json(file, {"measured": list(measured.values())})
         print(file)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"python -m lab.cures: {error}") from error

@@ -14,7 +14,7 @@ import math
 from itertools import zip_longest
 from pathlib import Path
 
-from lab.common import is_right, known, read_samples, run_title
+from lab.common import check_examples, is_right, read_samples, run_title
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 CHECKPOINTS = 4  # that are kept, the first and the last among them
@@ -49,7 +49,8 @@ def explorer(run_folder, examples=None) -> Path:
         raise ValueError(f"{path} holds no response of at least one token")
     iterations = _spread(sorted(held_out), CHECKPOINTS)
     last = held_out[iterations[-1]]
-    ids = known(examples, last, path) if examples else _chosen_ids(last.values(), RESPONSES)
+    check_examples(examples or (), last, path)
+    ids = examples or _chosen_ids(last.values(), RESPONSES)
     head = {"title": run_title(run_folder)} | _settings(run_folder)
     template = TEMPLATE.read_text(encoding="utf-8")
     for count in range(len(ids), 0, -1):

@@ -427,10 +427,9 @@ def reuse(file):
 def truth_figure(results):
     """Does the credit see the first wrong step, and does the gradient point the right way?
 
-    Not the AUROC of all steps: right steps stand more often in right answers, so there a credit
-    ranks above chance that blames all steps of an answer alike. The methods as they are: SAPO at
-    other lambdas stands in the table. GSPO is not drawn where its numbers are GRPO's, of which it
-    differs in ratio and clip alone.
+    The AUROC of all steps would mislead: right steps are commoner in right answers, so even credit
+    that blames a whole answer alike scores above 0.5 there. SAPO at other lambdas is left to the
+    table, and GSPO is not drawn where its numbers are GRPO's: they differ in ratio and clip alone.
     """
     methods = {
         name: row for name, row in results["methods"].items() if not name.startswith("sapo, lambda")
@@ -442,8 +441,8 @@ def truth_figure(results):
             del methods["gspo"]
     methods = dict(sorted(methods.items(), key=lambda item: -seen[item[0]]))
     figure, (steps, slope) = new_figure(1.8 + 0.3 * max(5, len(methods)), 2)
-    headline(figure, _of_taught_critics(methods, seen, _task(results)))
-    credit = [(name, (seen[name], seen[name], seen[name])) for name in methods]
+    headline(figure, _truth_headline(methods, seen, _task(results)))
+    credit = [(name, (seen[name],) * 3) for name in methods]  # no interval is stored for it
     unit = "P(advantage of a right step > of the first wrong one),\nin wrong answers; 0.5: blind"
     _dots(steps, credit, "sapo", unit)
     steps.set_title("Does the credit see the first wrong step?", fontsize=10)
@@ -463,7 +462,7 @@ def _first_wrong(row):
     return math.nan if value is None else value
 
 
-def _of_taught_critics(methods, seen, task):
+def _truth_headline(methods, seen, task):
     """What truth_figure shows, in a sentence: do all critics see better than what blames an answer
     as a whole, and are their gradients the best?"""
     critics = [name for name in methods if name.startswith(("sapo", "ppo", "vc-ppo"))]

@@ -104,11 +104,12 @@ def same_but_for_wording(was, now) -> bool:
 
 
 def explain(survivors, earlier) -> None:
-    """Give each survivor the `why` that it had in an earlier run."""
-    told = {(one["name"], one["was"], one["is"]): one.get("why") for one in earlier}
+    """Give each survivor the `why` that it had in an earlier run; but for "tested" and "gone",
+    which a mutant that has lived once more refutes."""
+    told = {(one["name"], one["was"], one["is"]): one.get("why", "") for one in earlier}
     for one in survivors:
-        why = told.get((one["name"], one["was"], one["is"]))
-        if why:
+        why = told.get((one["name"], one["was"], one["is"]), "")
+        if why.startswith(("same", "card")):
             one["why"] = why
 
 

@@ -157,7 +157,7 @@ NINE_DICE = {
     "warm start of 600 steps, lambda 0.8, clip 0.2, 65 rollouts": "nine-dice-600-seed*.json",
     "warm start of 1200 steps": "nine-dice-seed*.json",
     "the same, and the critic learns from the outcomes": "nine-dice-outcomes-seed*.json",
-    "lambda 0.95": "nine-dice-lambda-0.95-seed*.json",
+    "warm start of 1200 steps, lambda 0.95": "nine-dice-lambda-0.95-seed*.json",
     "the same, and the critic hears nothing": "nine-dice-deaf-seed*.json",
 }
 TEN_ARROWS = {
@@ -225,13 +225,17 @@ def cures_table(results) -> str:
     )
     rows = []
     for guard in dict.fromkeys(run["label"] for run in results["measured"]):
-        runs = [run for run in results["measured"] if run["label"] == guard]
+        of_guard = [run for run in results["measured"] if run["label"] == guard]
+        runs = [run for run in of_guard if "failed" not in run]
+        if not runs:
+            rows.append((guard, *["diverged"] * 2, f"{len(of_guard)} of {len(of_guard)}", "", ""))
+            continue
         _, clipped, kl = of_reuse(runs)
         rows.append(
             (
                 guard,
                 *(", ".join(f"{run[kind]:.3f}" for run in runs) for kind in ("accuracy", "greedy")),
-                f"{sum(map(collapsed, runs))} of {len(runs)}",
+                f"{sum(map(collapsed, runs)) + len(of_guard) - len(runs)} of {len(of_guard)}",
                 f"{clipped:.1%}",
                 f"{kl:.2g}",
             )

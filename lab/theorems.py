@@ -1189,8 +1189,8 @@ WHERE = "module:function, of a module in this folder or on PYTHONPATH, or path/t
 
 
 def module_of(file):
-    """The module in a Python file, which may import what stands beside it. ImportError where there
-    is no such file."""
+    """The module in a Python file. It may import what stands beside it, if that has no name of
+    ours. ImportError where there is no such file."""
     if not file.is_file():
         raise ImportError("there is no such file")
     sys.path.insert(0, str(file.resolve().parent))
@@ -1208,15 +1208,19 @@ def imported(name):
     module, _, attribute = name.rpartition(":")
     if not module:
         raise ValueError(f"{name!r}: expected {WHERE}, such as sapo:segment_gae")
-    try:
+    try:  # an error of the module's own keeps its traceback
+        if module.startswith("."):
+            raise ImportError("a relative name")
         if module.endswith(".py"):
             found = module_of(Path(module))
         else:
             found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{name}: {error}; expected {WHERE}") from error
+    try:
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        # importlib: TypeError for a relative name
+    except AttributeError as error:
         raise ValueError(f"{name}: {error}; expected {WHERE}") from error
     if not callable(found):
         raise ValueError(f"{name} is {found!r:.60}, expected a function")

@@ -38,6 +38,8 @@ USUAL = {"lam": 0.95, "critic_lr": 1e-2, "target_kl": float("inf")}
 NOT_READ = (
     *("method", "cut", "credit", "critic", "resume", "generate_batch", "actor_half_life"),
     *("value_pretraining", "token_budget", "eval_every", "checkpoint_every", "tensorboard"),
+    *("group", "branching", "segment_tokens", "tree_advantage", "continuations", "loss_below"),
+    "role_temperature",
 )
 LOGGED = ("step", "reward", "clip_fraction", "approx_kl", "value_loss", "explained_variance")
 
@@ -125,7 +127,7 @@ def build(settings, config, options=None, folder="runs/trl"):
             output_dir=str(folder),
             **options or {},
         )
-    except (TypeError, ZeroDivisionError) as error:  # a name that GRPOConfig has not, or a flag has
+    except TypeError as error:  # GRPOConfig has no such name, or a flag sets it already
         raise ValueError(f"--trl {options}: {error}") from error
     policy = opened(envs[0].unwrapped.task, settings, state.device)
     if not args.use_vllm:
@@ -183,7 +185,7 @@ def learn(run, trainer) -> dict:
 
 
 def run_to_its_end(run, trainer) -> dict:
-    """`learn`. SystemExit, with one line, where something prevents it."""
+    """`learn`. SystemExit, with one line, where something prevents it that has a remedy."""
     try:
         return learn(run, trainer)
     except torch.OutOfMemoryError as error:

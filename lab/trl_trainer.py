@@ -29,13 +29,15 @@ except ImportError as error:  # of TRL, or of what TRL itself imports
         f'lab.trl_trainer needs TRL: pip install "trl>=1.16,<1.17" ({error})'
     ) from error
 
-# What GRPOConfig says of GRPO's own loss and of its groups: it is not read here, so it is refused
+# What GRPOConfig says of TRL's own losses and of GRPO's groups is not read here, so it is refused:
+# by name, and by how a name begins
 OF_GRPO = (
     *("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
     *("scale_rewards", "multi_objective_aggregation", "off_policy_mask_threshold"),
-    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "use_bias_correction_kl"),
+    *("top_entropy_quantile", "use_adaptive_entropy", "use_bias_correction_kl"),
     "router_aux_loss_coef",
 )
+OF_OTHER_LOSSES = ("sapo_", "vespo_", "entropy_")  # sapo_: of Soft Adaptive Policy Optimization
 OF_ROLLOUT = ("mask", "ends", "logp", "rewards", "values")  # travel in TRL's batches
 
 
@@ -49,13 +51,18 @@ def engine_config(config: sapo.SAPOConfig, batch: int, processes: int = 1, **opt
     options: GRPOConfig's. ValueError where the parts do not give the mean over the whole, and for
     an option that only GRPO's loss reads; TypeError for one that config or batch says already.
     """
-    alone, size = processes == 1, config.micro_batch or max(config.minibatch // processes, 1)
+    alone = processes == 1
+    size = config.micro_batch or max(config.minibatch // processes, 1)
     accumulation, rest = divmod(config.minibatch, size * processes)
     in_one = alone and accumulation == 1
     at_once = f"a multiple of {size} responses at once on each of {processes} processes"
     for name, fits, expected in (
         ("minibatch", accumulation and not rest, at_once),
-        ("minibatch", batch % config.minibatch == 0, f"a part of the rollout's {batch} responses"),
+        (
+            "minibatch",
+            batch % config.minibatch == 0,
+            f"a divisor of the rollout's {batch} responses",
+        ),
         ("average", in_one or config.average == "response", "'response' for a minibatch in parts"),
         ("whiten_advantages", alone or not config.whiten_advantages, "False on many processes"),
         ("target_kl", config.target_kl == math.inf, "inf: transformers' Trainer skips no step"),
@@ -63,8 +70,11 @@ def engine_config(config: sapo.SAPOConfig, batch: int, processes: int = 1, **opt
         if not fits:
             raise ValueError(f"{name}: {getattr(config, name)!r}, expected {expected}")
     for name in options:
-        if name in OF_GRPO:
-            raise ValueError(f"{name}: only GRPO's loss reads it; leave it out")
+        if name in OF_GRPO or name.startswith(OF_OTHER_LOSSES):
+            raise ValueError(f"{name}: only TRL's own losses read it; leave it out")
+    group = options.get("num_generations", 2)
+    if not isinstance(group, int) or group < 2:
+        raise ValueError(f"num_generations: {group!r}, expected a whole number of at least 2")
     usual = {
         "num_generations": 2,
         "adam_epsilon": 1e-5,
@@ -105,6 +115,8 @@ class SegmentAlignedTrainer(trl.GRPOTrainer):
     loss_is_scaled_for_ga = False  # by accumulation steps: Trainer does it
 
     def __init__(self, model, reward_funcs, args, config: sapo.SAPOConfig, hears=True, **kwargs):
+        if kwargs.get("eval_dataset") is not None:
+            raise ValueError("eval_dataset: nothing is evaluated here; see evaluation.py")
         super().__init__(model, reward_funcs, args, **kwargs)
         self.config, self.passes = config, []
         self.backbone = self.model.get_decoder()  # the module stays, however it is wrapped later

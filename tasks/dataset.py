@@ -6,7 +6,7 @@ r"""Your own pictures, questions and answers as a task: `import env` registers S
 
 `path` is a .parquet, .jsonl or .json file, a folder of parquet files, an image folder
 (metadata.jsonl or metadata.csv beside the pictures) or a hub name: all through the package
-`datasets`. A local path reaches for no network. Where no rows are named for evaluation, 1 in 5 is
+`datasets`. Reading a local path uses no network. Where no rows are named for evaluation, 1 in 5 is
 held out, by a hash of its content.
 
 A row has any number of pictures: a path (in JSON relative to the file), bytes, or a list of those.

@@ -115,7 +115,7 @@ def test_examples_are_drawn_in_the_order_they_are_asked_for(run):
     root = draw(run, samples, examples=["eval/ef", "eval/ab"])
     assert "".join(group.find("{*}text").text for group in of_class(root, "token")) == "efab"
     with pytest.raises(
-        ValueError, match="no response to 'eval/7' at the last; .* eval/ab, eval/cd"
+        ValueError, match="no response to 'eval/7' in the last iteration; .* eval/ab, eval/cd"
     ):
         credit_map(run, examples=["eval/7"])
 

@@ -97,6 +97,39 @@ def test_every_guard_is_flags_that_train_takes():
         assert len(differing) <= 1  # one thing at a time
 
 
+def test_a_run_that_diverges_is_written_down_and_the_next_one_made(short, tmp_path, monkeypatch):
+    train_main = train.main
+
+    def main(words):
+        if "cures/nothing-seed0" in words:
+            raise SystemExit("iteration 3: three minibatches in a row were not finite")
+        train_main(words)
+
+    monkeypatch.setattr(train, "main", main)
+    cures.main([*short, "--seeds", "0", "--guards", "nothing", "KL bound"])
+    measured = json.loads((tmp_path / "results" / "cures.json").read_text())["measured"]
+    assert "three minibatches" in measured[0]["failed"] and "accuracy" in measured[1]
+    rows = tables.cures_table({"measured": measured}).splitlines()[2:]
+    assert rows[0] == "| nothing | diverged | diverged | 1 of 1 |  |  |" and len(rows) == 2
+
+
+def test_an_interruption_ends_the_command(short, monkeypatch):
+    def main(words):
+        raise SystemExit(train.INTERRUPTED)
+
+    monkeypatch.setattr(train, "main", main)
+    with pytest.raises(SystemExit) as left:
+        cures.main([*short, "--seeds", "0", "--guards", "nothing"])
+    assert left.value.code == train.INTERRUPTED
+
+
+def test_runs_of_other_flags_are_not_taken_for_these(short, tmp_path, monkeypatch):
+    cures.main([*short, "--seeds", "0", "--guards", "nothing"])
+    monkeypatch.setattr(cures, "FLAGS", [*cures.FLAGS, "--lam", "0.5"])
+    with pytest.raises(SystemExit, match="seed 0 was run with no --lam, and would be with --lam 0"):
+        cures.main([*short, "--seeds", "1", "--guards", "nothing"])
+
+
 def test_a_stopped_run_ends_the_command_with_one_line(short, monkeypatch):
     monkeypatch.setattr(train, "main", lambda words: None)
     with pytest.raises(SystemExit, match="nothing-seed0: its training was stopped; give"):

@@ -1396,7 +1396,7 @@ def test_the_game_to_look_at_is_what_its_page_holds():
     (data,) = re.findall(r'id="data">(.*)</script>', text("results/treasure-credit.html"))
     held_out = [c for c in json.loads(data)["checkpoints"] if not c["key"].endswith("-learned")]
     assert [len(checkpoint["responses"]) for checkpoint in held_out] == [6, 6, 6]
-    assert "has six games at three moments" in page
+    assert "has six games, chosen by hand, at three moments" in page
     run = result("worlds-Treasure-small-seed0.json")
     explained = run["mechanism"]["explained_variance_second_half"]
     assert f"in the second half it explains {explained:.2f} of the variance" in page
@@ -1409,8 +1409,10 @@ def test_the_game_to_look_at_is_what_its_page_holds():
     value = game["values"][game["turns"][-1]["first"]]
     assert f"still expects {value:.2f} before the last turn" in page
     assert game["perfect"][game["turns"][-1]["first"]] == 0
-    credit, key = game["advantages"], game["turns"][2]["last"]
-    assert min(credit[: key + 1]) > -0.03 and max(credit[first:]) == 0 > credit[first]
+    credit, key = game["advantages"], game["turns"][1]["last"]  # the reply to it is "The key!"
+    assert sum(credit[: key + 1]) > 1 and min(credit[: key + 1]) > -0.03
+    before = [c for c in credit[game["turns"][3]["first"] : game["turns"][3]["last"] + 1] if c < 0]
+    assert before and max(credit[first:]) == 0 > credit[first]
     assert credit.index(min(credit)) >= game["turns"][-1]["first"]
     ids = " ".join(response["id"] for response in held_out[-1]["responses"])
     assert f"--examples {ids}` then" in page

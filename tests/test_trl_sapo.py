@@ -324,7 +324,7 @@ def settings_of(**changes):
             "whiten_advantages: True, expected False on many processes",
         ),
         ({"target_kl": 0.01}, 1, "target_kl: 0.01, expected inf"),
-        ({"minibatch": 16}, 1, "minibatch: 16, expected a part of the rollout's 24 responses"),
+        ({"minibatch": 16}, 1, "minibatch: 16, expected a divisor of the rollout's 24 responses"),
     ],
 )
 def test_what_would_not_be_the_mean_over_the_whole_batch_is_refused(changes, processes, line):
@@ -341,8 +341,13 @@ def test_token_means_and_whitening_are_taken_where_nothing_is_spread():
     [
         ({"learning_rate": 1e-6}, TypeError, "got multiple values for keyword .*'learning_rate'$"),
         ({"num_iterations": 1}, TypeError, "got multiple values for keyword .*'num_iterations'$"),
-        ({"loss_type": "sapo"}, ValueError, "^loss_type: only GRPO's loss reads it; leave it out$"),
-        ({"epsilon": 0.3}, ValueError, "^epsilon: only GRPO's loss reads it"),
+        (
+            {"loss_type": "sapo"},
+            ValueError,
+            "^loss_type: only TRL's own losses read it; leave it out$",
+        ),
+        ({"epsilon": 0.3}, ValueError, "^epsilon: only TRL's own losses read it"),
+        ({"sapo_temperature_pos": 2}, ValueError, "^sapo_temperature_pos: only TRL's own losses"),
     ],
 )
 def test_settings_that_contradict_or_would_not_be_read_are_refused(option, error, line):
@@ -368,8 +373,14 @@ def test_what_is_called_settings_of_grpos_loss_are_some_of_its_config():
         (["--env", "SAPO/Treasure-v0"], "--env SAPO/Treasure-v0: expected a task of one turn"),
         (["--model", "nowhere"], "--model nowhere: neither a folder nor a hub name"),
         (["--target_kl", "0.01"], "target_kl: 0.01, expected inf"),
-        (["--trl", "num_generations=0"], "--trl {'num_generations': 0}: integer modulo by zero"),
-        (["--trl", "num_generations=x"], "--trl {'num_generations': 'x'}: unsupported operand"),
+        (
+            ["--trl", "num_generations=0"],
+            "num_generations: 0, expected a whole number of at least 2",
+        ),
+        (
+            ["--trl", "num_generations=x"],
+            "num_generations: 'x', expected a whole number of at least 2",
+        ),
         (["--trl", "no_such=1"], "--trl {'no_such': 1}: .*unexpected keyword argument 'no_such'"),
         (["--trl", "seed=1"], "--trl {'seed': 1}: .* multiple values for keyword argument 'seed'"),
     ],

@@ -88,6 +88,9 @@ SIGNS = [sign.strip() for _, signs in ROWS for sign in signs.split(",") if sign.
 # How LaTeX spells a sign; the names of functions and of layout are no signs
 SPELLED = {"pi": "π", "gamma": "γ", "lambda": "λ", "delta": "δ", "epsilon": "ε", "mu": "μ"}
 SPELLED |= {"nabla": "∇", "mathbb": "𝔼"}
+LAYOUT = {"Big", "big", "left", "right", "quad", "qquad", "begin", "end", "tag", "text", "dots"}
+LAYOUT |= {"frac", "tfrac", "mid", "in", "lt", "sim"}
+LAYOUT |= {"exp", "log", "min", "prod", "sum"}
 
 
 def signs_of(formula):
@@ -112,8 +115,10 @@ def test_the_glossary_has_every_sign_of_the_formulas():
     shown = re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL)
     beside = re.findall(r"\$([^$]+)\$", re.sub(r"\$\$.+?\$\$", "", text, flags=re.DOTALL))
     assert len(shown) == 8 and len(beside) > 40
-    explained = "".join(SIGNS) + "TMe"  # in the words of a row; Euler's number
+    indexed = "".join(sign.partition("_")[0] if sign[1:2] == "_" else sign for sign in SIGNS)
+    explained = indexed.replace("∇ log π(y)", "") + "TMe"  # in the words of a row; Euler's number
     for formula in shown + beside:
+        assert set(re.findall(r"\\([a-zA-Z]+)", formula)) <= SPELLED.keys() | LAYOUT, formula
         assert signs_of(formula) <= set(explained), formula
     assert signs_of(r"\mathbb{E}_{y \sim \pi}\big[ \tfrac{1}{L} \big]") == set("𝔼yπL")
 
