@@ -25,6 +25,7 @@ import train
 from lab import (
     compare,
     critic,
+    cures,
     figures,
     kills,
     mutants,
@@ -126,6 +127,7 @@ LOOKING = beginning_with(
         f"python -m lab.{name}"
         for name in ("critic", "tables", "theorems", "estimators", "kills", "memory", "ratio_noise")
     ),
+    "python -m lab.cures",
     "python -m lab.steps",
     "python -m lab.trl_sapo",
     "python -m lab.soak",
@@ -217,6 +219,8 @@ def test_the_other_commands_of_the_laboratory_take_these_words(command):
         train.parse(arguments(command, "python -m lab.steps"))
     elif "lab.theorems" in command:
         theorems.parse(arguments(command, "python -m lab.theorems"))
+    elif "lab.cures" in command:
+        cures.parse(arguments(command, "python -m lab.cures"))
     elif "lab.kills" in command:
         kills.parse(arguments(command, "python -m lab.kills"))
     elif "lab.soak" in command:
@@ -1313,6 +1317,32 @@ def test_four_epochs_collapse_as_often_as_the_page_says():
         if (trial["epochs"], trial["lam"], trial["target_kl"]) == (4, 0.9, 0.015)
     ]
     assert "seeds 0 and 1 to {:.3f} and {:.3f}".format(*bound_alone) in page
+
+
+def test_what_the_guards_did_is_what_their_runs_hold():
+    page, of_guard = prose("docs/results.md"), {}
+    for run in result("cures.json")["measured"]:
+        assert run["command"] in commands_of("docs/results.md")
+        of_guard.setdefault(run["label"], []).append(run)
+    assert list(of_guard) == list(cures.GUARDS)
+    assert [sorted(r["seed"] for r in runs) for runs in of_guard.values()] == [[0, 1, 2]] * 7
+    lost = {guard: sum(map(sweep.collapsed, runs)) for guard, runs in of_guard.items()}
+    always = {"nothing", "value clip", "critic learns from outcomes"}
+    assert {guard for guard, count in lost.items() if count == 3} == always
+    assert {guard for guard, count in lost.items() if count} - always == {"bounded critic"}
+    assert lost["bounded critic"] == 1 and "(its value a sigmoid) saves two seeds of three" in page
+    middle = {guard: np.mean([r["accuracy"] for r in runs]) for guard, runs in of_guard.items()}
+    assert max(middle, key=middle.get) == "KL bound" and "and it ends highest" in page
+    third, tenth = (
+        {g: sorted(r["curve"]["accuracy"][i] for r in runs) for g, runs in of_guard.items()}
+        for i in (2, 9)
+    )
+    bare, bound = third["nothing"], third["KL bound"]
+    said = "in the third rollout {:.2f} to {:.2f} of the answers are right"
+    assert f"{said.format(bare[0], bare[-1])}, and in the tenth none" in page
+    assert max(tenth["nothing"]) < 0.005
+    assert said.format(bound[0], bound[-1]) in page
+    assert f"where the unguarded run has {bare[0]:.2f} to {bare[-1]:.2f}" in page
 
 
 # -------------------------------------------------------------------------------- the figures
