@@ -99,8 +99,8 @@ def made(run: Planned) -> dict:
             with in_place():
                 train.main(run.flags)
         except SystemExit as error:
-            if error.code == train.INTERRUPTED:
-                raise
+            if not isinstance(error.__cause__, FloatingPointError | sapo.NaNError):
+                raise  # refused, interrupted, a full disk: it says nothing of the guard
             failed = {"label": run.label, "seed": run.seed, "flags": shlex.join(run.flags)}
             return failed | {"failed": str(error)}
     if not finished(run.folder):  # stopped by Ctrl-C or SIGTERM

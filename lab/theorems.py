@@ -1209,10 +1209,10 @@ def imported(name):
     if not module:
         raise ValueError(f"{name!r}: expected {WHERE}, such as sapo:segment_gae")
     try:  # an error of the module's own keeps its traceback
-        if module.startswith("."):
-            raise ImportError("a relative name")
         if module.endswith(".py"):
             found = module_of(Path(module))
+        elif module.startswith("."):
+            raise ImportError("a relative name")
         else:
             found = importlib.import_module(module)
     except ImportError as error:

@@ -102,7 +102,8 @@ def test_a_run_that_diverges_is_written_down_and_the_next_one_made(short, tmp_pa
 
     def main(words):
         if "cures/nothing-seed0" in words:
-            raise SystemExit("iteration 3: three minibatches in a row were not finite")
+            error = FloatingPointError("three minibatches in a row were not finite")
+            raise SystemExit(f"iteration 3: {error}") from error
         train_main(words)
 
     monkeypatch.setattr(train, "main", main)
@@ -113,14 +114,15 @@ def test_a_run_that_diverges_is_written_down_and_the_next_one_made(short, tmp_pa
     assert rows[0] == "| nothing | diverged | diverged | 1 of 1 |  |  |" and len(rows) == 2
 
 
-def test_an_interruption_ends_the_command(short, monkeypatch):
+@pytest.mark.parametrize("code", [train.INTERRUPTED, "iteration 3: No space left on device"])
+def test_what_says_nothing_of_the_guard_ends_the_command(code, short, tmp_path, monkeypatch):
     def main(words):
-        raise SystemExit(train.INTERRUPTED)
+        raise SystemExit(code) from OSError()
 
     monkeypatch.setattr(train, "main", main)
     with pytest.raises(SystemExit) as left:
         cures.main([*short, "--seeds", "0", "--guards", "nothing"])
-    assert left.value.code == train.INTERRUPTED
+    assert left.value.code == code and not (tmp_path / "results" / "cures.json").exists()
 
 
 def test_runs_of_other_flags_are_not_taken_for_these(short, tmp_path, monkeypatch):

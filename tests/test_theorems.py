@@ -605,7 +605,7 @@ def test_a_wrong_name_is_one_line(name, line):
         theorems.main([name])
 
 
-@pytest.mark.parametrize("name", ["mine:my_gae", "my/sapo.py:my_gae"])
+@pytest.mark.parametrize("name", ["mine:my_gae", "my/sapo.py:my_gae", "./my/sapo.py:my_gae"])
 def test_a_function_elsewhere_is_found_by_its_module_or_its_file(tmp_path, name):
     """In a folder of the user's, whose file is called as one of ours and imports its neighbour."""
     (tmp_path / "my").mkdir()
