@@ -314,6 +314,14 @@ def test_the_default_on_another_machine_is_what_results_hold():
         for kind, there in run["evaluations"].items():
             assert abs(there["eval_accuracy"] - here["evaluations"][kind]["eval_accuracy"]) < 0.03
     assert f"took up to {first}, and ended within three points" in prose("README.md")
+    stuck = result("stuck-sapo-seed0.json")
+    settings, config = train.parse(arguments(stuck["command"], "python train.py"))
+    assert (settings.seed, config) == (0, train.parse([])[1])
+    greedy = stuck["evaluations"]["greedy"]["eval_accuracy"]
+    assert f"seed 0 [stopped at {greedy:.0%}]" in prose("README.md")
+    assert f"ended at {stuck['accuracy']:.3f}, greedy {greedy:.3f} (`results/stuck-" in page
+    explained = stuck["mechanism"]["explained_variance_second_half"]
+    assert f"its critic explains {explained:.0%} of the outcomes" in page
     assert [run["threads"] for run in elsewhere] == [2, 2, 2]
     assert [run["threads"] for run in RUNS] == [2, 1, 1]
 
