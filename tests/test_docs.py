@@ -321,7 +321,11 @@ def test_the_default_on_another_machine_is_what_results_hold():
     assert f"seed 0 [stopped at {greedy:.0%}]" in prose("README.md")
     assert f"ended at {stuck['accuracy']:.3f}, greedy {greedy:.3f} (`results/stuck-" in page
     explained = stuck["mechanism"]["explained_variance_second_half"]
-    assert f"its critic explains {explained:.0%} of the outcomes" in page
+    assert f"its critic explained {explained:.0%} of the outcomes" in page
+    lines = (RESULTS / "stuck-sapo-seed0-metrics.jsonl").read_text().splitlines()
+    accuracies = [row["accuracy"] for row in map(json.loads, lines) if "actor_lr" in row]
+    still = f"{min(accuracies[5:]):.2f} to {max(accuracies[5:]):.2f}"
+    assert f"stood still from the sixth rollout on, at {still}" in page and len(accuracies) == 68
     assert [run["threads"] for run in elsewhere] == [2, 2, 2]
     assert [run["threads"] for run in RUNS] == [2, 1, 1]
 
