@@ -112,6 +112,14 @@ def test_a_run_that_diverges_is_written_down_and_the_next_one_made(short, tmp_pa
     assert "three minibatches" in measured[0]["failed"] and "accuracy" in measured[1]
     rows = tables.cures_table({"measured": measured}).splitlines()[2:]
     assert rows[0] == "| nothing | diverged | diverged | 1 of 1 |  |  |" and len(rows) == 2
+    well = measured[1] | {
+        "label": "nothing",
+        "seed": 1,
+        "accuracy": 0.9,
+        "warm_start_accuracy": 0.5,
+    }
+    first, *_ = tables.cures_table({"measured": [*measured, well]}).splitlines()[2:]
+    assert first.startswith("| nothing | 0.900 |") and "| 1 of 2 |" in first
 
 
 @pytest.mark.parametrize("code", [train.INTERRUPTED, "iteration 3: No space left on device"])

@@ -111,3 +111,13 @@ def test_why_a_survivor_lives_is_kept_where_it_is_the_same():
 def test_without_records_one_line_says_what_to_run(tmp_path):
     with pytest.raises(SystemExit, match="No such file.*; first: mutmut run"):
         mutants.main(["--folder", str(tmp_path)])
+
+
+def test_a_reason_that_a_mutants_life_refutes_is_not_kept():
+    def mutant(name, **why):
+        return {"name": name, "was": "a", "is": "b", **why}
+
+    reasons = {"x": "same: a mask", "y": "card", "z": "tested", "w": "gone"}
+    survivors = [mutant(name) for name in reasons]
+    mutants.explain(survivors, [mutant(name, why=why) for name, why in reasons.items()])
+    assert [one.get("why") for one in survivors] == ["same: a mask", "card", None, None]
