@@ -358,6 +358,11 @@ class Task:
         reads, moves, answers = self._parse(text)
         return reads + moves + answers
 
+    def step_kinds(self, text):
+        """What every step of `step_spans` is: "read", "move" or "answer"."""
+        reads, moves, answers = self._parse(text)
+        return ["read"] * len(reads) + ["move"] * len(moves) + ["answer"] * len(answers)
+
     def _parse(self, text):
         """The spans of the complete steps in a text: `(reads, moves, answers)`.
 
@@ -444,6 +449,10 @@ class StepsUnknown(Task):
     room = 16384  # what they take is not known either
 
     def step_spans(self, text):
+        """No step is known."""
+        return []
+
+    def step_kinds(self, text):
         """No step is known."""
         return []
 

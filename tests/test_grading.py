@@ -491,6 +491,7 @@ def test_any_text_is_graded(styled, text, true):
             assert text.startswith(response) and task.until_end(response) == (response, reason)
             assert reason in ("", "end", "answer") and (style == "tags" or reason != "answer")
             assert task.check_steps(None, text) == task.step_spans(text) == []
+            assert task.step_kinds(text) == []
 
 
 # ----------------------------------------------------------------- copies, and mutated answers

@@ -179,6 +179,20 @@ def test_local_rightness_on_one_response_worked_by_hand(text, marks):
     assert DiceSum().check_steps(one, text) == as_checks(marks)
 
 
+KINDS = {  # response: the kinds of its steps
+    "<see>3526</see><think>3+5=8;?;8+2": "read read read read move move",
+    "<see>35<think>3+5=8;</think><answer>8</answer>": "read read move answer",
+    "<think>3+5=8;</think><see>3526</see><answer></answer>": "move answer",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("text, kinds", KINDS.items())
+def test_a_step_is_a_read_a_move_or_the_answer(text, kinds):
+    assert DiceSum().step_kinds(text) == kinds.split()
+    assert len(DiceSum().step_spans(text)) == len(kinds.split())
+
+
 PATHS = {  # response: its read, moves and answer
     "<see>A1</see><think>RB1;DB2</think><answer>B2</answer>": "1 11 1",
     # one wrong start
