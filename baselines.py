@@ -10,7 +10,7 @@
 | SPO-chain | low probability     | continuations         | V(s_{m+1}) - V(s_m)    | token, masked |
 | VinePPO   | delimiters          | continuations         | V(s_{m+1}) - V(s_m)    | token         |
 | SPO-tree  | fixed, in a tree    | mean of the children  | V(child) - V(parent)   | token         |
-| SAPO      | top-k% entropy      | critic, segment start | GAE, lambda 0.99 (0.7) | segment       |
+| SAPO      | top-k% entropy      | critic, segment start | GAE, lambda 0.99 (0.9) | segment       |
 
 PPO arXiv:1707.06347, VC-PPO arXiv:2503.01491, GRPO arXiv:2402.03300, GSPO arXiv:2507.18071,
 SPO (Segment Policy Optimization) arXiv:2505.23564, VinePPO arXiv:2410.01679. SRPO is Structured
@@ -20,7 +20,7 @@ public to us: the functional form added to its text is *ours*, and says so.
 So a method is nothing but settings (`SETTINGS`), and any other mixture is a flag away:
 `--method sapo --credit continuations`, say. This module knows no model and no environment. What it
 needs of them it takes as functions. Left out: each paper's own KL term (--kl_coef puts k1 into the
-reward under any method). SAPO's lambda is 0.99 in the paper, and 0.7 by default here.
+reward under any method). SAPO's lambda is 0.99 in the paper, and 0.9 by default here.
 
 Shapes: B responses, T token positions, as in sapo.py.
 """
@@ -38,11 +38,11 @@ import sapo
 from sapo import setting
 
 # What a method changes in the settings. The paper runs PPO at lambda 0.95 and SAPO at 0.99 (here it
-# is 0.7): a comparison that changes the unit and the horizon at once. --method ppo --lam 0.7
+# is 0.9): a comparison that changes the unit and the horizon at once. --method ppo --lam 0.9
 # changes the unit alone. A ratio that is a mean, over
 # a segment or a response, moves less than a token's, so SAPO and GSPO have a narrower clip.
 SETTINGS = {
-    "sapo": {"clip_low": 0.1, "clip_high": 0.1},
+    "sapo": {"clip_low": 0.04, "clip_high": 0.04},
     "ppo": {"cut": "token", "ratio": "token", "lam": 0.95},
     "vc-ppo": {
         "cut": "token",

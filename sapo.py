@@ -77,7 +77,7 @@ class SAPOConfig:
 
     gamma: float = setting(1.0, "discount per segment (Eq. 6)", "[0, 1]")
     lam: float = setting(
-        0.7,
+        0.9,
         "GAE's lambda per segment (Eq. 7): at 1 V is a baseline only, at 0 the next V "
         "stands for all that follows",
         "[0, 1]",
@@ -100,10 +100,10 @@ class SAPOConfig:
         "response", "losses: mean per response first, or over all tokens"
     )
     clip_low: float = setting(
-        0.2, "the ratio is clipped below at 1 - clip_low (Eq. 9); train.py's sapo: 0.1", "[0, inf]"
+        0.2, "the ratio is clipped below at 1 - clip_low (Eq. 9); train.py's sapo 0.04", "[0, inf]"
     )
     clip_high: float = setting(
-        0.2, "the ratio is clipped above at 1 + clip_high (Eq. 9); train.py's sapo: 0.1", "[0, inf]"
+        0.2, "the ratio is clipped above at 1 + clip_high (Eq. 9); train.py's sapo 0.04", "[0, inf]"
     )
     dual_clip: float | None = setting(
         None, "bound the loss of a negative advantage A at -dual_clip * A", "(1, inf)"

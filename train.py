@@ -119,7 +119,7 @@ class Settings(baselines.Method):
         600, "supervised steps on noisy demonstrations before RL; 0 for none", "[0, inf)"
     )
     warm_start_batch: int = setting(64, "demonstrations per step", "[1, 65536]")
-    warm_start_lr: float = setting(3e-3, "peak learning rate of the warm start", "(0, 1]")
+    warm_start_lr: float = setting(5e-3, "peak learning rate of the warm start", "(0, 1]")
     habits: float = setting(
         0.6,
         "how often a demonstration follows a bad habit of the task where there is one; 0: none",

@@ -104,14 +104,17 @@ EXPERIMENTS = {
         "sapo, hears nothing, lambda 0.99": ["--critic_hears", "nothing", "--lam", "0.99"],
         **{method: ["--method", method] for method in ("ppo", "vineppo", "spo-tree", "grpo")},
     },
-    # The default, and one thing at a time that is ours in it, not the paper's, taken away. With a
-    # --tag of its own: without one the tuned rate and lambda take the place of the default's
+    # The default and its lambda of before, on many seeds. With a --tag of its own, as "parts"
+    "seeds": {"sapo": [], "sapo, lambda 0.7": ["--lam", "0.7"]},
+    # The default, with the paper's lambda, with a smaller one, and with what is ours in it, not the
+    # paper's, taken away. With a --tag of its own: without one the tuned rate and lambda take the
+    # place of the default's
     "parts": {
         "sapo": [],
+        "sapo, lambda 0.99": ["--lam", "0.99"],
+        "sapo, lambda 0.7": ["--lam", "0.7"],
         "sapo, hears nothing": ["--critic_hears", "nothing"],
-        "sapo, lambda 0.95": ["--lam", "0.95"],
         "sapo, no KL bound": UNBOUNDED,
-        "sapo, critic lambda 1": ["--critic_lam", "1"],
     },
     # How far ahead must lambda look on a longer chain? Beside "main", where it is the tuned one.
     "horizon": {

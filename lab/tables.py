@@ -161,7 +161,7 @@ NINE_DICE = {
     "the same, and the critic hears nothing": "nine-dice-deaf-seed*.json",
 }
 TEN_ARROWS = {
-    "lambda 0.7, the default": "arrows-default-seed*.json",
+    "lambda 0.7": "arrows-default-seed*.json",
     "lambda 0.95": "arrows-lambda-0.95-seed*.json",
     "lambda 0.7, the critic hears nothing": "arrows-deaf-seed*.json",
     "lambda 0.7, whitened": "arrows-whitened-seed*.json",
@@ -186,16 +186,25 @@ def tried_table(tried) -> str:
     return markdown(heads, rows)
 
 
+# Of the trials that name none: how widely the weights were drawn, and the warm start's rate
+FIRST_START = {"spread": 0.02, "rate": 3e-3}
+
+
 def trials_table(results) -> str:
     """The trials by which the defaults were chosen."""
     heads = (
-        *("seed", "habits", "critic hears", "lambda", "batch", "epochs x steps", "rates"),
+        *("seed", "habits", "start", "critic hears", "critic first", "lambda", "batch"),
+        *("epochs x steps", "rates"),
         *("half-life", "whitened", "clip", "KL bound", "tokens", "temperature 1", "greedy"),
         *("explained variance", "clip fraction"),
     )
     rows = [
         (
-            *(trial[name] for name in ("seed", "habits", "critic_hears", "lam", "batch")),
+            *(trial[name] for name in ("seed", "habits")),
+            "{spread:g}, {rate:g}".format(**trial.get("start", FIRST_START)),
+            trial["critic_hears"],
+            max(trial.get("value_pretraining", 0) - 1, 0),
+            *(trial[name] for name in ("lam", "batch")),
             f"{trial['epochs']} x {trial['batch'] // trial['minibatch']}",
             f"{trial['actor_lr']:g}, {trial['critic_lr']:g}",
             f"{trial['actor_half_life']:.0f}",
@@ -352,9 +361,6 @@ def all_tables() -> dict[str, str]:
         "default-sapo-seed*.json": default_table(default_runs()),
         "default-sapo-seed*.json, mechanism": mechanism_table(default_runs()),
     }
-    elsewhere = summaries("elsewhere-sapo-seed*.json")  # the default once more, on another machine
-    if elsewhere:
-        tables["elsewhere-sapo-seed*.json"] = default_table(elsewhere)
     kinds = ("epochs4-unbounded-seed*.json", "epochs4-seed*.json", "epochs4-free-seed*.json")
     four = tuple(map(summaries, kinds))
     if any(four):

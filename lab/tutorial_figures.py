@@ -164,8 +164,8 @@ def units_figure(episode):
     token, cut = sapo.token_ends(mask), sapo.entropy_ends(entropy, mask)
     whole = [episode["reward"] - episode["baseline"]] * len(episode["tokens"])
     rows = [
-        ("token (PPO)", episode, token[0], gae_row(episode, token, 0.7)),
-        ("segment (SAPO)", episode, cut[0], gae_row(episode, cut, 0.7)),
+        ("token (PPO)", episode, token[0], gae_row(episode, token, 0.9)),
+        ("segment (SAPO)", episode, cut[0], gae_row(episode, cut, 0.9)),
         ("answer (GRPO)", episode, sapo.response_ends(mask)[0], whole),
     ]
     return draw_credit(rows, "GRPO blames every token alike, the others most of all the slip")

@@ -176,12 +176,14 @@ def test_the_table_of_a_tuning():
 
 def test_the_table_of_the_trials():
     other = trial(seed=11, critic_hears="surprise", minibatch=32, whiten_advantages=False)
-    other |= {"target_kl": 0.03}
+    other |= {"target_kl": 0.03, "value_pretraining": 6, "start": {"spread": 0.125, "rate": 5e-3}}
     head, first, second = cells(tables.trials_table({"trials": [trial(), other]}))
     places = dict(zip(head, first, strict=True))
     assert places == {
         "seed": "10",
         "habits": "0.65",
+        "start": "0.02, 0.003",
+        "critic first": "0",
         "clip": "0.25",
         "critic hears": "nothing",
         "lambda": "0.99",
@@ -198,7 +200,7 @@ def test_the_table_of_the_trials():
         "clip fraction": "2.67%",
     }
     changed = {"seed": "11", "critic hears": "surprise", "epochs x steps": "4 x 8"}
-    changed |= {"whitened": "no", "KL bound": "0.03"}
+    changed |= {"whitened": "no", "KL bound": "0.03", "start": "0.125, 0.005", "critic first": "5"}
     assert dict(zip(head, second, strict=True)) == places | changed
 
 

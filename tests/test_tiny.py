@@ -49,6 +49,16 @@ def test_the_tiny_model_is_not_told_the_rules(sharp):
     assert told.tolist() == untold.tolist()
 
 
+@pytest.mark.parametrize("width", [16, 64])
+def test_the_wider_a_tiny_model_the_closer_to_zero_its_weights(tmp_path, width):
+    """In the text model and in the vision tower: a standard deviation of 1 / sqrt(width)."""
+    model = vlm.load(tiny.build_tiny(tmp_path, 16, hidden_size=width)).model
+    drawn = [(n, p) for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    assert any("vision" in name for name, _ in drawn) and any("text" in name for name, _ in drawn)
+    for name, parameter in drawn:
+        assert 0.8 < parameter.std().item() * width**0.5 < 1.2, name
+
+
 def test_build_tiny_is_a_function_of_its_seed_and_leaves_the_random_stream(tmp_path):
     torch.manual_seed(5)
     random_state = torch.get_rng_state()

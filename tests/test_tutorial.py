@@ -177,7 +177,7 @@ def test_the_titles_of_the_pictures_of_credit_are_true():
     first, last = tutorial_figures.wrong_span(EPISODE)
     cut = sapo.entropy_ends(entropy, mask)
     for ends in (sapo.token_ends(mask), cut):  # "the others most of all the slip"
-        row = tutorial_figures.gae_row(EPISODE, ends, 0.7)
+        row = tutorial_figures.gae_row(EPISODE, ends, sapo.SAPOConfig().lam)
         assert first <= row.index(min(row)) <= last
     before = []  # "the smaller lambda is, the fewer segments before the slip are blamed"
     for lam in tutorial_figures.LAMBDAS:
@@ -198,8 +198,9 @@ def test_the_broken_runs_broke_and_their_divergence_told_of_it():
     largest = max(row["approx_kl"] for row in whole if "approx_kl" in row)
     assert f"at most {largest:.3f} in the run above" in " ".join(TEXT.split())
     other = json.loads((ROOT / "results" / "default-sapo-seed2.json").read_text())["mechanism"]
-    further = f"a single step can go further: {other['largest_approx_kl']:.3f} on seed 2"
-    assert further in " ".join(TEXT.split())
+    furthest = other["largest_approx_kl"]
+    assert largest < sapo.SAPOConfig().target_kl < furthest
+    assert f"and {furthest:.3f} on seed 2, just beyond it." in " ".join(TEXT.split())
     for run in runs:
         if run["seed"] == 0 and run["label"] in tutorial_figures.BROKEN:
             accuracy = run["curve"]["accuracy"]
@@ -267,24 +268,33 @@ def test_a_committed_picture_and_its_page_show_the_same_answers_of_one_run(name)
         )
 
 
-def test_the_update_in_the_committed_page_fell_on_the_wrong_steps():
+def test_the_update_in_the_committed_page_moved_what_the_text_says():
     (data,) = re.findall(r'id="data">(.*)</script>', (ROOT / "results" / "credit.html").read_text())
     (checkpoint,) = [c for c in json.loads(data)["checkpoints"] if c["key"] == "30-learned"]
-    fell, others, sure = [], [], []
-    for response in (response for response in checkpoint["responses"] if not response["won"]):
+    moved = {True: [], False: []}  # the ratios other than 1.00, of right answers and of wrong ones
+    largest = {True: 0.0, False: 0.0}  # praise or blame
+    expected = []  # V before the first token of the wrong answers
+    for response in checkpoint["responses"]:
         logp, new_logp = (torch.tensor([response[key]]) for key in ("logp", "new_logp"))
         ends, mask = (torch.tensor([response[key]]) for key in ("ends", "written"))
-        ratio = sapo.segment_ratio(new_logp, logp, ends, mask)[0]
-        first, last = next((first, last) for first, last, right in response["steps"] if not right)
-        fell.append(ratio[first : last + 1].min().item())
-        others.append((ratio[(ratio - fell[-1]).abs() > 1e-6] - 1).abs().max().item())
-        sure.append(logp[0, first : last + 1].min().exp().item())
+        ratio = sapo.segment_ratio(new_logp, logp, ends, mask)[ends & mask].tolist()
+        won = bool(response["won"])
+        credit = torch.tensor([response["advantages"]])[ends & mask].tolist()
+        strayed = [(r, a) for r, a in zip(ratio, credit, strict=True) if f"{r:.2f}" != "1.00"]
+        assert all(advantage > 0 for _, advantage in strayed), "none of them was blamed"
+        moved[won] += [f"{one:.2f}" for one, _ in strayed]
+        largest[won] = max(largest[won], *map(abs, response["advantages"]))
+        expected += [] if won else [response["values"][0]]
     text = " ".join(TEXT.split())
-    assert f"it has fallen to {fell[0]:.2f} where the wrong sum" in text
-    assert f"it stayed at {fell[1]:.2f} there" in text
-    assert f"sure of the wrong digit, at {sure[1]:.2f}" in text
-    assert len(fell) == 3 and max(others) < 0.1
-    assert fell[2] == pytest.approx(fell[0], abs=0.01) and max(sure[0], sure[2]) < 0.25
+    lost = sum(not response["won"] for response in checkpoint["responses"])
+    assert (len(checkpoint["responses"]), lost) == (6, 2) and "Two were wrong." in text
+    assert f"to praise (at most {largest[True]:.2f}), and all their ratios are 1.00." in text
+    assert moved[True] == []
+    assert "unsure ({}, {} and {}). None".format(*moved[False]) in text
+    assert f"to blame (at most {largest[False]:.2f})" in text
+    assert f"expected {expected[0]:.2f} and {expected[1]:.2f} from the start" in text
+    clip = baselines.SETTINGS["sapo"]["clip_low"]
+    assert f"stays at 0.94, beyond the clip at {1 - clip:g}." in text and 1 - clip > 0.94
 
 
 def test_all_of_them_can_be_drawn(tmp_path, monkeypatch):
