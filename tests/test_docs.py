@@ -1282,13 +1282,25 @@ def test_the_default_on_ten_seeds_is_what_the_page_says():
     cold, greedy = (sorted(ends[seed][kind] for seed in ends) for kind in (0, 1))
     said = "at {:.3f} to {:.3f} at temperature 1, and greedy at {:.3f} to {:.3f}"
     assert said.format(cold[0], cold[-1], greedy[0], greedy[-1]) in page
-    above = f"{sum(end > 0.95 for end in greedy)} of ten above 0.95"
+    above = f"{NUMBERS[sum(end > 0.95 for end in greedy)]} of ten above 0.95"
     assert above in page and f"{greedy[0]:.1%} to {greedy[-1]:.1%} on ten" in prose("README.md")
     assert f"with one thread at {ends[0][1]:.3f} greedy" in prose("README.md")
     said = "With one thread seed 0 ends at {:.3f}, greedy {:.3f}, from the same start"
     assert said.format(*ends[0]) in page
     large = sum(end > 491 / 512 for end in greedy)
     assert f"on {NUMBERS[large]} seeds above 0.959" in page
+    cold, warm = (sorted(small[seed][kind] for seed in small) for kind in (0, 1))
+    said = f"ends at {cold[0]:.3f} to {cold[-1]:.3f}, greedy at {warm[0]:.3f} to {warm[-1]:.3f}"
+    assert f"on seeds 5 to 9 it {said}" in page
+    early = {"sapo": [], "sapo, lambda 0.7": []}
+    for run in runs:
+        if run["seed"] >= 5:
+            assert round(run["curve"]["generated_tokens"][0], -3) in (15000, 16000)
+            early[run["label"]].append(run["curve"]["accuracy"][1])  # from there to 31,000 tokens
+    assert all(a > b for a, b in zip(*early.values(), strict=True)), "more on every seed"
+    (low, *_, high), (small_low, *_, small_high) = map(sorted, early.values())
+    said = f"{small_low:.2f} to {small_high:.2f} of its answers are right in training, of the"
+    assert f"{said} default's {low:.2f} to {high:.2f}, more on every seed" in page
     unseen = sorted(ends[seed][1] for seed in range(5, 10))
     assert f"on 5 to 9 alone at {unseen[0]:.3f} to {unseen[-1]:.3f}" in page
 

@@ -645,6 +645,7 @@ def test_a_folder_of_results_is_drawn_but_for_what_has_no_figure(tmp_path):
         "main-DiceSum.svg",
         "parts-DiceSum.svg",
         "reuse-DiceSum.svg",
+        "seeds-DiceSum.svg",
         "seeing-DiceSum.svg",
         "topk-DiceSum.svg",
     ]
