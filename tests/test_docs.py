@@ -777,6 +777,12 @@ def test_where_the_blame_lies_at_mid_run_is_what_the_runs_hold():
     assert f", {aurocs[1]:.2f} and {aurocs[2]:.2f}. The quarter" in page
     eighth = 1 / sum(0.9**i for i in range(8))
     assert f"0.9^7) = {eighth:.2f}$ of the blame" in page
+    small = result("mid-run-lambda-0.7.json")["measured"]
+    shares = (mid["own_credit"]["share_on_first_wrong_step"][0] for mid in small)
+    aurocs = (mid["auroc_of_first_wrong_step"] for mid in small)
+    said = "256 responses) they are {:.3f}, {:.3f} and {:.3f}, the AUROC {:.2f}, {:.2f} and {:.2f}"
+    assert said.format(*shares, *aurocs) in page
+    assert {(mid["lam"], mid["responses"]) for mid in small} == {(0.7, 256)}
     assert {mid["responses"] for mid in mids} == {256}
     assert {mid["responses"] for mid in more} == {1024}
 
