@@ -332,6 +332,13 @@ def test_why_the_default_changed_is_what_results_hold():
     assert "At 0.9 they have {:.2f} and {:.2f}".format(*(large[v][2] for v in large)) in page
 
 
+def test_the_default_of_today_is_the_one_that_the_page_names():
+    page, (settings, config) = prose("docs/results.md"), train.parse([])
+    assert f"lambda {config.lam} in place of 0.7, a clip of {config.clip_low} in place" in page
+    assert config.clip_low == config.clip_high and settings.warm_start_lr == 5e-3
+    assert "a warm start at a rate of 5e-3 in place of 3e-3" in page
+
+
 def test_what_the_start_could_copy_is_what_results_hold():
     page = prose("docs/results.md")
     starts = {

@@ -367,3 +367,15 @@ def test_a_table_has_a_row_per_variant_by_hand():
     assert sapos[3].startswith("0.800 (") and sapos[4] == "0.900 (0.900 to 0.900)"
     assert ppos[3] == "0.500 (0.500 to 0.500)" and ppos[4] == sapos[3]
     assert ppos[5].startswith("0.75 (")  # three of SAPO's four ended above PPO's
+
+
+def test_a_variant_that_is_called_by_its_lambda_has_it():
+    named = [
+        (label.rsplit(" ", 1)[1], flags)
+        for variants in sweep.EXPERIMENTS.values()
+        for label, flags in variants.items()
+        if ", lambda 0." in label
+    ]
+    assert len(named) >= 5
+    for lam, flags in named:
+        assert flags[flags.index("--lam") + 1] == lam
