@@ -56,8 +56,8 @@ def build_tiny(
     image_size: side of the picture in pixels, a multiple of 16; a 16 x 16 block becomes one image
         token. Raises ValueError otherwise.
     hidden_size, layers: width and depth of the text model. Weights are drawn with a standard
-        deviation of 1 / sqrt(hidden_size): transformers' usual 0.02 is for wide models, and so
-        narrow a one hardly learned from it to copy what it had read (docs/results.md).
+        deviation of 1 / sqrt(hidden_size): transformers' usual 0.02 is for wide models; from it so
+        narrow a one did not learn on every seed to copy what it read (docs/results.md).
     seed: of the weights. The caller's random stream does not move.
     tags: what there is one token for, besides characters.
     """

@@ -350,6 +350,13 @@ def test_what_the_start_could_copy_is_what_results_hold():
         moves = {"second": "second_move_after_two_digits", "first": "first_move"}
         return starts[seed, spread, steps, batch, rate][moves[move]][1]
 
+    settings, _ = train.parse([])
+    read = dict.fromkeys(range(1, 7), 1 / 6)  # how often the teacher reads it
+    read[5] += settings.habits / 6
+    read[6] -= settings.habits / 6
+    large = sum(read[a] * read[b] for a in read for b in read if a + b >= 10)
+    assert round(1 / (large * (1 - settings.habits))) == 19
+    assert "writes such a sum in one demonstration of nineteen" in page
     before = [f"{copied(seed):.0%}" for seed in (4, 1, 0)]
     said = "rightly in {} of its answers, of seed 1 in {}, of seed 0 in {} (`results/copying.json`)"
     assert said.format(*before) in page
