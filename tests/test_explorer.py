@@ -20,7 +20,13 @@ from run_files import finished_run, png, sample, write_lines
 
 import baselines
 import sapo
-from lab.explorer import LEARNED_FROM, RESPONSES, explorer, perfect_values
+from lab.explorer import (
+    LEARNED_FROM,
+    RESPONSES,
+    explorer,
+    fall_at_first_wrong_step,
+    perfect_values,
+)
 
 needed = bool(os.environ.get("SAPO_NEEDS_CHROMIUM"))
 chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -221,6 +227,41 @@ def response(seed=0, T=12, **changes):
         "steps": [[0, 1, True], [3, 5, False]],
     }
     return row | changes, (written, entropy, values, rewards)
+
+
+def judged(example, values, reward=0.0, steps=((0, 1, True), (3, 5, False), (6, 8, False))):
+    """A response with these V before its tokens, its first wrong step at tokens 3 to 5."""
+    row, _ = response(written=[True] * 12, example_id=example, reward=reward)
+    return row | {"token_values": values, "steps": [list(step) for step in steps]}
+
+
+def test_it_opens_on_the_wrong_answer_of_which_the_critic_noticed_most(run, open_page):
+    flat = judged("flat", [0.1] * 12)
+    noticed = judged("noticed", [0.9] * 6 + [0.2] * 6)
+    late = judged("late", [0.9] * 9 + [0.0] * 3)  # it falls at a wrong step, and not at the first
+    right = judged("right", [0.9] * 6 + [0.0] * 6, reward=1.0, steps=[(0, 11, True)])
+    write_lines(run, "samples.jsonl", [flat, late, right, noticed])
+    page = open_page(explorer(run))
+    order = ["noticed", "right", "flat", "late"]  # as it falls; the right one by turns
+    assert [r["id"] for r in page.evaluate("DATA.checkpoints[0].responses")] == order
+    assert page.locator("#response").input_value() == "noticed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fall"),
+    [
+        ({}, -0.3),
+        ({"written": [True] * 6 + [False] * 3 + [True] * 3}, -0.6),  # over what the world replied
+        ({"steps": [[9, 11, False]]}, -0.9),  # at the end V is 0
+        ({"steps": [[0, 11, True]]}, 0.0),
+        ({"values": None}, 0.0),
+    ],
+)
+def test_the_fall_of_v_at_the_first_wrong_step(changes, fall):
+    values = [0.5] * 3 + [0.8] * 3 + [0.5] * 3 + [0.2] * 3
+    values[9] = 0.2 if "steps" not in changes else 0.9
+    told = {"values": values, "written": [True] * 12, "steps": [[0, 1, True], [3, 5, False]]}
+    assert fall_at_first_wrong_step(told | changes) == pytest.approx(fall)
 
 
 def shown(page, view=0):
