@@ -154,6 +154,7 @@ def four_epochs_table(unbounded, bounded, free=()) -> str:
 
 # What was tried on other tasks: {what the runs are: their files}.
 NINE_DICE = {
+    "today's default": "nine-dice-today-seed*.json",
     "warm start of 600 steps, lambda 0.8, clip 0.2, 65 rollouts": "nine-dice-600-seed*.json",
     "warm start of 1200 steps": "nine-dice-seed*.json",
     "the same, and the critic learns from the outcomes": "nine-dice-outcomes-seed*.json",

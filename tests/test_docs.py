@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
@@ -1428,6 +1428,31 @@ def test_ten_arrows_are_what_the_page_says():
     for iteration in range(1, 46):
         said[iteration] = health.warnings(rows[iteration], since)
     assert min(iteration for iteration, lines in said.items() if lines) == 26
+
+
+def test_nine_dice_by_todays_default_are_what_the_page_says():
+    runs = [result(f"nine-dice-today-seed{seed}.json") for seed in range(3)]
+    page = prose("docs/results.md")
+    for run in runs:
+        settings, config = train.parse(shlex.split(run["command"])[2:])
+        of_task = train.parse(["--env_args", "n=9", "--max_new_tokens", "96"])
+        own = {"seed": settings.seed, "name": settings.name}
+        assert (replace(of_task[0], **own), of_task[1]) == (settings, config), "no other flag"
+    at_1, greedy = (
+        sorted(run["evaluations"][kind]["eval_accuracy"] for run in runs)
+        for kind in ("temperature 1", "greedy")
+    )
+    begun = max(run["evaluations_before"]["greedy"]["eval_accuracy"] for run in runs)
+    explained, clipped = (
+        sorted(run["mechanism"][kind] for run in runs)
+        for kind in ("explained_variance_second_half", "clip_fraction")
+    )
+    said = (
+        f"ends at {at_1[0]:.3f} to {at_1[-1]:.3f}, "
+        f"greedy at {greedy[0]:.3f} to {greedy[-1]:.3f},** from {begun:.3f} at most; its critic explains {explained[0]:.2f} to {explained[-1]:.2f}, "
+        f"and the clip holds back {clipped[0]:.2%} to {clipped[-1]:.2%} of the tokens"
+    )
+    assert said in page
 
 
 def test_nine_dice_are_what_the_page_says():
