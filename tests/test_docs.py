@@ -1449,7 +1449,8 @@ def test_nine_dice_by_todays_default_are_what_the_page_says():
     )
     said = (
         f"ends at {at_1[0]:.3f} to {at_1[-1]:.3f}, "
-        f"greedy at {greedy[0]:.3f} to {greedy[-1]:.3f},** from {begun:.3f} at most; its critic explains {explained[0]:.2f} to {explained[-1]:.2f}, "
+        f"greedy at {greedy[0]:.3f} to {greedy[-1]:.3f},** from {begun:.3f} at most; "
+        f"its critic explains {explained[0]:.2f} to {explained[-1]:.2f}, "
         f"and the clip holds back {clipped[0]:.2%} to {clipped[-1]:.2%} of the tokens"
     )
     assert said in page
