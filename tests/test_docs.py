@@ -1092,8 +1092,8 @@ def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
         ("ppo", "PPO ({:.3f} to {:.3f})"),
     ):
         of_rate = sorted(
-            np.mean([run["accuracy"] for run in tuning if run["label"] == f"{method} {trial}"])
-            for trial in sweep.TRIALS[method]
+            np.mean([run["accuracy"] for run in of_trial])
+            for trial, of_trial in sweep.trials_of(tuning, method).items()
             if trial.endswith("0.7")
         )
         assert said.format(*of_rate) in page
@@ -1559,7 +1559,7 @@ def test_every_figure_of_results_is_shown():
 
 def test_what_was_tried_on_other_games_is_what_the_page_says():
     page = prose("docs/games.md")
-    baby, textworld = result("tried-games.json")["tried"]
+    baby, textworld, today = result("tried-games.json")["tried"]
     assert (
         f"the warm start wins {baby['before']['eval_accuracy']:.3f} of the games, and nine" in page
     )
@@ -1568,6 +1568,11 @@ def test_what_was_tried_on_other_games_is_what_the_page_says():
     assert f"KL divergence of {max(baby['approx_kl']):.3f} at most" in page
     assert max(baby["explained_variance"]) < 0.03 and baby["seconds"][-1] > 9 * 60
     assert f"the warm start wins {textworld['before']['eval_accuracy']:.3f}, so" in page
+    assert (
+        f"wins {today['before']['eval_accuracy']:.3f} ({today['date']}): "
+        f"{today['right_thoughts']:.0%} of its thoughts" in page
+    )
+    assert f"and {today['right_commands']:.0%} of its commands are the bot's" in page
 
 
 def test_what_the_worlds_show_is_what_their_runs_hold():
