@@ -38,7 +38,7 @@ RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
 TRIALS = {
     **{method: [f"--actor_lr {rate}" for rate in RATES] for method in METHODS},
     **{
-        method: [f"--actor_lr {rate} --lam {lam}" for lam in (0.95, 0.7) for rate in RATES[1:3]]
+        method: [f"--actor_lr {rate} --lam {lam}" for lam in (0.95, 0.9) for rate in RATES[1:3]]
         for method in ("sapo", "ppo", "vc-ppo")
     },
 }
@@ -209,13 +209,23 @@ def best_trial(sweep: Sweep, method: str) -> list[str]:
     return chosen_trial(read_outcome(file)["runs"], method)
 
 
+def trials_of(runs: list[dict], method: str) -> dict[str, list[dict]]:
+    """{flags of a trial: its runs} of a method in a tuning, in the order of its grid. Read from the
+    runs: tunings on other tasks, or of other days, had other grids."""
+    trials = {}
+    for run in runs:
+        of_method, _, flags = run["label"].partition(" ")
+        if of_method == method:
+            trials.setdefault(flags, []).append(run)
+    return trials
+
+
 def chosen_trial(runs: list[dict], method: str) -> list[str]:
     """`best_trial` of a tuning's runs."""
-    accuracies = {}  # trial -> the accuracies of its seeds
-    for trial in TRIALS[method]:
-        of_trial = [run["accuracy"] for run in runs if run["label"] == f"{method} {trial}"]
-        if of_trial:
-            accuracies[trial] = of_trial
+    accuracies = {
+        trial: [run["accuracy"] for run in of_trial]
+        for trial, of_trial in trials_of(runs, method).items()
+    }
     if not accuracies:
         return []
     best, seeds = max((np.mean(of_trial), len(of_trial)) for of_trial in accuracies.values())

@@ -12,7 +12,7 @@ import numpy as np
 import sapo
 from lab.common import command_line, read_outcome
 from lab.stats import of_reuse
-from lab.sweep import ROOT, TRIALS, chosen_trial, collapsed, table
+from lab.sweep import METHODS, ROOT, chosen_trial, collapsed, table, trials_of
 from lab.theorems import THEOREMS
 
 RESULTS = ROOT / "results"
@@ -270,16 +270,13 @@ def reuse_table(results) -> str:
     return markdown(("IQM, collapsed, clipped, largest approx_kl", *columns), rows)
 
 
-def tuning_table(results, trials) -> str:
-    """A tuning: a row per method, and in a cell for each of its trials (`sweep.TRIALS`) the mean
-    accuracy over seeds, at temperature 1 and greedy. In bold the one that the comparison takes."""
+def tuning_table(results) -> str:
+    """A tuning: a row per method, and in a cell for each of its trials the mean accuracy over
+    seeds, at temperature 1 and greedy. In bold the one that the comparison takes."""
     rows = []
-    for method, flags_of_trials in trials.items():
+    for method in METHODS:
         cells = []
-        for flags in flags_of_trials:
-            runs = [run for run in results["runs"] if run["label"] == f"{method} {flags}"]
-            if not runs:
-                continue
+        for flags, runs in trials_of(results["runs"], method).items():
             means = [np.mean([run[kind] for run in runs]) for kind in ("accuracy", "greedy")]
             words = flags.replace("--actor_lr ", "").replace(" --lam ", ", lambda ")
             cell = f"{words}: {means[0]:.3f}, {means[1]:.3f}"
@@ -389,7 +386,7 @@ def all_tables() -> dict[str, str]:
         elif results.get("experiment") == "reuse":
             tables[file.name] = reuse_table(results)
         elif results.get("experiment") == "tune" and results["runs"]:
-            tables[file.name] = tuning_table(results, TRIALS)
+            tables[file.name] = tuning_table(results)
         elif "runs" in results:
             tables[file.name] = table(results)
     return tables
