@@ -407,9 +407,10 @@ def training_curve(rows: list[dict], bins: int = 20) -> dict[str, list]:
 
 
 def _mean_of(metric, rows):
-    """The mean over the rows that have the metric: a row of skipped updates has no loss."""
+    """The mean over the rows that have the metric, NaN if none has: a row of skipped updates has no
+    loss, and while VC-PPO's critic learns alone the policy has no numbers."""
     values = [float(row[metric]) for row in rows if metric in row]  # "inf" is a word there
-    return round(float(np.mean(values)), 5)
+    return round(float(np.mean(values)), 5) if values else math.nan
 
 
 def outcome(planned: Planned) -> dict:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import warnings
 
 import pytest
 from small_runs import rows_of
@@ -322,6 +323,13 @@ def test_a_row_without_losses_does_not_count_for_their_mean():
 def test_the_word_for_infinity_counts_as_that_number():
     rows = [row(1, approx_kl=0.5), row(2, approx_kl="inf")]
     assert sweep.training_curve(rows, bins=1)["approx_kl"] == [math.inf]
+
+
+def test_while_the_critic_learns_alone_the_policy_has_no_numbers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of_critic, of_both = sweep.training_curve([row(1), row(2, entropy=0.5)])["entropy"]
+    assert math.isnan(of_critic) and of_both == 0.5
 
 
 def test_an_outcome_is_the_summary_the_flags_and_the_curve(tmp_path):
