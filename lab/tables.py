@@ -162,6 +162,7 @@ NINE_DICE = {
     "the same, and the critic hears nothing": "nine-dice-deaf-seed*.json",
 }
 TEN_ARROWS = {
+    "today's default, warm start of 600 steps": "arrows-today-seed*.json",
     "lambda 0.7": "arrows-default-seed*.json",
     "lambda 0.95": "arrows-lambda-0.95-seed*.json",
     "lambda 0.7, the critic hears nothing": "arrows-deaf-seed*.json",

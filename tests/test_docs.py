@@ -1412,6 +1412,11 @@ NUMBERS = dict(
 
 def test_ten_arrows_are_what_the_page_says():
     page = prose("docs/results.md")
+    ends = [
+        result("arrows-today-seed3.json")[kind]["temperature 1"]["eval_accuracy"]
+        for kind in ("evaluations_before", "evaluations")
+    ]
+    assert "45 rollouts bring it from {:.3f} to {:.3f}.".format(*ends) in page
     first = result("arrows-default-seed3.json")
     early, late = (result(f"steps-arrows-{steps}.json") for steps in (600, 2400))
     said = f"gets {early['steps']['other'][1]:.0%} of the steps right that no habit concerns, and "
