@@ -132,8 +132,9 @@ def _chosen_ids(responses, count):
     """The examples to show, wrong and right by turns. Of the wrong ones those come first of which
     the critic noticed most: the page opens on the largest `fall_at_first_wrong_step`."""
     right = [response["id"] for response in responses if response["won"]]
-    wrong = [response for response in responses if not response["won"]]
-    wrong = [response["id"] for response in sorted(wrong, key=fall_at_first_wrong_step)]
+    lost = [response for response in responses if not response["won"]]
+    lost.sort(key=fall_at_first_wrong_step, reverse=True)
+    wrong = [response["id"] for response in lost]
     by_turns = [name for pair in zip_longest(wrong, right) for name in pair if name is not None]
     return by_turns[:count]
 
@@ -184,15 +185,15 @@ def _response(row, where):
 
 
 def fall_at_first_wrong_step(response):
-    """V after the first wrong step less V before it, of a response as the page takes it; 0 where no
-    step is known to be wrong, or no V. After the last step V is 0."""
+    """V before the first wrong step less V after it, of a response as the page takes it; 0 where no
+    step is known to be wrong, or no V. After the last token V is 0."""
     values = response["values"]
-    for first, last, right in response["steps"]:
-        if values and not right:
-            after = (t for t in range(last + 1, len(values)) if response["written"][t])
-            then = next(after, None)
-            return (0.0 if then is None else values[then]) - values[first]
-    return 0.0
+    wrong_steps = [step for step in response["steps"] if not step[2]]
+    if not values or not wrong_steps:
+        return 0.0
+    first, last, _ = wrong_steps[0]
+    after = [t for t in range(last + 1, len(values)) if response["written"][t]]
+    return values[first] - (values[after[0]] if after else 0.0)
 
 
 def perfect_values(steps, length):

@@ -210,8 +210,8 @@ def best_trial(sweep: Sweep, method: str) -> list[str]:
 
 
 def trials_of(runs: list[dict], method: str) -> dict[str, list[dict]]:
-    """{flags of a trial: its runs} of a method in a tuning, in the order of its grid. Read from the
-    runs: tunings on other tasks, or of other days, had other grids."""
+    """{flags of a trial: its runs} of a method in a tuning, in the order of its file, which is that
+    of the grid. Read from the runs: tunings on other tasks, or of other days, had other grids."""
     trials = {}
     for run in runs:
         of_method, _, flags = run["label"].partition(" ")

@@ -1015,10 +1015,15 @@ def test_what_the_comparison_shows_is_what_its_runs_hold():
     assert "of VC-PPO with {}, above one of GRPO with {}. All".format(*said[1:]) in page
     not_told_apart = {label for label, (_, low, high) in chances.items() if low <= 0.5 <= high}
     assert not_told_apart == set(four[1:])
-    others = (
-        "GSPO and SRPO in {:.2f} and {:.2f} of the pairs, those that sample their values in all"
+    said = ["{:.2f} ({:.2f} to {:.2f})".format(*chances[method]) for method in ("gspo", "srpo")]
+    others = "GSPO in {} of the pairs, SRPO in {}, those that sample their values in all"
+    assert others.format(*said) in page
+    earlier = result("nine-methods-earlier.json")
+    of_sapo, of_grpo = (f"{earlier['iqm_of_ten_seeds'][method]:.3f}" for method in ("sapo", "grpo"))
+    chance = "{:.2f} of the pairs ({:.2f} to {:.2f})".format(
+        *earlier["sapo_above_grpo"]["ten seeds"]
     )
-    assert others.format(chances["gspo"][0], chances["srpo"][0]) in page
+    assert f"SAPO was above GRPO:** {of_sapo} and {of_grpo} on ten seeds, in {chance}" in page
     assert {chances[method][0] for method in ("spo-chain", "vineppo", "spo-tree")} == {1.0}
 
 
@@ -1087,8 +1092,12 @@ def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
         assert len(of_sapo) == len(of_ppo) == 5 and low < 0.5 < high
     four = result("main-DiceSum.json")["runs"]
     middle = [interval(on_the_way(four, method, 50_000))[0] for method in ("sapo", "ppo")]
-    said = "over the first 50,000 tokens {:.2f} and {:.2f}, at one rate and lambda, too"
-    assert said.format(*middle) in page and middle[0] < middle[1]
+    said = (
+        "over the first 50,000 tokens {:.2f} and {:.2f}, where both have one rate and lambda, too"
+    )
+    assert said.format(*middle) in page and "PPO is ahead on every seed." in page
+    of_seeds = (on_the_way(four, method, 50_000) for method in ("sapo", "ppo"))
+    assert all(of_sapo < of_ppo for of_sapo, of_ppo in zip(*of_seeds, strict=True))
     ends = sorted(run["accuracy"] for run in nine if run["label"] == "grpo")
     assert f"ends at {ends[1]:.3f} and {ends[0]:.3f} on the other two" in page and ends[2] > 0.74
     tuning = result("tune-DiceSum-n=9-long.json")["runs"]
@@ -1253,11 +1262,20 @@ def test_what_the_tuning_shows_is_what_its_trials_hold():
         )
         for method in sweep.METHODS
     }
-    gains = {method: best[method] - before for method, before in BEST_FROM_THE_EARLIER_START}
+    earlier = result("nine-methods-earlier.json")
+    before = earlier["best_mean_of_two_seeds"]
+    gains = {method: best[method] - before[method] for method in sweep.METHODS}
+    assert min(gains.values()) > 0 and "best trial is higher than before" in page
     with_critic = sorted(gains.pop(method) for method in ("sapo", "ppo", "vc-ppo"))
     without = sorted(gains.values())
     assert f"the six without a critic gain {without[0]:.2f} to {without[-1]:.2f}, and" in page
     assert f"that have one, which gain {with_critic[0]:.2f} to {with_critic[-1]:.2f}." in page
+    of_ppo, of_sapo = (earlier["at_lambda_0.7"][method] for method in ("ppo", "sapo"))
+    for said in (
+        "at 0.7, PPO ended at {:.2f} to {:.2f} and SAPO at {:.2f} to {:.2f} (",
+        "and ended at {:.2f} to {:.2f} when it was trained so",
+    ):
+        assert said.format(*of_ppo, *of_sapo) in page
     for kind, rate, said in (
         ("greedy", "5e-5", "{:.2f} to {:.2f} when greedy, and"),
         ("accuracy", "5e-5", "{:.2f} to {:.2f} at temperature 1"),
@@ -1265,13 +1283,6 @@ def test_what_the_tuning_shows_is_what_its_trials_hold():
     ):
         ends = sorted(tuned(kind, method, rate) for method in gains)
         assert len(ends) == 6 and said.format(ends[0], ends[-1]) in page, kind
-
-
-# Of results/tune-DiceSum.json at commit 305aea6: each method's best mean of its four trials
-BEST_FROM_THE_EARLIER_START = (
-    *(("sapo", 0.845), ("ppo", 0.862), ("vc-ppo", 0.811), ("grpo", 0.795), ("gspo", 0.746)),
-    *(("srpo", 0.759), ("spo-chain", 0.663), ("vineppo", 0.625), ("spo-tree", 0.684)),
-)
 
 
 def test_every_claim_with_a_figure_is_tested():
@@ -1594,8 +1605,8 @@ def test_what_was_tried_on_other_games_is_what_the_page_says():
     assert max(baby["explained_variance"]) < 0.03 and baby["seconds"][-1] > 9 * 60
     assert f"the warm start wins {textworld['before']['eval_accuracy']:.3f}, so" in page
     assert (
-        f"wins {today['before']['eval_accuracy']:.3f} ({today['date']}): "
-        f"{today['right_thoughts']:.0%} of its thoughts" in page
+        f"Today's start wins {today['before']['eval_accuracy']:.3f} ({today['date']}), which is "
+        f"not told apart from that: {today['right_thoughts']:.0%} of its thoughts" in page
     )
     assert f"and {today['right_commands']:.0%} of its commands are the bot's" in page
 

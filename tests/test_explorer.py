@@ -239,10 +239,11 @@ def test_it_opens_on_the_wrong_answer_of_which_the_critic_noticed_most(run, open
     flat = judged("flat", [0.1] * 12)
     noticed = judged("noticed", [0.9] * 6 + [0.2] * 6)
     late = judged("late", [0.9] * 9 + [0.0] * 3)  # it falls at a wrong step, and not at the first
+    hopeful = judged("hopeful", [0.1] * 6 + [0.8] * 6)  # it rises where it should fall
     right = judged("right", [0.9] * 6 + [0.0] * 6, reward=1.0, steps=[(0, 11, True)])
-    write_lines(run, "samples.jsonl", [flat, late, right, noticed])
+    write_lines(run, "samples.jsonl", [hopeful, flat, late, right, noticed])
     page = open_page(explorer(run))
-    order = ["noticed", "right", "flat", "late"]  # as it falls; the right one by turns
+    order = ["noticed", "right", "flat", "late", "hopeful"]  # as it falls; the right one by turns
     assert [r["id"] for r in page.evaluate("DATA.checkpoints[0].responses")] == order
     assert page.locator("#response").input_value() == "noticed"
 
@@ -250,9 +251,9 @@ def test_it_opens_on_the_wrong_answer_of_which_the_critic_noticed_most(run, open
 @pytest.mark.parametrize(
     ("changes", "fall"),
     [
-        ({}, -0.3),
-        ({"written": [True] * 6 + [False] * 3 + [True] * 3}, -0.6),  # over what the world replied
-        ({"steps": [[9, 11, False]]}, -0.9),  # at the end V is 0
+        ({}, 0.3),
+        ({"written": [True] * 6 + [False] * 3 + [True] * 3}, 0.6),  # over what the world replied
+        ({"steps": [[9, 11, False]]}, 0.9),  # at the end V is 0
         ({"steps": [[0, 11, True]]}, 0.0),
         ({"values": None}, 0.0),
     ],
