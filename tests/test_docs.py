@@ -1189,7 +1189,10 @@ def test_what_is_not_equal_in_the_comparison_is_what_the_page_says():
     page, runs = prose("docs/results.md"), result("tune-DiceSum.json")["runs"]
     for method in ("sapo", "ppo", "vc-ppo"):
         rates = {trial.split()[1] for trial in sweep.trials_of(runs, method)}
-        assert sweep.chosen_trial(runs, method)[1] == "2e-4" == max(rates, key=float)
+        rate, lam = sweep.chosen_trial(runs, method)[1::2]
+        assert rate == "2e-4" == max(rates, key=float) and lam == "0.95", (
+            "larger ones may be better"
+        )
     for method in ("grpo", "gspo", "srpo", "spo-chain", "vineppo", "spo-tree"):
         rates = [trial.split()[1] for trial in sweep.trials_of(runs, method)]
         assert sweep.chosen_trial(runs, method)[1] in rates[1:-1], "not at the grid's edge"
@@ -1490,6 +1493,11 @@ def test_nine_dice_by_todays_default_are_what_the_page_says():
         f"and the clip holds back {clipped[0]:.2%} to {clipped[-1]:.2%} of the tokens"
     )
     assert said in page
+    training, start = (
+        sorted(round(run[kind] / 60) for run in runs) for kind in ("seconds", "warm_start_seconds")
+    )
+    assert (training[0], training[-1], start[0], start[-1]) == (8, 9, 4, 6)
+    assert "eight to nine minutes of one core after a warm start of four to six" in page
 
 
 def test_nine_dice_are_what_the_page_says():
