@@ -534,6 +534,7 @@ class Transcripts:
         self.vlm, self.inputs = vlm, inputs
         count = len(inputs["input_ids"])
         empty = inputs["input_ids"].new_zeros(0)
+        self.prompt_lengths = inputs["attention_mask"].sum(1).tolist()
         self.tokens = [empty] * count  # of each row, (T of the row,)
         self.written = [empty.bool()] * count  # which of them the policy wrote
         # (tokens before it, its picture tensors by name) of each reply that has pictures
@@ -551,7 +552,7 @@ class Transcripts:
 
     def length(self, row: int) -> int:
         """Of the prompt and all that came after it, in tokens."""
-        return int(self.inputs["attention_mask"][row].sum()) + len(self.tokens[row])
+        return self.prompt_lengths[row] + len(self.tokens[row])
 
     def open_turn(self, row: int) -> int:
         """How many tokens the policy has written since it last heard something."""
@@ -656,13 +657,14 @@ def continued(vlm: VLM, inputs: Inputs, rows, tokens: Tensor, written: Tensor, r
     the rows. Rows are not aligned again: between what one has read and its reply there may be a
     gap, which the attention mask leaves out, and by which positions are counted.
     """
+    cache, attention = inputs["past_key_values"], inputs["attention_mask"]
+    all_go_on = list(rows) == list(range(len(attention)))
     rows = torch.as_tensor(rows, device=tokens.device)
-    cache = inputs["past_key_values"]
-    cache.batch_select_indices(rows)
+    if not all_go_on:  # if they do, it would be copied for nothing
+        cache.batch_select_indices(rows)
     ids = [of_row[None] for of_row, _ in replies]
     heard = _stacked(ids, left=True, filling=vlm.eos_ids[0])
     is_heard = _stacked([torch.ones_like(of_row) for of_row in ids], left=True, filling=0)
-    attention = inputs["attention_mask"]
     pictures = _joined_pictures(vlm, [[of_reply] for _, of_reply in replies])
     return Inputs(
         {
