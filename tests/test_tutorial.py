@@ -295,6 +295,9 @@ def test_the_update_in_the_committed_page_moved_what_the_text_says():
     assert f"expected {expected[0]:.2f} and {expected[1]:.2f} from the start" in text
     clip = baselines.SETTINGS["sapo"]["clip_low"]
     assert f"stays at 0.94, beyond the clip at {1 - clip:g}." in text and 1 - clip > 0.94
+    for said in ("and {} in `train.py`.)", "(0.2 in the picture, {} in `train.py`)"):
+        assert said.format(clip) in text
+    assert f"`train.py` runs SAPO at {clip} (`baselines.SETTINGS`)" in text
 
 
 def test_all_of_them_can_be_drawn(tmp_path, monkeypatch):
