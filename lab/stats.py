@@ -52,10 +52,12 @@ def probability_of_improvement(values, others, draws=2000, seed=0):
 
 def of_reuse(runs):
     """What is told of a variant that uses its rollouts often: the interquartile mean of the
-    accuracy, the mean share of tokens clipped, the largest approx_kl of any run."""
+    accuracy, the mean share of tokens clipped, the largest approx_kl of any run (parts of a curve
+    that are NaN have none)."""
     accuracy = float(iqm([run["accuracy"] for run in runs]))
     clipped = float(np.mean([np.mean(run["curve"]["clip_fraction"]) for run in runs]))
-    return accuracy, clipped, max(max(run["curve"]["approx_kl"]) for run in runs)
+    divergences = np.concatenate([run["curve"]["approx_kl"] for run in runs])
+    return accuracy, clipped, float(np.nanmax(divergences))
 
 
 def auroc(scores, right):

@@ -98,3 +98,14 @@ def test_the_interval_of_an_improvement_is_that_of_the_normal_distribution():
     _, low, high = stats.probability_of_improvement(rng.normal(size=n), rng.normal(size=m))
     width = 2 * 1.96 * math.sqrt((n + m + 1) / (12 * n * m))
     assert high - low == pytest.approx(width, rel=0.15)
+
+
+def test_of_reuse_the_largest_divergence_counts_wherever_a_curve_has_nothing():
+    def run(*divergences):
+        curve = {"approx_kl": divergences, "clip_fraction": [0.1] * len(divergences)}
+        return {"accuracy": 0.5, "curve": curve}
+
+    nothing = float("nan")
+    for curve in ((nothing, 0.3, 0.1), (0.3, nothing, 0.1), (0.1, 0.3, nothing)):
+        accuracy, clipped, divergence = stats.of_reuse([run(*curve), run(0.2)])
+        assert (accuracy, clipped, divergence) == (0.5, pytest.approx(0.1), 0.3)
