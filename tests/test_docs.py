@@ -1015,6 +1015,9 @@ def test_what_the_comparison_shows_is_what_its_runs_hold():
     assert "of VC-PPO with {}, above one of GRPO with {}. All".format(*said[1:]) in page
     not_told_apart = {label for label, (_, low, high) in chances.items() if low <= 0.5 <= high}
     assert not_told_apart == set(four[1:])
+    critic = probability_of_improvement(accuracies["ppo"], accuracies["grpo"])
+    said = "seen in PPO alone: it ends above GRPO in {:.2f} of the pairs ({:.2f} to {:.2f})."
+    assert said.format(*critic) in page and critic[1] > 0.5
     said = ["{:.2f} ({:.2f} to {:.2f})".format(*chances[method]) for method in ("gspo", "srpo")]
     others = "GSPO in {} of the pairs, SRPO in {}, those that sample their values in all"
     assert others.format(*said) in page
