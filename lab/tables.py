@@ -152,21 +152,26 @@ def four_epochs_table(unbounded, bounded, free=()) -> str:
     return markdown(heads, rows)
 
 
-# What was tried on other tasks: {what the runs are: their files}.
-NINE_DICE = {
-    "today's default": "nine-dice-today-seed*.json",
-    "warm start of 600 steps, lambda 0.8, clip 0.2, 65 rollouts": "nine-dice-600-seed*.json",
-    "warm start of 1200 steps": "nine-dice-seed*.json",
-    "the same, and the critic learns from the outcomes": "nine-dice-outcomes-seed*.json",
-    "warm start of 1200 steps, lambda 0.95": "nine-dice-lambda-0.95-seed*.json",
-    "the same, and the critic hears nothing": "nine-dice-deaf-seed*.json",
-}
-TEN_ARROWS = {
-    "today's default, warm start of 600 steps": "arrows-today-seed*.json",
-    "lambda 0.7": "arrows-default-seed*.json",
-    "lambda 0.95": "arrows-lambda-0.95-seed*.json",
-    "lambda 0.7, the critic hears nothing": "arrows-deaf-seed*.json",
-    "lambda 0.7, whitened": "arrows-whitened-seed*.json",
+# Runs of train.py on other tasks: {the files of a table: {what the runs are: their files}}
+TRIED = {
+    "nine-dice-today-*.json": {"today's default": "nine-dice-today-seed*.json"},
+    "nine-dice-*.json": {
+        "warm start of 600 steps, lambda 0.8, clip 0.2, 65 rollouts": "nine-dice-600-seed*.json",
+        "warm start of 1200 steps": "nine-dice-seed*.json",
+        "the same, and the critic learns from the outcomes": "nine-dice-outcomes-seed*.json",
+        "warm start of 1200 steps, lambda 0.95": "nine-dice-lambda-0.95-seed*.json",
+        "the same, and the critic hears nothing": "nine-dice-deaf-seed*.json",
+    },
+    "arrows-today-*.json": {
+        "warm start of 600 steps": "arrows-today-seed*.json",
+        "warm start of 2400 steps, lambda 0.95": "arrows-today-2400-seed*.json",
+    },
+    "arrows-*.json": {
+        "lambda 0.7": "arrows-default-seed*.json",
+        "lambda 0.95": "arrows-lambda-0.95-seed*.json",
+        "lambda 0.7, the critic hears nothing": "arrows-deaf-seed*.json",
+        "lambda 0.7, whitened": "arrows-whitened-seed*.json",
+    },
 }
 
 
@@ -367,7 +372,7 @@ def all_tables() -> dict[str, str]:
     worlds = summaries("worlds-*.json")
     if worlds:
         tables["worlds-*.json"] = worlds_table(worlds)
-    for name, files_of in {"nine-dice-*.json": NINE_DICE, "arrows-*.json": TEN_ARROWS}.items():
+    for name, files_of in TRIED.items():
         tried = {what: summaries(files) for what, files in files_of.items()}
         if any(tried.values()):
             tables[name] = tried_table(tried)

@@ -42,20 +42,21 @@ from tasks.base import split_of
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 KINDS = (*sweep.EXPERIMENTS, "truth", "lift", "critic")  # of measurements, by a file's first word
+MEASURED_ON = ("docs/results.md", "docs/earlier.md")  # today's measurements, and those before
 PAGES = [
-    *("README.md", "tutorial.md"),
-    *(f"docs/{name}.md" for name in ("results", "metrics", "models", "games", "theorems")),
+    *("README.md", "tutorial.md", *MEASURED_ON),
+    *(f"docs/{name}.md" for name in ("metrics", "models", "games", "theorems")),
 ]
 
 
-def text(page):
-    """The text of a page."""
-    return (ROOT / page).read_text()
+def text(*pages):
+    """The text of some pages."""
+    return "\n".join((ROOT / page).read_text() for page in pages)
 
 
-def prose(page):
-    """The text of a page with single blanks, so that a sentence is found across lines."""
-    return " ".join(text(page).split())
+def prose(*pages):
+    """The text of some pages with single blanks, so that a sentence is found across lines."""
+    return " ".join(text(*pages).split())
 
 
 def result(name):
@@ -92,9 +93,9 @@ def test_python_examples_run_and_print_what_stands_below_them(page, code, output
 
 
 # ----------------------------------------------------------------------------------- commands
-def commands_of(page):
-    """Every `python ...` of a page: the lines of its code blocks, and code within a sentence."""
-    joined = text(page).replace("\\\n", " ")
+def commands_of(*pages):
+    """Every `python ...` of some pages: the lines of their code blocks, and code in a sentence."""
+    joined = text(*pages).replace("\\\n", " ")
     blocks = re.findall(r"^```\w*\n(.*?)^```", joined, re.DOTALL | re.MULTILINE)
     sentences = re.sub(r"^```.*?^```", "", joined, flags=re.DOTALL | re.MULTILINE)
     codes = [line for block in blocks for line in block.splitlines()]
@@ -302,7 +303,7 @@ def test_the_time_from_start_to_end_is_what_results_hold():
 
 
 def test_why_the_default_changed_is_what_results_hold():
-    page, stuck = prose("docs/results.md"), result("stuck-sapo-seed0.json")
+    page, stuck = prose(*MEASURED_ON), result("stuck-sapo-seed0.json")
     assert (stuck["command"], stuck["seed"], stuck["threads"]) == (
         "python train.py --name whole",
         0,
@@ -333,14 +334,14 @@ def test_why_the_default_changed_is_what_results_hold():
 
 
 def test_the_default_of_today_is_the_one_that_the_page_names():
-    page, (settings, config) = prose("docs/results.md"), train.parse([])
+    page, (settings, config) = prose(*MEASURED_ON), train.parse([])
     assert f"lambda {config.lam} in place of 0.7, a clip of {config.clip_low} in place" in page
     assert config.clip_low == config.clip_high and settings.warm_start_lr == 5e-3
     assert "a warm start at a rate of 5e-3 in place of 3e-3" in page
 
 
 def test_what_the_start_could_copy_is_what_results_hold():
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     starts = {
         (row["seed"], row["spread"], row["steps"], row["batch"], row["rate"]): row
         for row in result("copying.json")["starts"]
@@ -550,16 +551,16 @@ def test_the_results_page_has_the_command_and_the_date_of_each_measurement(name)
     measured = result(name)
     # A file that more than one command has filled says of each outcome which
     for told in [measured] if "command" in measured else measured["measured"]:
-        assert told["command"] in commands_of("docs/results.md")
-        assert told["date"] in text("docs/results.md")
+        assert told["command"] in commands_of(*MEASURED_ON)
+        assert told["date"] in text(*MEASURED_ON)
 
 
 @pytest.mark.parametrize("source", TABLES)
 def test_the_tables_of_the_pages_are_what_results_hold(source):
-    pages = {"worlds-*.json": "docs/games.md", "theorems.json": "docs/theorems.md"}
-    page = pages.get(source.split(",")[0], "docs/results.md")
+    others = {"worlds-*.json": ["docs/games.md"], "theorems.json": ["docs/theorems.md"]}
+    pages = others.get(source.split(",")[0], MEASURED_ON)
     whole = f"\n\n{TABLES[source]}\n\n"  # with no rows but these
-    assert whole in text(page) + "\n"
+    assert any(whole in text(page) + "\n" for page in pages)
 
 
 def test_python_m_lab_tables_prints_them(capsys):
@@ -650,7 +651,7 @@ CLAIMS = {
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_the_figures_of_each_claim_are_what_results_hold(claim):
-    rows = text("docs/results.md").splitlines()
+    rows = text(*MEASURED_ON).splitlines()
     (row,) = [row for row in rows if row.startswith(f"| {claim}")]
     assert sorted(re.findall(r"\d+\.\d+", row.split(" | ")[2])) == sorted(CLAIMS[claim]())
 
@@ -658,18 +659,18 @@ def test_the_figures_of_each_claim_are_what_results_hold(claim):
 def test_the_older_task_and_the_ceiling_are_what_the_page_says():
     before = result("sharpening-start-seed0.json")["evaluations_before"]
     cold, greedily = (before[kind]["eval_accuracy"] for kind in ("temperature 1", "greedy"))
-    assert f"{cold:.3f} at temperature 1, {greedily:.3f} greedy" in prose("docs/results.md")
+    assert f"{cold:.3f} at temperature 1, {greedily:.3f} greedy" in prose(*MEASURED_ON)
     ceilings = [
         row["curve"][0]["auroc_in_wrong_responses"]
         for row in result("critic.json")["measured"]
         if row["variant"] == "ceiling" and row["task"] in ("later", "dice")
     ]
     said = f"64 continuations give {min(ceilings):.2f} to {max(ceilings):.2f} by that count"
-    assert said in prose("docs/results.md")
+    assert said in prose(*MEASURED_ON)
 
 
 def test_what_makes_a_critic_see_is_what_was_measured():
-    measured, page = result("critic.json")["measured"], prose("docs/results.md")
+    measured, page = result("critic.json")["measured"], prose(*MEASURED_ON)
     seeds = {(row["task"], row["seed"]) for row in measured}
     assert seeds == {
         ("later", 3),
@@ -726,7 +727,7 @@ def trial_rows(name):
 
 
 def test_the_trials_that_fell_did_so_as_the_page_says():
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     falls = {
         "seed2-at-3e-4": (4, 9, "fell from {} to {} between the fourth and the ninth rollout"),
         "seed1-lambda-0.8": (13, 17, "fell from {} to {} between the 13th and the 17th rollout"),
@@ -752,12 +753,12 @@ def test_what_a_smaller_lambda_did_is_what_the_trials_hold():
     quick, stuck = at[0, 0.6], at[1, 0.6]
     share, *_ = quick["mid_run"]["own_credit"]["share_on_first_wrong_step"]
     said = f"seed 0 had a share of {share:.2f} and was right greedily in {quick['greedy']:.3f}"
-    assert said in prose("docs/results.md")
-    assert f"ended at {stuck['accuracy']:.3f}" in prose("docs/results.md")
+    assert said in prose(*MEASURED_ON)
+    assert f"ended at {stuck['accuracy']:.3f}" in prose(*MEASURED_ON)
 
 
 def test_what_stays_wrong_is_what_the_default_runs_hold():
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     large = RUNS[0]["greedy_wrong"]["questions_with_sum_of_20_or_more"]
     for run in RUNS:
         wrong = run["greedy_wrong"]
@@ -772,7 +773,7 @@ def test_what_stays_wrong_is_what_the_default_runs_hold():
 
 
 def test_where_the_blame_lies_at_mid_run_is_what_the_runs_hold():
-    page, mids = prose("docs/results.md"), [run["mechanism"]["mid_run"] for run in RUNS]
+    page, mids = prose(*MEASURED_ON), [run["mechanism"]["mid_run"] for run in RUNS]
     said = "({}, {} and {} of them), the TD error of the first"
     assert said.format(*(mid["wrong_responses"] for mid in mids)) in page
     aurocs = [mid["auroc_of_first_wrong_step"] for mid in mids]
@@ -802,7 +803,7 @@ def test_where_the_blame_lies_at_mid_run_is_what_the_runs_hold():
 
 
 def test_what_the_earlier_default_did_is_what_results_hold():
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     shares = sorted(
         run["mid_run"]["own_credit"]["share_on_first_wrong_step"][0]
         for run in result("default-of-2026-11-26.json")["measured"]
@@ -818,7 +819,7 @@ def test_what_the_earlier_default_did_is_what_results_hold():
 
 
 def test_what_the_narrower_clip_did_is_what_the_trials_hold():
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     narrow = [
         trial
         for trial in result("trials.json")["trials"]
@@ -862,7 +863,7 @@ def test_what_is_told_apart_from_sapo_is_what_its_runs_hold():
 
 
 def test_what_lift_shows_is_what_results_hold():
-    lifts, page = result("lift-DiceSum.json"), prose("docs/results.md")
+    lifts, page = result("lift-DiceSum.json"), prose(*MEASURED_ON)
 
     def said(when, values):
         return "{:.2f} ({:.2f} to {:.2f})".format(*lifts[when][values]["lift"]["0.1"])
@@ -885,7 +886,7 @@ def test_what_lift_shows_is_what_results_hold():
 
 
 def test_what_seeing_pays_is_what_its_runs_hold():
-    middle, page = middles("seeing-DiceSum.json"), prose("docs/results.md")
+    middle, page = middles("seeing-DiceSum.json"), prose(*MEASURED_ON)
     deaf, distant = middle["sapo, hears nothing"], middle["sapo, hears nothing, lambda 0.99"]
     assert f"hears nothing ends at {deaf:.3f}, at lambda 0.99 at {distant:.3f}" in page
     assert f"do not tell these from {middle['sapo']:.3f}" in page
@@ -911,7 +912,7 @@ def test_what_seeing_pays_is_what_its_runs_hold():
 
 
 def test_what_reuse_shows_is_what_its_runs_hold():
-    runs, page = result("reuse-DiceSum.json")["runs"], prose("docs/results.md")
+    runs, page = result("reuse-DiceSum.json")["runs"], prose(*MEASURED_ON)
     assert {run["seed"] for run in runs} == set(range(5)) and len(runs) == 160
 
     def ends(kind):
@@ -981,7 +982,7 @@ def test_what_reuse_shows_is_what_its_runs_hold():
 
 
 def test_what_the_shares_of_cuts_show_is_what_their_runs_hold():
-    runs, page = result("topk-DiceSum.json")["runs"], prose("docs/results.md")
+    runs, page = result("topk-DiceSum.json")["runs"], prose(*MEASURED_ON)
     assert {run["seed"] for run in runs} == set(range(5))
     of_label = {}
     for run in runs:
@@ -1000,7 +1001,7 @@ def test_what_the_shares_of_cuts_show_is_what_their_runs_hold():
 
 
 def test_what_the_comparison_shows_is_what_its_runs_hold():
-    page, accuracies = prose("docs/results.md"), of_the_comparison()
+    page, accuracies = prose(*MEASURED_ON), of_the_comparison()
     four = ("sapo", "ppo", "vc-ppo", "grpo")
     ends = [interval(accuracies[method])[0] for method in four]
     said = "at temperature 1: {:.3f}, PPO {:.3f}, VC-PPO {:.3f}, GRPO {:.3f}."
@@ -1031,7 +1032,7 @@ def test_what_the_comparison_shows_is_what_its_runs_hold():
 
 
 def test_the_comparison_when_greedy_and_its_seconds_are_what_its_runs_hold():
-    page, runs = prose("docs/results.md"), result("main-DiceSum.json")["runs"]
+    page, runs = prose(*MEASURED_ON), result("main-DiceSum.json")["runs"]
 
     def of_runs(method, kind):
         return [run[kind] for run in runs if run["label"] == method]
@@ -1054,7 +1055,7 @@ def test_the_comparison_when_greedy_and_its_seconds_are_what_its_runs_hold():
 
 
 def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     nine = result("main-DiceSum-n=9-long.json")["runs"]
 
     def on_the_way(runs, method, tokens):
@@ -1118,7 +1119,7 @@ def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
 
 
 def test_what_ten_arrows_show_of_three_methods_is_what_their_runs_hold():
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     runs = result("main-ArrowPath-length=10-grid=4-long.json")["runs"]
     tuning = result("tune-ArrowPath-length=10-grid=4-long.json")["runs"]
     assert sweep.chosen_trial(tuning, "sapo") == ["--actor_lr", "2e-4", "--lam", "0.7"]
@@ -1151,11 +1152,11 @@ def test_what_ten_arrows_show_of_three_methods_is_what_their_runs_hold():
 def test_what_gspo_clips_is_what_its_runs_hold():
     runs = result("main-DiceSum.json")["runs"]
     clipped = [np.mean(run["curve"]["clip_fraction"]) for run in runs if run["label"] == "gspo"]
-    assert f"clips {min(clipped):.0%} to {max(clipped):.0%} of" in prose("docs/results.md")
+    assert f"clips {min(clipped):.0%} to {max(clipped):.0%} of" in prose(*MEASURED_ON)
 
 
 def test_what_wordy_answers_show_is_what_their_runs_hold():
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     runs = result("main-DiceSum-verbosity=8-long.json")["runs"]
     tuning = result("tune-DiceSum-verbosity=8-long.json")["runs"]
     assert len(tuning) == 24 and {run["seed"] for run in runs} == set(range(5))
@@ -1189,7 +1190,7 @@ def test_what_wordy_answers_show_is_what_their_runs_hold():
 
 
 def test_what_is_not_equal_in_the_comparison_is_what_the_page_says():
-    page, runs = prose("docs/results.md"), result("tune-DiceSum.json")["runs"]
+    page, runs = prose(*MEASURED_ON), result("tune-DiceSum.json")["runs"]
     for method in ("sapo", "ppo", "vc-ppo"):
         rates = {trial.split()[1] for trial in sweep.trials_of(runs, method)}
         rate, lam = sweep.chosen_trial(runs, method)[1::2]
@@ -1213,11 +1214,11 @@ def test_the_questions_of_four_dice_are_as_many_as_the_page_says():
     example, faces = DiceSum().example_at(0), list(itertools.product("123456", repeat=4))
     assert example.key == repr(example.content) == repr((example.content[0],))
     held_out = sum(split_of(repr((four,))) == "eval" for four in faces)
-    assert f"show {len(faces):,} outcomes, {held_out} of them held out" in prose("docs/results.md")
+    assert f"show {len(faces):,} outcomes, {held_out} of them held out" in prose(*MEASURED_ON)
 
 
 def test_what_hearing_brings_is_what_results_hold():
-    page, trials = prose("docs/results.md"), result("trials.json")["trials"]
+    page, trials = prose(*MEASURED_ON), result("trials.json")["trials"]
     for hears, said in (
         ("nothing", "{:.2f} to {:.2f} in the seven trials"),
         ("logp", "{:.2f} to {:.2f} with it"),
@@ -1253,7 +1254,7 @@ def tuned(kind, method, flags):
 
 
 def test_what_the_tuning_shows_is_what_its_trials_hold():
-    page, runs = prose("docs/results.md"), result("tune-DiceSum.json")["runs"]
+    page, runs = prose(*MEASURED_ON), result("tune-DiceSum.json")["runs"]
     assert {run["seed"] for run in runs} == {10, 11} and len(runs) == 72
     means = [
         f"{tuned('accuracy', method, f'2e-4 --lam {lam}'):.3f}"
@@ -1292,14 +1293,14 @@ def test_what_the_tuning_shows_is_what_its_trials_hold():
 
 
 def test_every_claim_with_a_figure_is_tested():
-    table = text("docs/results.md").split("| the paper | here |")[1].split("\n\n")[0]
+    table = text(*MEASURED_ON).split("| the paper | here |")[1].split("\n\n")[0]
     rows = [row for row in table.splitlines() if re.search(r"\d\.\d", row.split(" | ")[-1])]
     assert len(rows) == len(CLAIMS)
 
 
 def test_what_the_players_of_treasure_show_is_what_their_runs_hold():
     runs = result("games-Treasure-picture=false-sight=2-walls=0-text.json")["runs"]
-    page, of = prose("docs/results.md"), {(run["label"], run["seed"]): run for run in runs}
+    page, of = prose(*MEASURED_ON), {(run["label"], run["seed"]): run for run in runs}
     assert len(runs) == 40
 
     def span(*seeds):
@@ -1330,7 +1331,7 @@ def probability_said(one, other):
 
 
 def test_the_default_on_ten_seeds_is_what_the_page_says():
-    page, runs = prose("docs/results.md"), result("seeds-DiceSum-default.json")["runs"]
+    page, runs = prose(*MEASURED_ON), result("seeds-DiceSum-default.json")["runs"]
     ends, small = (
         {run["seed"]: (run["accuracy"], run["greedy"]) for run in runs if run["label"] == label}
         for label in ("sapo", "sapo, lambda 0.7")
@@ -1363,7 +1364,7 @@ def test_the_default_on_ten_seeds_is_what_the_page_says():
 
 
 def test_the_default_of_before_is_what_the_page_says():
-    page, runs = prose("docs/results.md"), result("parts-DiceSum-earlier.json")["runs"]
+    page, runs = prose(*MEASURED_ON), result("parts-DiceSum-earlier.json")["runs"]
 
     def ends(label, key="accuracy", seeds=range(10)):
         return sorted(run[key] for run in runs if run["label"] == label and run["seed"] in seeds)
@@ -1400,7 +1401,7 @@ def test_the_default_of_before_is_what_the_page_says():
 
 
 def test_small_batches_are_what_the_page_says():
-    page, small = prose("docs/results.md"), middles("seeing-DiceSum-small-batches.json")
+    page, small = prose(*MEASURED_ON), middles("seeing-DiceSum-small-batches.json")
     said = "{:.3f} with a critic that hears, {:.3f} without, {:.3f} at lambda 0.99; the intervals"
     assert said.format(*small.values()) in page
 
@@ -1417,7 +1418,7 @@ def test_four_epochs_without_the_bound_end_as_the_page_says():
     for seed in range(5):
         bound, free = (result(f"epochs4-{kind}seed{seed}.json") for kind in ("", "free-"))
         assert abs(bound["accuracy"] - free["accuracy"]) < 0.04
-    assert "on each seed the two end within 0.04 of each other" in prose("docs/results.md")
+    assert "on each seed the two end within 0.04 of each other" in prose(*MEASURED_ON)
     assert collapsed("epochs4-free-seed*.json") == (0, 5)
 
 
@@ -1428,7 +1429,7 @@ NUMBERS = dict(
 
 
 def test_ten_arrows_are_what_the_page_says():
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     ends = [
         result("arrows-today-seed3.json")[kind]["temperature 1"]["eval_accuracy"]
         for kind in ("evaluations_before", "evaluations")
@@ -1440,7 +1441,7 @@ def test_ten_arrows_are_what_the_page_says():
     assert f"{said}{early['accuracy']:.0%} of its answers" in page
     assert f"2400 these are {late['steps']['other'][1]:.0%}, and of the steps" in page
     assert f"concerns it gets {late['steps']['hard'][1]:.0%} right" in page
-    assert late["command"] in commands_of("docs/results.md")
+    assert late["command"] in commands_of(*MEASURED_ON)
     files = {kind: sorted(RESULTS.glob(f"arrows-{kind}-seed?.json")) for kind in ARROWS}
     runs = {kind: [json.loads(file.read_text()) for file in files[kind]] for kind in ARROWS}
     for run in (*runs["lambda-0.95"], *runs["deaf"]):
@@ -1474,7 +1475,7 @@ def test_ten_arrows_are_what_the_page_says():
 
 def test_nine_dice_by_todays_default_are_what_the_page_says():
     runs = [result(f"nine-dice-today-seed{seed}.json") for seed in range(3)]
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     for run in runs:
         settings, config = train.parse(shlex.split(run["command"])[2:])
         of_task = train.parse(["--env_args", "n=9", "--max_new_tokens", "96"])
@@ -1508,7 +1509,7 @@ def test_nine_dice_are_what_the_page_says():
         result(f"nine-dice-seed{seed}.json")["greedy_steps"]["steps"] for seed in (0, 1)
     )
     earlier = result("nine-dice-600-seed1.json")["greedy_steps"]["steps"]
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     assert f"gets {earlier['other sum'][1]:.0%} of the sums right that do not even carry" in page
     assert {kind for kind, (_, share) in learned.items() if share < 1} == {"carry into 40"}
     assert stuck["read a six"] == [742, 0.0] and stuck["carry into 30"][1] == 1
@@ -1532,7 +1533,7 @@ def collapsed(files):
 def test_four_epochs_collapse_as_often_as_the_page_says():
     assert collapsed("epochs4-unbounded-seed*.json") == (2, 3)
     assert collapsed("epochs4-seed*.json") == (0, 5)
-    page = prose("docs/results.md")
+    page = prose(*MEASURED_ON)
     claim = "at four epochs two seeds of three collapse, and with a KL bound the same two do not"
     assert claim in page and "With today's default none of five does, with the bound or" in page
     bound_alone = [
@@ -1544,9 +1545,9 @@ def test_four_epochs_collapse_as_often_as_the_page_says():
 
 
 def test_what_the_guards_did_is_what_their_runs_hold():
-    page, of_guard = prose("docs/results.md"), {}
+    page, of_guard = prose(*MEASURED_ON), {}
     for run in result("cures.json")["measured"]:
-        assert run["command"] in commands_of("docs/results.md")
+        assert run["command"] in commands_of(*MEASURED_ON)
         of_guard.setdefault(run["label"], []).append(run)
     assert list(of_guard) == list(cures.GUARDS)
     assert [sorted(r["seed"] for r in runs) for runs in of_guard.values()] == [[0, 1, 2]] * 7
@@ -1593,7 +1594,7 @@ def test_the_figures_of_results_are_drawn_from_results(tmp_path):
 def test_a_figure_has_as_many_rows_as_its_text_says(name, alt, count):
     ends = figures.comparison_figure(result(f"{name}.json")).axes[0]
     assert len(ends.get_yticklabels()) == count
-    page = (ROOT / "docs" / "results.md").read_text()
+    page = text(*MEASURED_ON)
     assert re.search(rf"!\[{re.escape(alt)}[^]]*\]\(\.\./results/{re.escape(name)}\.svg\)", page)
 
 
@@ -1749,7 +1750,7 @@ def test_what_is_said_of_the_made_up_inputs_is_what_was_run():
 
 
 def test_the_credit_and_the_gradients_are_what_results_hold():
-    found, page = result("truth-DiceSum.json"), prose("docs/results.md")
+    found, page = result("truth-DiceSum.json"), prose(*MEASURED_ON)
     methods = found["methods"]
     firsts = [methods[f"sapo{at}"]["auroc_of_first_wrong_step"] for at in AT_LAMBDAS]
     between = [
