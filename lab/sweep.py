@@ -129,6 +129,7 @@ EXPERIMENTS = {
     "controls": {
         "sapo": [],
         "sapo, token ratio": ["--ratio", "token", *WIDE],
+        "sapo, the token ratio's clip": WIDE,
         "sapo, V at end": ["--value_at", "end"],
         "sapo, token mean": ["--average", "token"],
     },
