@@ -38,8 +38,8 @@ import sapo
 from sapo import setting
 
 # What a method changes in the settings. The paper runs PPO at lambda 0.95 and SAPO at 0.99 (here it
-# is 0.9): a comparison that changes the unit and the horizon at once. --method ppo --lam 0.9
-# changes the unit alone. A ratio that is a mean, over
+# is 0.9): a comparison that changes the unit and the horizon at once. --method ppo --lam 0.9 has
+# SAPO's lambda; the unit, and with it ratio and clip, is what is left. A ratio that is a mean, over
 # a segment or a response, moves less than a token's, so SAPO and GSPO have a narrower clip.
 SETTINGS = {
     "sapo": {"clip_low": 0.04, "clip_high": 0.04},

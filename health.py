@@ -21,7 +21,9 @@ class Sign:
     remedy: str
 
 
-KL_BOUND = 0.2  # nats per token; healthy runs here stay below 0.08, collapses reach 1
+# Nats per token. The default stays below 0.02, and collapses reach 1. With four epochs two runs
+# passed 0.2 for a moment and recovered, so a line is a warning and no verdict.
+KL_BOUND = 0.2
 
 
 def _moves_too_far(metrics):

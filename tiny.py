@@ -5,8 +5,9 @@ and random weights. It has one token per character and per tag, is saved with it
 by `vlm.load` like any other checkpoint, and needs no torchvision.
 
 Random weights never earn a reward, so there would be nothing to reinforce. The *warm start* lets
-the model read demonstrations whose every step is wrong with some probability: it then knows the
-format, and makes such slips, which RL can take away again. It is cached under runs/cache/.
+the model read the demonstrations of a teacher with bad habits, who slips now and then besides: it
+then knows the format, and has the habits, which RL can take away again. It is cached under
+runs/cache/.
 """
 
 import hashlib
@@ -149,9 +150,10 @@ ALONE = 1 / 2
 def warm_start(task, settings, directory):
     """Write a tiny model into `directory` that has read noisy demonstrations of a task.
 
-    Each step of a demonstration is wrong with probability settings.error_rate, and what follows
-    carries on consistently. Examples and slips are drawn from one NumPy generator, which
-    settings.seed starts, as it does the weights; torch's random stream does not move.
+    Where the task has a habit it wins as often as the task says; any other step is wrong with
+    probability settings.error_rate. What follows carries on consistently. Examples and slips are
+    drawn from one NumPy generator, which settings.seed starts, as it does the weights; torch's
+    random stream does not move.
 
     task: a tasks.Task. Raises its ValueError where it has no demonstrations.
     settings: train.Settings; seed, device, error_rate and those that begin with warm_start_ count.

@@ -1,7 +1,7 @@
 """Train a vision-language model with SAPO (arXiv:2605.01327), or with one of its neighbours.
 
     python train.py                                          # DiceSum, a tiny model, two CPU cores
-    python train.py --method ppo --seed 1                    # the same with tokens for segments
+    python train.py --method ppo --seed 1                    # PPO: tokens in place of segments
     python train.py --model FOLDER --env SAPO/Dataset-v0 --env_args path=mine.parquet --lora 16
     python train.py --resume runs/DiceSum-sapo-topk-seed0    # go on where it was cut
 

@@ -4,9 +4,11 @@
     python train.py --iterations 34 --critic_hears nothing --name half-deaf
     python -m lab.episode runs/half runs/half-deaf        # -> results/episode.json
 
-Both runs stop half-way, where the policy still makes mistakes. The first wrote the response, and
-its critic valued it; the critic of the second, which hears nothing, values the same text. Chosen is
-the first held-out response whose only wrong step is its second or third reading.
+The committed file is of 2026-11-28: of the default of then (lambda 0.7, a clip of 0.1, and another
+warm start), which commit 305aea6 has. Both runs stop half-way, where the policy still makes
+mistakes. The first wrote the response, and its critic valued it; the critic of the second, which
+hears nothing, values the same text. Chosen is the first held-out response whose only wrong step is
+its second or third reading.
 
 Then one step of REINFORCE is made on this response alone, by the policy of the warm start, which
 has bad habits: the probability of each digit, before the step and after it, where the wrong

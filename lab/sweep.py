@@ -56,8 +56,8 @@ TOP_K_PERCENT = (5, 10, 20, 30, 50, 100)
 # How often can a rollout be used? The ratio and its clip are there for that, so the bound on the KL
 # divergence, a guard of ours, is off in every variant but the last.
 UNBOUNDED = ["--target_kl", "inf"]
-# The mean over a segment or a response scatters less than a token's ratio or a product of them
-# does, so these two have the wider clip that PPO has.
+# A token's ratio, and a product of them, scatter more than a mean over a segment or a response, so
+# those two have the wider clip that PPO has.
 WIDE = ["--clip_low", "0.2", "--clip_high", "0.2"]
 REUSED = {
     "segment ratio": UNBOUNDED,

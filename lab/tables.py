@@ -210,7 +210,7 @@ def trials_table(results) -> str:
             *(trial[name] for name in ("seed", "habits")),
             "{spread:g}, {rate:g}".format(**trial.get("start", FIRST_START)),
             trial["critic_hears"],
-            max(trial.get("value_pretraining", 0) - 1, 0),
+            trial.get("value_pretraining", 0),
             *(trial[name] for name in ("lam", "batch")),
             f"{trial['epochs']} x {trial['batch'] // trial['minibatch']}",
             f"{trial['actor_lr']:g}, {trial['critic_lr']:g}",

@@ -28,10 +28,10 @@ from flags import is_same
 from lab.stats import auroc, interval, lift
 from lab.sweep import BATCHES, EXPERIMENTS, execute, of_methods, plan
 
-# {label: flags of train.py}: SAPO at other lambdas than its own, and the methods beside it.
+# {label: flags of train.py}: SAPO at its lambda and at others, and the methods beside it.
 TRUTH = {
     "sapo": [],
-    **{f"sapo, lambda {lam}": ["--lam", str(lam)] for lam in (0.99, 0.9, 0.5, 0.0)},
+    **{f"sapo, lambda {lam}": ["--lam", str(lam)] for lam in (0.99, 0.7, 0.5, 0.0)},
     **{name: flags for name, flags in EXPERIMENTS["main"].items() if name != "sapo"},
 }
 SHARES = (0.5, 0.3, 0.2, 0.1, 0.05)  # of tokens called high-entropy: q of Eq. 12

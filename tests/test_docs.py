@@ -381,7 +381,10 @@ def test_what_the_start_could_copy_is_what_results_hold():
     assert said in page
     clipped = sorted(t["clip_fraction"] for t in new)
     assert f"At 0.05 the clip held back {clipped[0]:.2%} to {clipped[-1]:.2%}" in page
-    late = {t["lam"]: t["accuracy"] for t in trials if t["value_pretraining"]}
+    first = [t for t in trials if t["value_pretraining"]]
+    assert {(t["value_pretraining"], t["iterations"]) for t in first} == {(6, 30)}
+    assert "alone in the first six rollouts" in page and "after 24 rollouts more" in page
+    late = {t["lam"]: t["accuracy"] for t in first}
     assert f"did not help: {late[0.7]:.3f} at lambda 0.7, {late[0.95]:.3f} at 0.95" in page
     at_once = {t["lam"]: t["accuracy"] for t in trials if t["iterations"] == 25}
     assert f"without it gave {at_once[0.7]:.3f} and {at_once[0.95]:.3f}" in page
@@ -395,7 +398,7 @@ def greedy(when):
 
 def test_the_default_run_gains_what_the_readme_says_first():
     before, after = greedy("evaluations_before"), greedy("evaluations")
-    assert f"the model is right {before:.0%} of the time before it and {after:.0%} after" in prose(
+    assert f"the model is right {before:.0%} of the time before RL and {after:.0%} after" in prose(
         "README.md"
     )
 
