@@ -104,8 +104,13 @@ EXPERIMENTS = {
         "sapo, hears nothing, lambda 0.99": ["--critic_hears", "nothing", "--lam", "0.99"],
         **{method: ["--method", method] for method in ("ppo", "vineppo", "spo-tree", "grpo")},
     },
-    # The default and its lambda of before, on many seeds. With a --tag of its own, as "parts"
-    "seeds": {"sapo": [], "sapo, lambda 0.7": ["--lam", "0.7"]},
+    # The default, its lambda of before, and a clip that does not hold back, on many seeds. With a
+    # --tag of its own, as "parts"
+    "seeds": {
+        "sapo": [],
+        "sapo, lambda 0.7": ["--lam", "0.7"],
+        "sapo, clip 0.2": WIDE,
+    },
     # The default, with the paper's lambda, with a smaller one, and with what is ours in it, not the
     # paper's, taken away. With a --tag of its own: without one the tuned rate and lambda take the
     # place of the default's

@@ -620,10 +620,11 @@ def middles(name):
 
 
 def parts_claim():
-    """Segment and token ratio, the best and the worst of the cuts, and every token a segment."""
-    ratios, cuts = middles("controls-DiceSum.json"), middles("cuts-DiceSum.json")
-    numbers = [ratios["sapo"], ratios["sapo, token ratio"], max(cuts.values()), min(cuts.values())]
-    numbers.append(middles("topk-DiceSum.json")["100%"])
+    """The two ratios with one clip, SAPO, the best and the worst cut, every token a segment."""
+    parts, cuts = middles("controls-DiceSum.json"), middles("cuts-DiceSum.json")
+    numbers = [parts[label] for label in ("sapo, token ratio", "sapo, the token ratio's clip")]
+    numbers += [parts["sapo"], max(cuts.values()), min(cuts.values())]
+    numbers.append(middles("topk-DiceSum-wide-clip.json")["100%"])
     return [f"{number:.3f}" for number in numbers]
 
 
@@ -851,18 +852,83 @@ def test_what_the_narrower_clip_did_is_what_the_trials_hold():
     assert f"at 0.6 from {shares[0]:.2f} to {shares[-1]:.2f}" in page
 
 
-def test_what_is_told_apart_from_sapo_is_what_its_runs_hold():
-    for name, first in (("controls-DiceSum.json", "sapo"), ("cuts-DiceSum.json", "topk")):
-        of_label = {}
-        for run in result(name)["runs"]:
-            of_label.setdefault(run["label"], []).append(run["accuracy"])
-        bounds = {label: interval(of_seeds) for label, of_seeds in of_label.items()}
-        middle, low, high = bounds.pop(first)
-        assert all(other <= middle for other, *_ in bounds.values()), "it comes first"
-        assert all(low <= other[2] and other[1] <= high for other in bounds.values()), "overlap"
-    assert {len(of_seeds) for of_seeds in of_label.values()} == {5}
-    spread = {label: high - low for label, (_, low, high) in bounds.items()}
-    assert max(spread, key=spread.get) == "low-prob"
+def runs_of(name):
+    """{variant: its runs} of an experiment; five seeds of each."""
+    of_label = {}
+    for run in result(name)["runs"]:
+        of_label.setdefault(run["label"], []).append(run)
+    assert {tuple(run["seed"] for run in runs) for runs in of_label.values()} == {tuple(range(5))}
+    return of_label
+
+
+def chance_of(runs, others):
+    """The probability that one of the runs ends above one of the others, with its interval."""
+    return probability_of_improvement(*([run["accuracy"] for run in of] for of in (runs, others)))
+
+
+def with_interval(chance):
+    """As the pages write it."""
+    return "{:.2f} ({:.2f} to {:.2f})".format(*chance)
+
+
+def on_the_way(runs, tokens):
+    """The interquartile mean over seeds of the training accuracy in the first so many tokens."""
+    means = []
+    for run in runs:
+        steps = zip(run["curve"]["generated_tokens"], run["curve"]["accuracy"], strict=True)
+        means.append(np.mean([accuracy for step, accuracy in steps if step <= tokens]))
+    return interval(means)[0]
+
+
+def test_what_the_ratio_and_its_clip_show_is_what_their_runs_hold():
+    page, runs = prose(*MEASURED_ON), runs_of("controls-DiceSum.json")
+    middle = middles("controls-DiceSum.json")
+    own, token, clip = (
+        runs[label] for label in ("sapo", "sapo, token ratio", "sapo, the token ratio's clip")
+    )
+    above = chance_of(token, own)
+    assert (
+        f"ends at {middle['sapo, token ratio']:.3f}, above SAPO in {with_interval(above)}" in page
+    )
+    assert above[1] > 0.5, "told apart"
+    level = chance_of(token, clip)
+    same_clip = middle["sapo, the token ratio's clip"]
+    said = f"ends at {same_clip:.3f}, and the two are not told apart"
+    assert f"{said} ({with_interval(level)})." in page and level[1] < 0.5 < level[2]
+    ways = [on_the_way(of_label, 40_000) for of_label in (token, clip, own)]
+    said = (
+        "{:.2f} of the answers are right, and {:.2f}, where SAPO with its clip of 0.04 has {:.2f}"
+    )
+    assert said.format(*ways) in page
+    held = [np.mean([np.mean(run["curve"]["clip_fraction"]) for run in of]) for of in (own, clip)]
+    said = "leaves {:.1%} of the tokens of these runs without gradient, that of 0.2 {:.1%}."
+    assert said.format(*held) in page
+    cost = 100 * (same_clip - middle["sapo"])
+    assert f"costs {cost:.0f} points, in {with_interval(chance_of(clip, own))} of the pairs" in page
+    for label in ("sapo, V at end", "sapo, token mean"):
+        _, low, high = chance_of(runs[label], own)
+        assert low < 0.5 < high, "not told apart"
+
+
+def test_what_the_cuts_show_is_what_their_runs_hold():
+    page, runs = prose(*MEASURED_ON), runs_of("cuts-DiceSum.json")
+    middle = middles("cuts-DiceSum.json")
+    assert min(middle, key=middle.get) == "topk" and max(middle, key=middle.get) == "delimiter"
+    assert f"lowest IQM of the five, {middle['topk']:.3f}. A cut at" in page
+    chance = chance_of(runs["delimiter"], runs["topk"])
+    said = f"ends at {middle['delimiter']:.3f}, above it in {with_interval(chance)} of the pairs"
+    assert said in page
+    counts = [
+        np.mean([np.mean(run["curve"]["segments_per_response"]) for run in runs[label]])
+        for label in ("delimiter", "topk")
+    ]
+    assert "(delimiters make {:.1f} of an answer, entropy makes {:.1f};".format(*counts) in page
+    others = [label for label in runs if label not in ("topk", "delimiter")]
+    ends = sorted(middle[label] for label in others)
+    assert f"the others at {ends[0]:.3f} to {ends[-1]:.3f}" in page and len(others) == 3
+    for label in others:
+        _, low, high = chance_of(runs[label], runs["topk"])
+        assert low < 0.5 < high, "not told apart"
 
 
 def test_what_lift_shows_is_what_results_hold():
@@ -893,24 +959,19 @@ def test_what_seeing_pays_is_what_its_runs_hold():
     deaf, distant = middle["sapo, hears nothing"], middle["sapo, hears nothing, lambda 0.99"]
     assert f"hears nothing ends at {deaf:.3f}, at lambda 0.99 at {distant:.3f}" in page
     assert f"do not tell these from {middle['sapo']:.3f}" in page
-    assert f"in its place, ends at {middle['grpo']:.3f}" in page
-    of_label = {}
-    for run in result("seeing-DiceSum.json")["runs"]:
-        of_label.setdefault(run["label"], []).append(run["accuracy"])
-    vine, tree = (
-        [
-            run["iterations"]
-            for run in result("seeing-DiceSum.json")["runs"]
-            if run["label"] == method
-        ]
-        for method in ("vineppo", "spo-tree")
-    )
-    assert {16 * count for count in vine} == {176} and set(tree) <= {37, 38}  # of two questions
-    assert "learns from 176 answers in all, SPO-tree from the branches of some 74" in page
-    chance, *_ = probability_of_improvement(of_label["sapo"], of_label["grpo"])
-    assert round(10 * chance) == 9
+    runs = runs_of("seeing-DiceSum.json")
+    counts = [[run["iterations"] for run in runs[name]] for name in ("vineppo", "spo-tree")]
+    assert counts == [[11] * 5, [37] * 5]  # of 16 answers, of two questions
+    said = f"learns from {16 * 11} answers in all, SPO-tree from the branches of some {2 * 37}"
+    assert said in page
+    assert chance_of(runs["ppo"], runs["grpo"])[0] == 1 and "in its place, in all pairs" in page
+    of_grpo = with_interval(chance_of(runs["sapo"], runs["grpo"]))
+    assert f"holds back](#sapo-taken-apart), in {of_grpo}. PPO" in page
+    of_ppo = chance_of(runs["ppo"], runs["sapo"])
+    assert f"PPO ends above SAPO in {with_interval(of_ppo)} of the pairs here" in page
+    assert of_ppo[1] > 0.5
     for label in ("sapo, hears nothing", "sapo, hears nothing, lambda 0.99"):
-        _, low, high = probability_of_improvement(of_label["sapo"], of_label[label])
+        _, low, high = chance_of(runs["sapo"], runs[label])
         assert low < 0.5 < high
 
 
@@ -985,22 +1046,22 @@ def test_what_reuse_shows_is_what_its_runs_hold():
 
 
 def test_what_the_shares_of_cuts_show_is_what_their_runs_hold():
-    runs, page = result("topk-DiceSum.json")["runs"], prose(*MEASURED_ON)
-    assert {run["seed"] for run in runs} == set(range(5))
-    of_label = {}
-    for run in runs:
-        of_label.setdefault(run["label"], []).append(run["accuracy"])
-    spread = {label: interval(of_seeds) for label, of_seeds in of_label.items()}
-    middle = {label: iqm for label, (iqm, _, _) in spread.items()}
-    assert "50% comes first, by one point before the paper's 30%" in page
-    assert max(middle, key=middle.get) == "50%"
-    assert middle["50%"] - middle["30%"] == pytest.approx(0.01, abs=0.005)
-    rising = ["5%", "10%", "20%", "30%", "50%"]
-    assert "The order rises up to there" in page and sorted(rising, key=middle.get) == rising
-    assert "5% of the tokens as ends lose four points against 30%, and scatter most" in page
-    assert middle["30%"] - middle["5%"] == pytest.approx(0.04, abs=0.005)
-    widths = {label: high - low for label, (_, low, high) in spread.items()}
-    assert max(widths, key=widths.get) == "5%"
+    page, runs = prose(*MEASURED_ON), runs_of("topk-DiceSum.json")
+    few = runs["5%"]
+    of_half, of_all = (chance_of(few, runs[share]) for share in ("50%", "100%"))
+    assert f"5% ends above 50% in {with_interval(of_half)} of the pairs" in page
+    assert f"where every token is a segment, in {with_interval(of_all)}. Over" in page
+    assert of_half[1] > 0.5 and of_all[1] > 0.5
+    ways = [on_the_way(runs[share], 40_000) for share in ("100%", "30%", "10%")]
+    said = "{:.2f} of the answers are right at 100%, {:.2f} at 30% and {:.2f} at 10%."
+    assert said.format(*ways) in page
+    wide, middle = runs_of("topk-DiceSum-wide-clip.json"), middles("topk-DiceSum-wide-clip.json")
+    ends = sorted(middle.values())
+    assert f"at {ends[0]:.3f} to {ends[-1]:.3f}, 100% at {middle['100%']:.3f}; no other" in page
+    for share in ("10%", "20%", "30%", "50%", "100%"):
+        _, low, high = chance_of(wide["5%"], wide[share])
+        assert low <= 0.5 <= high, "level"
+    assert round(1.04**11, 1) == 1.5  # "half as likely again"
 
 
 def test_what_the_comparison_shows_is_what_its_runs_hold():

@@ -79,7 +79,14 @@ def test_a_subset_of_the_methods_takes_the_users_flags():
         ("main", "vc-ppo", ["vc-ppo"]),
         ("horizon", "ppo", ["ppo, lambda 0.99"]),
         ("games", "grpo", ["grpo, rate 4e-4", "grpo, rate 2e-4"]),
-        ("controls", "sapo", ["sapo", "sapo, token ratio", "sapo, V at end", "sapo, token mean"]),
+        (
+            "controls",
+            "sapo",
+            [
+                *("sapo", "sapo, token ratio", "sapo, the token ratio's clip"),
+                *("sapo, V at end", "sapo, token mean"),
+            ],
+        ),
         ("reuse", "grpo", [f"grpo, {epochs} epochs" for epochs in (1, 2, 4, 8)]),
         ("seeing", "vineppo", ["vineppo"]),
         ("cuts", "sapo", list(sweep.CUTS)),
