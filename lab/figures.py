@@ -232,7 +232,7 @@ def _listed(labels):
     """Up to three names, "PPO and VC-PPO"; of more, or of longer ones, how many: "six others"."""
     labels = [in_words(label) for label in labels]
     if len(labels) > 3 or any("," in label for label in labels):
-        return f"{_counted([len(labels)]).split()[0]} others"
+        return f"{_counted([len(labels)]).split()[0]} other{'s' if len(labels) > 1 else ''}"
     return " and ".join(filter(None, [", ".join(labels[:-1]), labels[-1]]))
 
 

@@ -323,6 +323,11 @@ HIGH, LOW = [0.8, 0.81, 0.82, 0.83, 0.84], [0.6, 0.61, 0.62, 0.63, 0.64]
             "main",
             "SAPO ends above four others, level with SRPO",
         ),
+        (
+            {"sapo": HIGH, "sapo, token ratio": LOW, "sapo, V at end": HIGH},
+            "controls",
+            "SAPO ends above one other, level with one other",
+        ),
         ({"30%": HIGH, "5%": LOW}, "topk", "A cut at 30% of the tokens ends above 5%"),
         (
             {"topk": HIGH * 2, "causal": HIGH},
