@@ -1416,7 +1416,7 @@ def test_the_default_on_ten_seeds_is_what_the_page_says():
     assert f"on seeds 5 to 9 it {said}" in page
     early = {"sapo": [], "sapo, lambda 0.7": []}
     for run in runs:
-        if run["seed"] >= 5:
+        if run["seed"] >= 5 and run["label"] in early:
             assert round(run["curve"]["generated_tokens"][0], -3) in (15000, 16000)
             early[run["label"]].append(run["curve"]["accuracy"][1])  # from there to 31,000 tokens
     assert all(a > b for a, b in zip(*early.values(), strict=True)), "more on every seed"
@@ -1425,6 +1425,25 @@ def test_the_default_on_ten_seeds_is_what_the_page_says():
     assert f"{said} default's {low:.2f} to {high:.2f}, more on every seed" in page
     unseen = sorted(ends[seed][1] for seed in range(5, 10))
     assert f"on 5 to 9 alone at {unseen[0]:.3f} to {unseen[-1]:.3f}" in page
+
+
+def test_what_a_wide_clip_does_to_the_default_is_what_its_runs_hold():
+    page, runs = prose(*MEASURED_ON), result("seeds-DiceSum-default.json")["runs"]
+    wide, own = (
+        [run for run in runs if run["label"] == label and run["seed"] >= 5]
+        for label in ("sapo, clip 0.2", "sapo")
+    )
+    assert [run["seed"] for run in wide] == [run["seed"] for run in own] == list(range(5, 10))
+    held = [np.mean([np.mean(run["curve"]["clip_fraction"]) for run in of]) for of in (wide, own)]
+    said = "leaves {:.2%} of the tokens of these runs without gradient in place of {:.2%}, seeds"
+    assert said.format(*held) in page
+    cold, warm = (sorted(run[kind] for run in wide) for kind in ("accuracy", "greedy"))
+    said = f"end at {cold[0]:.3f} to {cold[-1]:.3f}, greedy at {warm[0]:.3f} to {warm[-1]:.3f};"
+    assert f"{said} the default ends above it in {with_interval(chance_of(own, wide))}" in page
+    ways = [[on_the_way([run], 40_000) for run in of] for of in (wide, own)]
+    assert all(a > b for a, b in zip(*ways, strict=True)), "more on every seed"
+    said = "{:.2f} of its answers are right in training, of the default's {:.2f}, more on every"
+    assert said.format(*(on_the_way(of, 40_000) for of in (wide, own))) in page
 
 
 def test_the_default_of_before_is_what_the_page_says():
