@@ -31,9 +31,8 @@ import vlm
 from lab.common import writable
 
 RESULTS = Path(__file__).parents[1] / "results"
-# A head alone learns less than a critic with a backbone of its own: it takes larger steps, and is
-# listened to less. No step can be skipped in TRL, so there is no KL bound. Flags win over these
-USUAL = {"lam": 0.95, "critic_lr": 1e-2, "target_kl": float("inf")}
+# transformers' Trainer skips no step, so there is no KL bound. A flag wins over it
+USUAL = {"target_kl": float("inf")}
 # Flags of train.py that nothing here would read
 NOT_READ = (
     *("method", "cut", "credit", "critic", "resume", "generate_batch", "actor_half_life"),
