@@ -1515,6 +1515,20 @@ def test_ten_arrows_are_what_the_page_says():
         for kind in ("evaluations_before", "evaluations")
     ]
     assert "45 rollouts bring it from {:.3f} to {:.3f}.".format(*ends) in page
+    longer = result("arrows-today-2400-seed3.json")
+    ends = [
+        longer[kind]["greedy"]["eval_accuracy"] for kind in ("evaluations_before", "evaluations")
+    ]
+    assert "it is learned:** greedy from {:.3f} to {:.3f}.".format(*ends) in page
+    explained, clipped = (
+        longer["mechanism"][kind] for kind in ("explained_variance_second_half", "clip_fraction")
+    )
+    said = f"explains {explained:.2f} of the variance in the second half, and the clip holds back"
+    assert f"{said} {clipped:.2%} of the tokens. One seed" in page
+    for run in (longer, result("arrows-today-seed3.json")):
+        command = run["command"].split(" --name ")[0]
+        page_has = [sorted(words.split()) for words in commands_of("docs/results.md")]
+        assert sorted(command.split()) in page_has
     first = result("arrows-default-seed3.json")
     early, late = (result(f"steps-arrows-{steps}.json") for steps in (600, 2400))
     said = f"gets {early['steps']['other'][1]:.0%} of the steps right that no habit concerns, and "
