@@ -21,8 +21,8 @@ class Sign:
     remedy: str
 
 
-# Nats per token. Of ten runs of the default nine stay below 0.01, and collapses reach 1. But one of
-# the ten came to 0.19 for a moment, two of four epochs passed 0.2, and all three ended well: a line
+# Nats per token. Of ten runs of the default nine stay far below it, and collapses reach 1. But one
+# of the ten passed it in one rollout, two of four epochs did, too, and all three ended well: a line
 # is a warning and no verdict.
 KL_BOUND = 0.2
 

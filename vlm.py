@@ -482,12 +482,12 @@ def encode_replies(vlm: VLM, replies: list[str], images: list) -> list[tuple[Ten
         return []
     between = functools.cache(functools.partial(_between_turns, vlm))  # replies repeat, too
     texts = [between(reply, len(own)) for reply, own in zip(replies, images, strict=True)]
-    if any(images):
-        inputs = _encoded(vlm, texts, images, goes_on=True)
-        _check_picture_of_reply(inputs)
-    else:
-        inputs = vlm.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-        inputs = Inputs(inputs.to(vlm.model.device))
+    if not any(images):
+        ids = vlm.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        flat = torch.tensor([token for row in ids for token in row], device=vlm.model.device)
+        return [(row, {}) for row in flat.split([len(row) for row in ids])]
+    inputs = _encoded(vlm, texts, images, goes_on=True)
+    _check_picture_of_reply(inputs)
     encoded = []
     for row in range(len(texts)):
         own = take(inputs, torch.tensor([row]))
@@ -652,15 +652,15 @@ def with_cache(vlm: VLM, inputs: Inputs) -> Inputs:
 def continued(vlm: VLM, inputs: Inputs, rows, tokens: Tensor, written: Tensor, replies) -> Inputs:
     """The prompts of the next turn on top of kept keys and values: only what is new is read.
 
-    inputs: those of the turn before, from `with_cache` or from here; rows: which of them go on;
-    tokens, written: what `generate` made of them; replies: an item of `encode_replies` for each of
-    the rows. Rows are not aligned again: between what one has read and its reply there may be a
-    gap, which the attention mask leaves out, and by which positions are counted.
+    inputs: those of the turn before, from `with_cache` or from here; rows: which of them go on, in
+    ascending order; tokens, written: what `generate` made of them; replies: an item of
+    `encode_replies` for each of the rows. Rows are not aligned again: between what one has read and
+    its reply there may be a gap, which the attention mask leaves out, and by which positions are
+    counted.
     """
     cache, attention = inputs["past_key_values"], inputs["attention_mask"]
-    all_go_on = list(rows) == list(range(len(attention)))
     rows = torch.as_tensor(rows, device=tokens.device)
-    if not all_go_on:  # if they do, it would be copied for nothing
+    if len(rows) < len(attention):  # of all rows the cache would be copied for nothing
         cache.batch_select_indices(rows)
     ids = [of_row[None] for of_row, _ in replies]
     heard = _stacked(ids, left=True, filling=vlm.eos_ids[0])

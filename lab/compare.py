@@ -16,7 +16,7 @@ of other flags are not replaced: --tag keeps comparisons apart.
 
 The learning rate of each method, and its lambda where it has one, is chosen by as many trials for
 each (`--experiment tune`, with seeds of its own, on the same task and --tag), and read from
-results/ where that exists.
+results/ where that exists. A line says so where only another tag was tuned.
 
 Statistics as in Agarwal et al. (arXiv:2108.13264, the rliable paper): the interquartile mean over
 seeds, and its 95% interval by bootstrap. Left out: significance tests; read the intervals.
@@ -33,7 +33,17 @@ from tqdm import tqdm
 
 import checkpoint
 from lab.common import read_outcome, writable
-from lab.sweep import EXPERIMENTS, Sweep, execute, finished, kept_outcomes, outcome, plan, table
+from lab.sweep import (
+    EXPERIMENTS,
+    Sweep,
+    execute,
+    finished,
+    kept_outcomes,
+    outcome,
+    plan,
+    table,
+    tuning_of_another_tag,
+)
 from lab.truth import check_left, check_runs, lifts, truth
 
 # Flags of train.py that a run of a comparison has from its plan, and what to do in place of each
@@ -155,6 +165,8 @@ def main(argv=None):
         sweep, extra = parse(argv)
         first_lines = heading(sweep, argv)
         writable(sweep.file)
+        if line := tuning_of_another_tag(sweep):
+            print(line, file=sys.stderr)
         if sweep.experiment in ("truth", "lift"):
             check_command(sweep.file, first_lines["command"])
         for part in measure(sweep, extra):

@@ -55,7 +55,7 @@ def of_reuse(runs):
     accuracy, the mean share of tokens clipped, the largest approx_kl of any run (parts of a curve
     that are NaN have none)."""
     accuracy = float(iqm([run["accuracy"] for run in runs]))
-    clipped = float(np.mean([np.mean(run["curve"]["clip_fraction"]) for run in runs]))
+    clipped = float(np.mean([np.nanmean(run["curve"]["clip_fraction"]) for run in runs]))
     divergences = np.concatenate([run["curve"]["approx_kl"] for run in runs])
     return accuracy, clipped, float(np.nanmax(divergences))
 

@@ -215,6 +215,19 @@ def best_trial(sweep: Sweep, method: str) -> list[str]:
     return chosen_trial(read_outcome(file)["runs"], method)
 
 
+def tuning_of_another_tag(sweep: Sweep) -> str:
+    """A line where the task is tuned, but not under the sweep's tag, so that `best_trial` finds
+    nothing; "" otherwise."""
+    own = replace(sweep, experiment="tune").file
+    untagged = replace(sweep, experiment="tune", tag="").file
+    if sweep.experiment in ("tune", "truth", "lift") or own.is_file() or not untagged.is_file():
+        return ""
+    return (
+        f"{own.name} is not there: rates and lambdas are train.py's defaults, where no flag says "
+        f"otherwise, and not those of {untagged.name}"
+    )
+
+
 def trials_of(runs: list[dict], method: str) -> dict[str, list[dict]]:
     """{flags of a trial: its runs} of a method in a tuning, in the order of its file, which is that
     of the grid. Read from the runs: tunings on other tasks, or of other days, had other grids."""

@@ -152,7 +152,7 @@ def four_epochs_table(unbounded, bounded, free=()) -> str:
     return markdown(heads, rows)
 
 
-# Runs of train.py on other tasks: {the files of a table: {what the runs are: their files}}
+# Runs of train.py on other tasks: {a table's name: {what the runs are: their files}}
 TRIED = {
     "nine-dice-today-*.json": {"today's default": "nine-dice-today-seed*.json"},
     "nine-dice-*.json": {

@@ -878,30 +878,26 @@ def on_the_way(runs, tokens):
 
 
 def test_what_the_ratio_and_its_clip_show_is_what_their_runs_hold():
-    page, runs = prose(*MEASURED_ON), runs_of("controls-DiceSum.json")
+    page, runs = prose("docs/results.md"), runs_of("controls-DiceSum.json")
     middle = middles("controls-DiceSum.json")
     own, token, clip = (
         runs[label] for label in ("sapo", "sapo, token ratio", "sapo, the token ratio's clip")
     )
-    above = chance_of(token, own)
-    assert (
-        f"ends at {middle['sapo, token ratio']:.3f}, above SAPO in {with_interval(above)}" in page
-    )
-    assert above[1] > 0.5, "told apart"
-    level = chance_of(token, clip)
-    same_clip = middle["sapo, the token ratio's clip"]
-    said = f"ends at {same_clip:.3f}, and the two are not told apart"
-    assert f"{said} ({with_interval(level)})." in page and level[1] < 0.5 < level[2]
-    ways = [on_the_way(of_label, 40_000) for of_label in (token, clip, own)]
-    said = (
-        "{:.2f} of the answers are right, and {:.2f}, where SAPO with its clip of 0.04 has {:.2f}"
-    )
-    assert said.format(*ways) in page
+    ways = [on_the_way(of_label, 40_000) for of_label in (own, clip, token)]
+    said = "{:.2f} of SAPO's answers are right in training; with the token's clip {:.2f}, more on"
+    assert f"{said} every seed, and with its ratio as well {{:.2f}}.".format(*ways) in page
+    of_seeds = [[on_the_way([run], 40_000) for run in of_label] for of_label in (clip, own)]
+    assert all(a > b for a, b in zip(*of_seeds, strict=True)), "more on every seed"
+    above, wider, level = chance_of(token, own), chance_of(clip, own), chance_of(token, clip)
+    assert f"above SAPO in {with_interval(above)} of the pairs." in page and above[1] > 0.5
+    points = 100 * (middle["sapo, the token ratio's clip"] - middle["sapo"])
+    said = f"clip is {points:.0f} points higher than SAPO, but not told apart from it"
+    said += f" ({with_interval(wider)}), nor from the token's ({with_interval(level)})."
+    assert said in page
+    assert all(low <= 0.5 <= high for _, low, high in (wider, level))
     held = [np.mean([np.mean(run["curve"]["clip_fraction"]) for run in of]) for of in (own, clip)]
     said = "leaves {:.1%} of the tokens of these runs without gradient, that of 0.2 {:.1%}."
     assert said.format(*held) in page
-    cost = 100 * (same_clip - middle["sapo"])
-    assert f"costs {cost:.0f} points, in {with_interval(chance_of(clip, own))} of the pairs" in page
     for label in ("sapo, V at end", "sapo, token mean"):
         _, low, high = chance_of(runs[label], own)
         assert low < 0.5 < high, "not told apart"
@@ -915,11 +911,15 @@ def test_what_the_cuts_show_is_what_their_runs_hold():
     chance = chance_of(runs["delimiter"], runs["topk"])
     said = f"ends at {middle['delimiter']:.3f}, above it in {with_interval(chance)} of the pairs"
     assert said in page
-    counts = [
+    topk, causal, delimiter, fixed, whole = (
         np.mean([np.mean(run["curve"]["segments_per_response"]) for run in runs[label]])
-        for label in ("delimiter", "topk")
-    ]
-    assert "(delimiters make {:.1f} of an answer, entropy makes {:.1f};".format(*counts) in page
+        for label in ("topk", "causal", "delimiter", "fixed", "low-prob")
+    )
+    said = f"by entropy there are {topk:.1f} of them in an answer, by its threshold {causal:.1f}, "
+    said += f"at delimiters {delimiter:.1f}, after every ten tokens {fixed:.1f}. At improbable "
+    assert f"{said}tokens there is {whole:.1f}, the whole answer" in page
+    chance = chance_of(runs["low-prob"], runs["topk"])
+    assert f"from the entropy cut either ({with_interval(chance)})" in page
     others = [label for label in runs if label not in ("topk", "delimiter")]
     ends = sorted(middle[label] for label in others)
     assert f"the others at {ends[0]:.3f} to {ends[-1]:.3f}" in page and len(others) == 3
@@ -1043,22 +1043,37 @@ def test_what_reuse_shows_is_what_its_runs_hold():
 
 
 def test_what_the_shares_of_cuts_show_is_what_their_runs_hold():
-    page, runs = prose(*MEASURED_ON), runs_of("topk-DiceSum.json")
-    few = runs["5%"]
-    of_half, of_all = (chance_of(few, runs[share]) for share in ("50%", "100%"))
+    page, runs = prose("docs/results.md"), runs_of("topk-DiceSum.json")
+    wide = runs_of("topk-DiceSum-wide-clip.json")
+    for share, of_share in runs.items():
+        flags = [shlex.split(of_share[0]["flags"]), shlex.split(wide[share][0]["flags"])]
+        was, now = sweep.differing(*(words[: words.index("--name")] for words in flags))
+        assert (was, now) == (
+            "no --clip_low, no --clip_high",
+            "--clip_low 0.2, --clip_high 0.2",
+        )
+    of_half, of_all, of_third = (
+        chance_of(runs["5%"], runs[share]) for share in ("50%", "100%", "30%")
+    )
     assert f"5% ends above 50% in {with_interval(of_half)} of the pairs" in page
-    assert f"where every token is a segment, in {with_interval(of_all)}. Over" in page
-    assert of_half[1] > 0.5 and of_all[1] > 0.5
-    ways = [on_the_way(runs[share], 40_000) for share in ("100%", "30%", "10%")]
-    said = "{:.2f} of the answers are right at 100%, {:.2f} at 30% and {:.2f} at 10%."
-    assert said.format(*ways) in page
-    wide, middle = runs_of("topk-DiceSum-wide-clip.json"), middles("topk-DiceSum-wide-clip.json")
-    ends = sorted(middle.values())
-    assert f"at {ends[0]:.3f} to {ends[-1]:.3f}, 100% at {middle['100%']:.3f}; no other" in page
+    assert f"where every token is a segment, in {with_interval(of_all)}; from" in page
+    assert f"it is not told apart ({with_interval(of_third)})" in page
+    assert of_half[1] > 0.5 and of_all[1] > 0.5 and of_third[1] <= 0.5
+    narrow_ways, wide_ways = (
+        [on_the_way(of[share], 40_000) for share in ("5%", "30%", "100%")] for of in (runs, wide)
+    )
+    said = "{:.2f} of the answers are right in training at 5%, {:.2f} at 30% and {:.2f} at 100%."
+    assert said.format(*narrow_ways) in page
+    said = "on the way they have {:.2f}, {:.2f} and {:.2f}. So it is the clip"
+    assert said.format(*wide_ways) in page
+    middle = middles("topk-DiceSum-wide-clip.json")
+    assert f"no share is told from 5%, 100% ends at {middle['100%']:.3f}," in page
     for share in ("10%", "20%", "30%", "50%", "100%"):
         _, low, high = chance_of(wide["5%"], wide[share])
-        assert low <= 0.5 <= high, "level"
-    assert round(1.04**11, 1) == 1.5  # "half as likely again"
+        assert low <= 0.5 <= high
+    level = chance_of(wide["100%"], wide["30%"])
+    assert f"with one clip for both ({with_interval(level)})" in page
+    assert level[1] <= 0.5 <= level[2]
 
 
 def test_what_the_comparison_shows_is_what_its_runs_hold():
@@ -1078,8 +1093,9 @@ def test_what_the_comparison_shows_is_what_its_runs_hold():
     not_told_apart = {label for label, (_, low, high) in chances.items() if low <= 0.5 <= high}
     assert not_told_apart == set(four[1:])
     critic = probability_of_improvement(accuracies["ppo"], accuracies["grpo"])
-    said = "seen in PPO alone: it ends above GRPO in {:.2f} of the pairs ({:.2f} to {:.2f})."
-    assert said.format(*critic) in page and critic[1] > 0.5
+    share, bounds = with_interval(critic).split(" ", 1)
+    said = f"in PPO alone: it ends above GRPO in {share} of the pairs {bounds}."
+    assert said in page and critic[1] > 0.5
     said = ["{:.2f} ({:.2f} to {:.2f})".format(*chances[method]) for method in ("gspo", "srpo")]
     others = "GSPO in {} of the pairs, SRPO in {}, those that sample their values in all"
     assert others.format(*said) in page
@@ -1519,7 +1535,8 @@ def test_ten_arrows_are_what_the_page_says():
     ends = [
         longer[kind]["greedy"]["eval_accuracy"] for kind in ("evaluations_before", "evaluations")
     ]
-    assert "it is learned:** greedy from {:.3f} to {:.3f}.".format(*ends) in page
+    said = "not measured from this start)**:** greedy from {:.3f} to {:.3f}."
+    assert said.format(*ends) in page
     explained, clipped = (
         longer["mechanism"][kind] for kind in ("explained_variance_second_half", "clip_fraction")
     )
@@ -1739,6 +1756,15 @@ def test_what_the_worlds_show_is_what_their_runs_hold():
     said = "{:.3f}, {:.3f} and {:.3f} of the games before, ".format(*shares["evaluations_before"])
     said += "{:.3f}, {:.3f} and {:.3f} after, ".format(*shares["evaluations"])
     assert f"{said}in at most {math.ceil(minutes)} minutes" in page and minutes < 15
+    today = result("treasure-today-seed0.json")
+    before, after = today["evaluations_before"], today["evaluations"]
+    said = [
+        f"{when[kind]['eval_accuracy']:.3f}"
+        for kind in ("temperature 1", "greedy")
+        for when in (before, after)
+    ]
+    assert "on seed 0 from {} to {}, greedy from {} to {}".format(*said) in page
+    assert today["command"].split(" --name ")[0] in commands_of("docs/games.md")
     digits = [result(f"worlds-DigitSum-seed{seed}.json")["evaluations"] for seed in range(3)]
     assert all(run["temperature 1"]["eval_accuracy"] > 0.86 for run in digits)
     assert all(run["greedy"]["eval_accuracy"] > 0.9 for run in digits)

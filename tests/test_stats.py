@@ -102,8 +102,8 @@ def test_the_interval_of_an_improvement_is_that_of_the_normal_distribution():
 
 def test_of_reuse_the_largest_divergence_counts_wherever_a_curve_has_nothing():
     def run(*divergences):
-        curve = {"approx_kl": divergences, "clip_fraction": [0.1] * len(divergences)}
-        return {"accuracy": 0.5, "curve": curve}
+        clipped = [0.1 + 0 * divergence for divergence in divergences]  # NaN in the same parts
+        return {"accuracy": 0.5, "curve": {"approx_kl": divergences, "clip_fraction": clipped}}
 
     nothing = float("nan")
     for curve in ((nothing, 0.3, 0.1), (0.3, nothing, 0.1), (0.1, 0.3, nothing)):

@@ -394,3 +394,20 @@ def test_a_variant_that_is_called_by_its_lambda_has_it():
     assert len(named) >= 5
     for lam, flags in named:
         assert flags[flags.index("--lam") + 1] == lam
+
+
+def test_a_tag_of_its_own_says_that_the_tuning_is_not_taken(tmp_path):
+    """As a tag alone changes the rates, two comparisons that differ in it differ in more."""
+    (tmp_path / "tune-DiceSum.json").write_text("{}")
+
+    def told(*words):
+        swept, _ = parsed_sweep("--results", str(tmp_path), *words)
+        return sweep.tuning_of_another_tag(swept)
+
+    line = told("--experiment", "topk", "--tag", "wide")
+    assert line.startswith("tune-DiceSum-wide.json is not there: rates and lambdas are train.py's")
+    assert line.endswith("and not those of tune-DiceSum.json")
+    assert told("--experiment", "topk") == told("--experiment", "tune", "--tag", "wide") == ""
+    assert told("--env_args", "n=9", "--tag", "wide") == "", "a task that nobody tuned"
+    (tmp_path / "tune-DiceSum-wide.json").write_text("{}")
+    assert told("--experiment", "topk", "--tag", "wide") == ""
