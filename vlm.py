@@ -484,7 +484,7 @@ def encode_replies(vlm: VLM, replies: list[str], images: list) -> list[tuple[Ten
     texts = [between(reply, len(own)) for reply, own in zip(replies, images, strict=True)]
     if not any(images):
         ids = vlm.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        flat = torch.tensor([token for row in ids for token in row], device=vlm.model.device)
+        flat = torch.tensor(sum(ids, []), dtype=torch.long, device=vlm.model.device)
         return [(row, {}) for row in flat.split([len(row) for row in ids])]
     inputs = _encoded(vlm, texts, images, goes_on=True)
     _check_picture_of_reply(inputs)

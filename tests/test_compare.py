@@ -338,3 +338,12 @@ def test_where_all_was_done_the_file_says_still_what_made_it(tmp_path, monkeypat
     compare.main(flags)
     assert json.loads(file.read_text())["command"] == "as it was"
     assert "| grpo | 1 |" in capsys.readouterr().out
+
+
+def test_a_comparison_says_that_its_tag_leaves_the_tuning_behind(tmp_path, capsys):
+    """Before its first run, and before what is wrong with its methods."""
+    (tmp_path / "tune-DiceSum.json").write_text("{}")
+    words = ["--experiment", "topk", "--methods", "none", "--results", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        compare.main([*words, "--clip_low", "0.2"])
+    assert capsys.readouterr().err.startswith("tune-DiceSum-clip_low_0.2.json is not there:")

@@ -106,14 +106,16 @@ def test_a_reply_and_its_picture_matter_to_what_comes_after_alone(open_family, f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_and_values_are_kept_between_turns(open_family, family):
-    """Three turns of which ever fewer rows take part, sampled with what was kept, scored anew."""
+    """Four turns of which ever fewer rows take part, sampled with what was kept, scored anew. What
+    was kept is copied only where a row leaves."""
     model = open_family(family)
     asked = vlm.encode(
         model, ["Go.", "What is there to see?", "Hm"], [picture(0), None, picture(9)]
     )
     transcripts, inputs = vlm.Transcripts(model, asked), vlm.with_cache(model, asked)
     sampled = [[], [], []]  # log-probabilities as they were drawn, of each row
-    turns = [([0, 1, 2], None), ([0, 2], [2, 3]), ([2], [4])]  # rows, pictures of their replies
+    # rows, pictures of their replies; in the third turn all go on
+    turns = [([0, 1, 2], None), ([0, 2], [2, 3]), ([0, 2], [3, 5]), ([2], [4])]
     live, tokens, mask = [], None, None
     torch.manual_seed(0)
     for rows, seeds in turns:
@@ -126,7 +128,10 @@ def test_keys_and_values_are_kept_between_turns(open_family, family):
             for row, reply in zip(rows, replies, strict=True):
                 transcripts.hear(row, *reply)
             going_on = [live.index(row) for row in rows]
+            kept = inputs["past_key_values"].layers[0].keys
             inputs = vlm.continued(model, inputs, going_on, tokens, mask, replies)
+            is_copied = inputs["past_key_values"].layers[0].keys is not kept
+            assert is_copied == (rows != live)
         tokens, mask, logp = vlm.generate(model, inputs, 5 + len(rows), 0.8, return_logp=True)
         mask[-1, 3:] = False  # as if this row had closed its turn before the others
         for k, row in enumerate(rows):
