@@ -63,7 +63,12 @@ ROWS = {
     "games": Rows("sapo, rate 4e-4", "SAPO at 4e-4", "any other player"),
     "controls": Rows("sapo", "SAPO", "any change of it"),
     "seeing": Rows("sapo", "SAPO", "any other credit"),
-    "seeds": Rows("sapo", "the default", "lambda 0.7", ("sapo", "sapo, lambda 0.7")),
+    "seeds": Rows(
+        "sapo",
+        "the default",
+        "lambda 0.7 or a clip of 0.2",
+        ("sapo", "sapo, lambda 0.7", "sapo, clip 0.2"),
+    ),
     "parts": Rows("sapo", "the default", "any variant"),
     "cuts": Rows("topk", "the cut by entropy", "any other cut"),
     "topk": Rows("30%", "a cut at 30% of the tokens", "any other share"),
