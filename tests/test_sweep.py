@@ -42,14 +42,16 @@ def test_labels_say_what_a_run_is():
         assert train.parse(run.flags)[0].cut == run.label
     for run in sweep.plan(*parsed_sweep("--experiment", "topk", "--seeds", "1")):
         assert f"{train.parse(run.flags)[1].top_k:.0%}" == run.label
+    wide = ("segment ratio, clip 0.2", "token ratio", "product of ratios", "ppo", "grpo")
     for run in sweep.plan(*parsed_sweep("--experiment", "reuse", "--seeds", "1")):
         settings, config = train.parse(run.flags)
-        kind, epochs = run.label.split(", ")
+        kind, epochs = run.label.rsplit(", ", 1)
         assert epochs == f"{config.epochs} epochs"
         if kind in ("ppo", "grpo"):
             assert settings.method == kind
         elif kind != "no clip":
             assert kind.split(" ")[0] == config.ratio
+        assert (config.clip_high == 0.2) == (kind in wide)
 
 
 def test_ppo_is_compared_at_its_own_lambda_and_at_sapos(tmp_path):
