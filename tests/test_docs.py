@@ -59,6 +59,18 @@ def prose(*pages):
     return " ".join(text(*pages).split())
 
 
+def sections():
+    """{title: text} of the two pages of measurements. A page's own title stands for what comes
+    before its first section."""
+    parts = [part for page in MEASURED_ON for part in re.split(r"^##? ", text(page), flags=re.M)]
+    return {part.partition("\n")[0]: part for part in parts}
+
+
+def section(*titles):
+    """The prose of some of them: so a number is held to the place where it is explained."""
+    return " ".join(" ".join(sections()[title].split()) for title in titles)
+
+
 def result(name):
     """A file of results/, read."""
     return json.loads((RESULTS / name).read_text())
@@ -94,8 +106,13 @@ def test_python_examples_run_and_print_what_stands_below_them(page, code, output
 
 # ----------------------------------------------------------------------------------- commands
 def commands_of(*pages):
-    """Every `python ...` of some pages: the lines of their code blocks, and code in a sentence."""
-    joined = text(*pages).replace("\\\n", " ")
+    """Every `python ...` of some pages."""
+    return commands_in(text(*pages))
+
+
+def commands_in(words):
+    """Every `python ...` of a text: the lines of its code blocks, and code in a sentence."""
+    joined = words.replace("\\\n", " ")
     blocks = re.findall(r"^```\w*\n(.*?)^```", joined, re.DOTALL | re.MULTILINE)
     sentences = re.sub(r"^```.*?^```", "", joined, flags=re.DOTALL | re.MULTILINE)
     codes = [line for block in blocks for line in block.splitlines()]
@@ -303,7 +320,7 @@ def test_the_time_from_start_to_end_is_what_results_hold():
 
 
 def test_why_the_default_changed_is_what_results_hold():
-    page, stuck = prose(*MEASURED_ON), result("stuck-sapo-seed0.json")
+    page, stuck = section("How the default was chosen"), result("stuck-sapo-seed0.json")
     assert (stuck["command"], stuck["seed"], stuck["threads"]) == (
         "python train.py --name whole",
         0,
@@ -334,14 +351,14 @@ def test_why_the_default_changed_is_what_results_hold():
 
 
 def test_the_default_of_today_is_the_one_that_the_page_names():
-    page, (settings, config) = prose(*MEASURED_ON), train.parse([])
+    page, (settings, config) = section("Results"), train.parse([])
     assert f"lambda {config.lam} in place of 0.7, a clip of {config.clip_low} in place" in page
     assert config.clip_low == config.clip_high and settings.warm_start_lr == 5e-3
     assert "a warm start at a rate of 5e-3 in place of 3e-3" in page
 
 
 def test_what_the_start_could_copy_is_what_results_hold():
-    page = prose(*MEASURED_ON)
+    page = section("How the default was chosen")
     starts = {
         (row["seed"], row["spread"], row["steps"], row["batch"], row["rate"]): row
         for row in result("copying.json")["starts"]
@@ -547,12 +564,14 @@ TABLES = tables.all_tables()
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_the_results_page_has_the_command_and_the_date_of_each_measurement(name):
+def test_a_section_has_the_command_and_the_date_of_each_measurement_and_names_its_file(name):
     measured = result(name)
     # A file that more than one command has filled says of each outcome which
     for told in [measured] if "command" in measured else measured["measured"]:
-        assert told["command"] in commands_of(*MEASURED_ON)
-        assert told["date"] in text(*MEASURED_ON)
+        assert any(
+            told["command"] in commands_in(part) and told["date"] in part and name in part
+            for part in sections().values()
+        )
 
 
 @pytest.mark.parametrize("source", TABLES)
@@ -660,18 +679,20 @@ def test_the_figures_of_each_claim_are_what_results_hold(claim):
 def test_the_older_task_and_the_ceiling_are_what_the_page_says():
     before = result("sharpening-start-seed0.json")["evaluations_before"]
     cold, greedily = (before[kind]["eval_accuracy"] for kind in ("temperature 1", "greedy"))
-    assert f"{cold:.3f} at temperature 1, {greedily:.3f} greedy" in prose(*MEASURED_ON)
+    assert f"{cold:.3f} at temperature 1, {greedily:.3f} greedy" in section(
+        "What was wrong with the first measurements", "The default run"
+    )
     ceilings = [
         row["curve"][0]["auroc_in_wrong_responses"]
         for row in result("critic.json")["measured"]
         if row["variant"] == "ceiling" and row["task"] in ("later", "dice")
     ]
     said = f"64 continuations give {min(ceilings):.2f} to {max(ceilings):.2f} by that count"
-    assert said in prose(*MEASURED_ON)
+    assert said in section("What was wrong with the first measurements", "The default run")
 
 
 def test_what_makes_a_critic_see_is_what_was_measured():
-    measured, page = result("critic.json")["measured"], prose(*MEASURED_ON)
+    measured, page = result("critic.json")["measured"], section("What makes a critic see")
     seeds = {(row["task"], row["seed"]) for row in measured}
     assert seeds == {
         ("later", 3),
@@ -728,7 +749,7 @@ def trial_rows(name):
 
 
 def test_the_trials_that_fell_did_so_as_the_page_says():
-    page = prose(*MEASURED_ON)
+    page = section("The trials")
     falls = {
         "seed2-at-3e-4": (4, 9, "fell from {} to {} between the fourth and the ninth rollout"),
         "seed1-lambda-0.8": (13, 17, "fell from {} to {} between the 13th and the 17th rollout"),
@@ -754,12 +775,12 @@ def test_what_a_smaller_lambda_did_is_what_the_trials_hold():
     quick, stuck = at[0, 0.6], at[1, 0.6]
     share, *_ = quick["mid_run"]["own_credit"]["share_on_first_wrong_step"]
     said = f"seed 0 had a share of {share:.2f} and was right greedily in {quick['greedy']:.3f}"
-    assert said in prose(*MEASURED_ON)
-    assert f"ended at {stuck['accuracy']:.3f}" in prose(*MEASURED_ON)
+    assert said in section("The trials")
+    assert f"ended at {stuck['accuracy']:.3f}" in section("The trials")
 
 
 def test_what_stays_wrong_is_what_the_default_runs_hold():
-    page = prose(*MEASURED_ON)
+    page = section("The default run")
     large = RUNS[0]["greedy_wrong"]["questions_with_sum_of_20_or_more"]
     for run in RUNS:
         wrong = run["greedy_wrong"]
@@ -774,7 +795,7 @@ def test_what_stays_wrong_is_what_the_default_runs_hold():
 
 
 def test_where_the_blame_lies_at_mid_run_is_what_the_runs_hold():
-    page, mids = prose(*MEASURED_ON), [run["mechanism"]["mid_run"] for run in RUNS]
+    page, mids = section("The default run"), [run["mechanism"]["mid_run"] for run in RUNS]
     said = "({}, {} and {} of them), the TD error of the first"
     assert said.format(*(mid["wrong_responses"] for mid in mids)) in page
     aurocs = [mid["auroc_of_first_wrong_step"] for mid in mids]
@@ -804,7 +825,7 @@ def test_where_the_blame_lies_at_mid_run_is_what_the_runs_hold():
 
 
 def test_what_the_earlier_default_did_is_what_results_hold():
-    page = prose(*MEASURED_ON)
+    page = section("The trials")
     shares = sorted(
         run["mid_run"]["own_credit"]["share_on_first_wrong_step"][0]
         for run in result("default-of-2026-11-26.json")["measured"]
@@ -820,7 +841,7 @@ def test_what_the_earlier_default_did_is_what_results_hold():
 
 
 def test_what_the_narrower_clip_did_is_what_the_trials_hold():
-    page = prose(*MEASURED_ON)
+    page = section("The trials")
     narrow = [
         trial
         for trial in result("trials.json")["trials"]
@@ -878,7 +899,7 @@ def on_the_way(runs, tokens):
 
 
 def test_what_the_ratio_and_its_clip_show_is_what_their_runs_hold():
-    page, runs = prose("docs/results.md"), runs_of("controls-DiceSum.json")
+    page, runs = section("SAPO taken apart"), runs_of("controls-DiceSum.json")
     middle = middles("controls-DiceSum.json")
     own, token, clip = (
         runs[label] for label in ("sapo", "sapo, token ratio", "sapo, the token ratio's clip")
@@ -904,7 +925,7 @@ def test_what_the_ratio_and_its_clip_show_is_what_their_runs_hold():
 
 
 def test_what_the_cuts_show_is_what_their_runs_hold():
-    page, runs = prose(*MEASURED_ON), runs_of("cuts-DiceSum.json")
+    page, runs = section("SAPO taken apart"), runs_of("cuts-DiceSum.json")
     middle = middles("cuts-DiceSum.json")
     assert min(middle, key=middle.get) == "topk" and max(middle, key=middle.get) == "delimiter"
     assert f"lowest IQM of the five, {middle['topk']:.3f}. A cut at" in page
@@ -929,7 +950,7 @@ def test_what_the_cuts_show_is_what_their_runs_hold():
 
 
 def test_what_lift_shows_is_what_results_hold():
-    lifts, page = result("lift-DiceSum.json"), prose(*MEASURED_ON)
+    lifts, page = result("lift-DiceSum.json"), section("Does the value jump where entropy is high?")
 
     def said(when, values):
         return "{:.2f} ({:.2f} to {:.2f})".format(*lifts[when][values]["lift"]["0.1"])
@@ -952,7 +973,7 @@ def test_what_lift_shows_is_what_results_hold():
 
 
 def test_what_seeing_pays_is_what_its_runs_hold():
-    middle, page = middles("seeing-DiceSum.json"), prose(*MEASURED_ON)
+    middle, page = middles("seeing-DiceSum.json"), section("Does it pay to see?")
     deaf, distant = middle["sapo, hears nothing"], middle["sapo, hears nothing, lambda 0.99"]
     assert f"hears nothing ends at {deaf:.3f}, at lambda 0.99 at {distant:.3f}" in page
     assert f"do not tell these from {middle['sapo']:.3f}" in page
@@ -973,7 +994,7 @@ def test_what_seeing_pays_is_what_its_runs_hold():
 
 
 def test_what_reuse_shows_is_what_its_runs_hold():
-    runs, page = result("reuse-DiceSum.json")["runs"], prose(*MEASURED_ON)
+    runs, page = result("reuse-DiceSum.json")["runs"], section("Which ratio bears reuse")
     assert {run["seed"] for run in runs} == set(range(5)) and len(runs) == 160
 
     def ends(kind):
@@ -1043,7 +1064,7 @@ def test_what_reuse_shows_is_what_its_runs_hold():
 
 
 def test_what_the_shares_of_cuts_show_is_what_their_runs_hold():
-    page, runs = prose("docs/results.md"), runs_of("topk-DiceSum.json")
+    page, runs = section("SAPO taken apart"), runs_of("topk-DiceSum.json")
     wide = runs_of("topk-DiceSum-wide-clip.json")
     for share, of_share in runs.items():
         flags = [shlex.split(of_share[0]["flags"]), shlex.split(wide[share][0]["flags"])]
@@ -1077,7 +1098,7 @@ def test_what_the_shares_of_cuts_show_is_what_their_runs_hold():
 
 
 def test_what_the_comparison_shows_is_what_its_runs_hold():
-    page, accuracies = prose(*MEASURED_ON), of_the_comparison()
+    page, accuracies = section("Nine methods on one task"), of_the_comparison()
     four = ("sapo", "ppo", "vc-ppo", "grpo")
     ends = [interval(accuracies[method])[0] for method in four]
     said = "at temperature 1: {:.3f}, PPO {:.3f}, VC-PPO {:.3f}, GRPO {:.3f}."
@@ -1109,7 +1130,7 @@ def test_what_the_comparison_shows_is_what_its_runs_hold():
 
 
 def test_the_comparison_when_greedy_and_its_seconds_are_what_its_runs_hold():
-    page, runs = prose(*MEASURED_ON), result("main-DiceSum.json")["runs"]
+    page, runs = section("Nine methods on one task"), result("main-DiceSum.json")["runs"]
 
     def of_runs(method, kind):
         return [run[kind] for run in runs if run["label"] == method]
@@ -1132,7 +1153,7 @@ def test_the_comparison_when_greedy_and_its_seconds_are_what_its_runs_hold():
 
 
 def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
-    page = prose(*MEASURED_ON)
+    page = section("Three methods on nine dice")
     nine = result("main-DiceSum-n=9-long.json")["runs"]
 
     def on_the_way(runs, method, tokens):
@@ -1196,7 +1217,7 @@ def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
 
 
 def test_what_ten_arrows_show_of_three_methods_is_what_their_runs_hold():
-    page = prose(*MEASURED_ON)
+    page = section("Three methods on ten arrows")
     runs = result("main-ArrowPath-length=10-grid=4-long.json")["runs"]
     tuning = result("tune-ArrowPath-length=10-grid=4-long.json")["runs"]
     assert sweep.chosen_trial(tuning, "sapo") == ["--actor_lr", "2e-4", "--lam", "0.7"]
@@ -1229,11 +1250,13 @@ def test_what_ten_arrows_show_of_three_methods_is_what_their_runs_hold():
 def test_what_gspo_clips_is_what_its_runs_hold():
     runs = result("main-DiceSum.json")["runs"]
     clipped = [np.mean(run["curve"]["clip_fraction"]) for run in runs if run["label"] == "gspo"]
-    assert f"clips {min(clipped):.0%} to {max(clipped):.0%} of" in prose(*MEASURED_ON)
+    assert f"clips {min(clipped):.0%} to {max(clipped):.0%} of" in section(
+        "Nine methods on one task"
+    )
 
 
 def test_what_wordy_answers_show_is_what_their_runs_hold():
-    page = prose(*MEASURED_ON)
+    page = section("Three methods on wordy answers")
     runs = result("main-DiceSum-verbosity=8-long.json")["runs"]
     tuning = result("tune-DiceSum-verbosity=8-long.json")["runs"]
     assert len(tuning) == 24 and {run["seed"] for run in runs} == set(range(5))
@@ -1267,7 +1290,7 @@ def test_what_wordy_answers_show_is_what_their_runs_hold():
 
 
 def test_what_is_not_equal_in_the_comparison_is_what_the_page_says():
-    page, runs = prose(*MEASURED_ON), result("tune-DiceSum.json")["runs"]
+    page, runs = section("Nine methods on one task"), result("tune-DiceSum.json")["runs"]
     for method in ("sapo", "ppo", "vc-ppo"):
         rates = {trial.split()[1] for trial in sweep.trials_of(runs, method)}
         rate, lam = sweep.chosen_trial(runs, method)[1::2]
@@ -1291,11 +1314,11 @@ def test_the_questions_of_four_dice_are_as_many_as_the_page_says():
     example, faces = DiceSum().example_at(0), list(itertools.product("123456", repeat=4))
     assert example.key == repr(example.content) == repr((example.content[0],))
     held_out = sum(split_of(repr((four,))) == "eval" for four in faces)
-    assert f"show {len(faces):,} outcomes, {held_out} of them held out" in prose(*MEASURED_ON)
+    assert f"show {len(faces):,} outcomes, {held_out} of them held out" in section("Results")
 
 
 def test_what_hearing_brings_is_what_results_hold():
-    page, trials = prose(*MEASURED_ON), result("trials.json")["trials"]
+    page, trials = section("Does it pay to see?", "The trials"), result("trials.json")["trials"]
     for hears, said in (
         ("nothing", "{:.2f} to {:.2f} in the seven trials"),
         ("logp", "{:.2f} to {:.2f} with it"),
@@ -1331,7 +1354,10 @@ def tuned(kind, method, flags):
 
 
 def test_what_the_tuning_shows_is_what_its_trials_hold():
-    page, runs = prose(*MEASURED_ON), result("tune-DiceSum.json")["runs"]
+    page, runs = (
+        section("Nine methods on one task", "Is the credit right, and the gradient?"),
+        result("tune-DiceSum.json")["runs"],
+    )
     assert {run["seed"] for run in runs} == {10, 11} and len(runs) == 72
     means = [
         f"{tuned('accuracy', method, f'2e-4 --lam {lam}'):.3f}"
@@ -1377,7 +1403,10 @@ def test_every_claim_with_a_figure_is_tested():
 
 def test_what_the_players_of_treasure_show_is_what_their_runs_hold():
     runs = result("games-Treasure-picture=false-sight=2-walls=0-text.json")["runs"]
-    page, of = prose(*MEASURED_ON), {(run["label"], run["seed"]): run for run in runs}
+    page, of = (
+        section("Four players of Treasure"),
+        {(run["label"], run["seed"]): run for run in runs},
+    )
     assert len(runs) == 40
 
     def span(*seeds):
@@ -1408,7 +1437,10 @@ def probability_said(one, other):
 
 
 def test_the_default_on_ten_seeds_is_what_the_page_says():
-    page, runs = prose(*MEASURED_ON), result("seeds-DiceSum-default.json")["runs"]
+    page, runs = (
+        section("The default run", "The default on seeds that chose nothing"),
+        result("seeds-DiceSum-default.json")["runs"],
+    )
     ends, small = (
         {run["seed"]: (run["accuracy"], run["greedy"]) for run in runs if run["label"] == label}
         for label in ("sapo", "sapo, lambda 0.7")
@@ -1441,7 +1473,10 @@ def test_the_default_on_ten_seeds_is_what_the_page_says():
 
 
 def test_what_a_wide_clip_does_to_the_default_is_what_its_runs_hold():
-    page, runs = prose(*MEASURED_ON), result("seeds-DiceSum-default.json")["runs"]
+    page, runs = (
+        section("The default on seeds that chose nothing"),
+        result("seeds-DiceSum-default.json")["runs"],
+    )
     wide, own = (
         [run for run in runs if run["label"] == label and run["seed"] >= 5]
         for label in ("sapo, clip 0.2", "sapo")
@@ -1460,7 +1495,7 @@ def test_what_a_wide_clip_does_to_the_default_is_what_its_runs_hold():
 
 
 def test_the_default_of_before_is_what_the_page_says():
-    page, runs = prose(*MEASURED_ON), result("parts-DiceSum-earlier.json")["runs"]
+    page, runs = section("The default of before"), result("parts-DiceSum-earlier.json")["runs"]
 
     def ends(label, key="accuracy", seeds=range(10)):
         return sorted(run[key] for run in runs if run["label"] == label and run["seed"] in seeds)
@@ -1497,7 +1532,7 @@ def test_the_default_of_before_is_what_the_page_says():
 
 
 def test_small_batches_are_what_the_page_says():
-    page, small = prose(*MEASURED_ON), middles("seeing-DiceSum-small-batches.json")
+    page, small = section("Does it pay to see?"), middles("seeing-DiceSum-small-batches.json")
     said = "{:.3f} with a critic that hears, {:.3f} without, {:.3f} at lambda 0.99; the intervals"
     assert said.format(*small.values()) in page
 
@@ -1514,7 +1549,9 @@ def test_four_epochs_without_the_bound_end_as_the_page_says():
     for seed in range(5):
         bound, free = (result(f"epochs4-{kind}seed{seed}.json") for kind in ("", "free-"))
         assert abs(bound["accuracy"] - free["accuracy"]) < 0.04
-    assert "on each seed the two end within 0.04 of each other" in prose(*MEASURED_ON)
+    assert "on each seed the two end within 0.04 of each other" in section(
+        "A rollout used four times"
+    )
     assert collapsed("epochs4-free-seed*.json") == (0, 5)
 
 
@@ -1525,7 +1562,7 @@ NUMBERS = dict(
 
 
 def test_ten_arrows_are_what_the_page_says():
-    page = prose(*MEASURED_ON)
+    page = section("Ten arrows", "Ten arrows, before")
     ends = [
         result("arrows-today-seed3.json")[kind]["temperature 1"]["eval_accuracy"]
         for kind in ("evaluations_before", "evaluations")
@@ -1586,7 +1623,7 @@ def test_ten_arrows_are_what_the_page_says():
 
 def test_nine_dice_by_todays_default_are_what_the_page_says():
     runs = [result(f"nine-dice-today-seed{seed}.json") for seed in range(3)]
-    page = prose(*MEASURED_ON)
+    page = section("Nine dice")
     for run in runs:
         settings, config = train.parse(shlex.split(run["command"])[2:])
         of_task = train.parse(["--env_args", "n=9", "--max_new_tokens", "96"])
@@ -1620,7 +1657,7 @@ def test_nine_dice_are_what_the_page_says():
         result(f"nine-dice-seed{seed}.json")["greedy_steps"]["steps"] for seed in (0, 1)
     )
     earlier = result("nine-dice-600-seed1.json")["greedy_steps"]["steps"]
-    page = prose(*MEASURED_ON)
+    page = section("Nine dice, before")
     assert f"gets {earlier['other sum'][1]:.0%} of the sums right that do not even carry" in page
     assert {kind for kind, (_, share) in learned.items() if share < 1} == {"carry into 40"}
     assert stuck["read a six"] == [742, 0.0] and stuck["carry into 30"][1] == 1
@@ -1644,7 +1681,7 @@ def collapsed(files):
 def test_four_epochs_collapse_as_often_as_the_page_says():
     assert collapsed("epochs4-unbounded-seed*.json") == (2, 3)
     assert collapsed("epochs4-seed*.json") == (0, 5)
-    page = prose(*MEASURED_ON)
+    page = section("Claim by claim", "A rollout used four times")
     claim = "at four epochs two seeds of three collapse, and with a KL bound the same two do not"
     assert claim in page and "With today's default none of five does, with the bound or" in page
     bound_alone = [
@@ -1656,7 +1693,7 @@ def test_four_epochs_collapse_as_often_as_the_page_says():
 
 
 def test_what_the_guards_did_is_what_their_runs_hold():
-    page, of_guard = prose(*MEASURED_ON), {}
+    page, of_guard = section("A rollout used four times"), {}
     for run in result("cures.json")["measured"]:
         assert run["command"] in commands_of(*MEASURED_ON)
         of_guard.setdefault(run["label"], []).append(run)
@@ -1870,7 +1907,7 @@ def test_what_is_said_of_the_made_up_inputs_is_what_was_run():
 
 
 def test_the_credit_and_the_gradients_are_what_results_hold():
-    found, page = result("truth-DiceSum.json"), prose(*MEASURED_ON)
+    found, page = result("truth-DiceSum.json"), section("Is the credit right, and the gradient?")
     methods = found["methods"]
     firsts = [methods[f"sapo{at}"]["auroc_of_first_wrong_step"] for at in AT_LAMBDAS]
     between = [

@@ -491,7 +491,7 @@ def test_reuse_shows_three_measures_against_the_epochs():
 
 def test_reuse_shows_what_is_there_of_a_sweep_that_is_under_way():
     results = reuse(seeds=1)
-    results["runs"] = results["runs"][: len(REUSED) + 1]  # all kinds once, and one of them at two epochs
+    results["runs"] = results["runs"][: len(REUSED) + 1]  # all kinds once, one at two epochs, too
     figure = figures.reuse_figure(results)
     lines = {line.get_label(): line.get_xdata().tolist() for line in figure.axes[0].lines}
     assert lines.pop("segment ratio") == [1, 2]
