@@ -413,11 +413,12 @@ def reuse_figure(results):
         axes.set_xticks(ticks, ticks)
     below[1].set_yscale("log")
     below[1].yaxis.set_major_formatter("{x:g}")
-    at_four = [of_kind.get(kind, {}).get(4) for kind in ("no clip", "segment ratio")]
+    kinds = ("segment ratio", "segment ratio, clip 0.2")
+    at_eight = [of_kind.get(kind, {}).get(8) for kind in kinds]
     text = "How often can a rollout be used?"
-    if all(at_four):
-        (without, *_), (clipped, *_) = at_four
-        text = f"Without a clip, four epochs end at {without:.0%}; with SAPO's, at {clipped:.0%}"
+    if all(at_eight):
+        (narrow, *_), (wide, *_) = at_eight
+        text = f"Used eight times, SAPO ends at {narrow:.0%}; with a clip of 0.2, at {wide:.0%}"
     headline(figure, text)
     for axes in (accuracy, *below):
         axes.minorticks_off()

@@ -57,12 +57,14 @@ TOP_K_PERCENT = (5, 10, 20, 30, 50, 100)
 # divergence, a guard of ours, is off in every variant but the last.
 UNBOUNDED = ["--target_kl", "inf"]
 # A token's ratio, and a product of them, scatter more than a mean over a segment or a response, so
-# those two have the wider clip that PPO has; the segment's ratio is there with that clip, too.
+# those two have the wider clip that PPO has; the segment's ratio and the token's are there with
+# either clip.
 WIDE = ["--clip_low", "0.2", "--clip_high", "0.2"]
 REUSED = {
     "segment ratio": UNBOUNDED,
     "segment ratio, clip 0.2": [*WIDE, *UNBOUNDED],
     "token ratio": ["--ratio", "token", *WIDE, *UNBOUNDED],
+    "token ratio, clip 0.04": ["--ratio", "token", *UNBOUNDED],
     "response ratio": ["--ratio", "response", *UNBOUNDED],
     "product of ratios": ["--ratio", "product", *WIDE, *UNBOUNDED],
     "no clip": ["--clip_low", "1", "--clip_high", "inf", *UNBOUNDED],

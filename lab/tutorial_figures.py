@@ -250,7 +250,7 @@ def run_figure(lines):
 
 BROKEN = {
     "no clip, 4 epochs": "SAPO without a clip, 4 epochs",
-    "grpo, 8 epochs": "GRPO, 8 epochs",
+    "segment ratio, clip 0.2, 8 epochs": "SAPO, clip 0.2, 8 epochs",
     "ppo, 8 epochs": "PPO, 8 epochs",
 }
 WARNING = 0.1  # an approx_kl that the tutorial's table calls too large

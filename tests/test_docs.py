@@ -35,7 +35,7 @@ from lab import (
     theorems,
     trl_sapo,
 )
-from lab.stats import interval, probability_of_improvement
+from lab.stats import interval, of_reuse, probability_of_improvement
 from tasks import DiceSum
 from tasks.base import split_of
 
@@ -602,13 +602,16 @@ def critic_claim():
 
 
 def clip_claim():
-    """The least and the most that the clip held back in the default runs, and in four epochs."""
+    """The least and the most that the clip held back in the default runs, and in four epochs; how
+    eight epochs end with a narrow clip and with a wide one."""
     said = []
     for files in ("default-sapo-seed*.json", "epochs4-seed*.json"):
         runs = [json.loads(file.read_text()) for file in RESULTS.glob(files)]
         clipped = sorted(run["mechanism"]["clip_fraction"] for run in runs)
         said += [f"{100 * clipped[0]:.1f}", f"{100 * clipped[-1]:.1f}"]
-    return said
+    middle = middles("reuse-DiceSum.json")
+    kinds = ("segment ratio", "segment ratio, clip 0.2")
+    return said + [f"{middle[f'{kind}, 8 epochs']:.3f}" for kind in kinds]
 
 
 def of_the_comparison():
@@ -993,74 +996,89 @@ def test_what_seeing_pays_is_what_its_runs_hold():
         assert low < 0.5 < high
 
 
+COUNTED = ("none", "one", "two", "three", "four", "five")
+
+
 def test_what_reuse_shows_is_what_its_runs_hold():
-    runs, page = result("reuse-DiceSum.json")["runs"], section("Which ratio bears reuse")
-    assert {run["seed"] for run in runs} == set(range(5)) and len(runs) == 160
+    page, runs = section("Which ratio bears reuse"), runs_of("reuse-DiceSum.json")
+    assert len(runs) == 40
+    for of_label in runs.values():
+        flags = sweep.by_flag(shlex.split(of_label[0]["flags"]))
+        has_critic = flags.get("--method") != "grpo"
+        assert flags["--actor_lr"] == "2e-4" and flags.get("--lam") == (
+            "0.95" if has_critic else None
+        )
 
-    def ends(kind):
-        """The interquartile mean over the seeds at 1, 2, 4 and 8 epochs."""
-        of_kind = {}
-        for run in runs:
-            name, epochs = run["label"].rsplit(", ", 1)
-            if name == kind:
-                of_kind.setdefault(int(epochs.split()[0]), []).append(run["accuracy"])
-        return [interval(of_kind[epochs])[0] for epochs in (1, 2, 4, 8)]
+    def of(kind, epochs):
+        return runs[f"{kind}, {epochs} epochs"]
 
-    def at_eight(kind):
-        """Where each seed ends after eight epochs."""
-        return [run["accuracy"] for run in runs if run["label"] == f"{kind}, 8 epochs"]
+    def end(kind, epochs):
+        return f"{interval([run['accuracy'] for run in of(kind, epochs)])[0]:.3f}"
 
-    for kind in ("segment ratio", "token ratio"):
-        assert ends(kind)[:3] == sorted(ends(kind)[:3]) and ends(kind)[3] < ends(kind)[2]
-    assert f"rises to {ends('segment ratio')[2]:.3f} at four" in page
-    assert f"the token's ratio to {ends('token ratio')[2]:.3f}" in page
-    lowest, lower, *others = sorted(at_eight("segment ratio"))
-    assert min(others) > 0.83 and f"on three seeds, and at {lower:.3f} and {lowest:.3f} on" in page
-    strayed = {
-        run["accuracy"]: max(run["curve"]["approx_kl"])
-        for run in runs
-        if run["label"] == "segment ratio, 8 epochs"
-    }
-    assert f"came to {strayed[lower]:.2f} and {strayed[lowest]:.2f}" in page
-    token = [run["accuracy"] for run in runs if run["label"] == "token ratio, 4 epochs"]
-    gains = [a > b for a, b in zip(at_eight("token ratio"), token, strict=True)]
-    assert sum(gains) == 1 and f"loses on four, down to {min(at_eight('token ratio')):.3f}" in page
-    bounded = at_eight("segment ratio and KL bound")
-    assert f"it ends at {bounded[2]:.3f} and {bounded[4]:.3f}" in page
-    assert ends("no clip")[2:] == [0.0, 0.0]
-    unclipped = [run for run in runs if run["label"] == "no clip, 4 epochs"]
-    lost = [max(run["curve"]["approx_kl"]) for run in unclipped if run["accuracy"] == 0]
-    assert len(lost) == 4 and min(lost) > 0.8
-    assert f"not stand eight epochs** ({ends('product of ratios')[3]:.3f}; on one seed" in page
-    assert sum(accuracy > 0.6 for accuracy in at_eight("product of ratios")) == 1
-    (fell,) = [
-        r["accuracy"] for r in runs if (r["label"], r["seed"]) == ("response ratio, 4 epochs", 1)
-    ]
-    assert f"on seed 1 it falls to {fell:.3f}" in page
-    of_response = [
-        [run["accuracy"] for run in runs if run["label"] == f"response ratio, {epochs} epochs"]
-        for epochs in (4, 8)
-    ]
-    assert sum(eight > four for four, eight in zip(*of_response, strict=True)) == 4
-    greedy_of = {
-        label: f"{np.mean([run['greedy'] for run in runs if run['label'] == label]):.3f}"
-        for label in (f"{kind} ratio, {n} epochs" for kind in ("segment", "token") for n in (1, 4))
-    }
-    one, four = (
-        [greedy_of[f"{kind} ratio, {n} epochs"] for kind in ("segment", "token")] for n in (1, 4)
+    def lowest(kind, epochs):
+        return min(run["accuracy"] for run in of(kind, epochs))
+
+    def lost(kind, epochs):
+        return COUNTED[sum(map(sweep.collapsed, of(kind, epochs)))]
+
+    def way(kind, epochs):
+        return f"{on_the_way(of(kind, epochs), 40_000):.2f}"
+
+    def above(one, other):
+        return with_interval(chance_of(of(*one), of(*other)))
+
+    narrow, wide = "segment ratio", "segment ratio, clip 0.2"
+    narrow_token, wide_token = "token ratio, clip 0.04", "token ratio"
+    response, bound, free = "response ratio", "segment ratio and KL bound", "no clip"
+    assert f"SAPO ends at {end(narrow, 8)}, and {lost(narrow, 8)} of five runs collapses" in page
+    said = f"with 0.2 {lost(wide, 4)} of five collapse at four, and {lost(wide, 8)} at eight"
+    assert said in page
+    said = f"{lost(narrow_token, 8)} of five collapses at 0.04, and {lost(wide_token, 8)} at 0.2"
+    assert said in page
+    furthest = [max(r["curve"]["approx_kl"]) for r in of(free, 4) if sweep.collapsed(r)]
+    (bar,) = re.findall(r"each after an approximate KL divergence above (\d\.\d)", page)
+    assert f"Without a clip {lost(free, 4)} collapse at four" in page and min(furthest) > float(bar)
+    said = f"segment's ratio ends at {lowest(narrow, 8):.3f}, with the token's at "
+    assert f"{said}{lowest(narrow_token, 8):.3f}" in page
+    said = f"{way(narrow, 2)} of the answers are right, with 0.2 {way(wide, 2)}."
+    assert said in page
+    at_two, at_four = (
+        [way(kind, epochs) for kind in (narrow_token, narrow, response)] for epochs in (2, 4)
     )
-    said = f"{one[0]} and {one[1]} at one epoch, {four[0]} and {four[1]} at four"
-    assert f"Greedy neither gains: {said}" in page
-    risen = [max(run["curve"]["accuracy"]) for run in runs if run["label"] == "ppo, 4 epochs"]
-    assert min(risen) > 0.75 and max(risen) < 0.95
-    of_ppo = [run for run in runs if run["label"] == "ppo, 4 epochs"]
-    assert sum(run["accuracy"] < run["warm_start_accuracy"] for run in of_ppo) == 2
-    for method in ("ppo", "grpo"):
-        assert ends(method)[2] < ends(method)[1] and ends(method)[3] < ends(method)[0]
-    bound, free = ends("segment ratio and KL bound"), ends("segment ratio")
-    assert all(abs(bound[i] - free[i]) < 0.01 for i in (1, 2))
-    holds_back = [b < f for b, f in zip(bounded, at_eight("segment ratio"), strict=True)]
-    assert holds_back == [True, True, False, True, False]
+    assert f"{at_two[0]} are right over those tokens at two epochs with the token's ratio" in page
+    assert f"{at_two[1]} with the segment's and {at_two[2]} with the whole response's" in page
+    assert "at four {}, {} and {}, and on every seed in this order".format(*at_four) in page
+    for epochs in (2, 4):
+        of_kinds = (of(kind, epochs) for kind in (narrow_token, narrow, response))
+        for of_seed in zip(*of_kinds, strict=True):
+            early = [on_the_way([run], 40_000) for run in of_seed]
+            assert early == sorted(early)
+    assert f"differ little ({way(wide, 2)} and {way(wide_token, 2)} at two)" in page
+    for one, other in ((narrow, narrow_token), (wide, wide_token)):
+        for epochs in (2, 4, 8):
+            _, low, high = chance_of(of(one, epochs), of(other, epochs))
+            assert low < 0.5 < high
+    said = f"at eight epochs {way(response, 8)} of the answers are right over those tokens, and it "
+    assert f"{said}ends at {end(response, 8)}, nowhere below {lowest(response, 8):.3f}" in page
+    assert f"(above the segment's in {above((response, 8), (narrow, 8))} of the pairs)" in page
+    _, clipped, _ = of_reuse(of(response, 8))
+    assert f"clips {clipped:.1%} of the tokens there" in page
+    said = f"SAPO ends at {end(narrow, 2)} after two and {end(narrow, 4)} after four (above in "
+    assert f"{said}{above((narrow, 4), (narrow, 2))} of the pairs)" in page
+    assert f"eight end below four in {above((narrow, 4), (narrow, 8))}" in page
+    said = f"four are ahead of two ({way(narrow, 4)} and {way(narrow, 2)}), eight no more"
+    assert f"{said} ({way(narrow, 8)})" in page
+    said = f"the lowest run ends at {lowest(bound, 8):.3f} in place of {lowest(narrow, 8):.3f}"
+    assert f"{said} (above it in {above((bound, 8), (narrow, 8))} of the pairs)" in page
+    assert f"at four (above it in {above((bound, 4), (narrow, 4))} of the pairs)" in page
+    said = f"PPO bears four epochs ({end('ppo', 4)}), and at eight {lost('ppo', 8)} of five"
+    assert said in page
+    product = "product of ratios"
+    assert f"With a product of ratios {lost(product, 8)} do at eight, and the middle falls" in page
+    assert f"falls to {end(product, 8)}" in page
+    of_grpo = [end("grpo", epochs) for epochs in (2, 4, 8)]
+    assert of_grpo == sorted(of_grpo, reverse=True) and "{}, {}, {}.".format(*of_grpo) in page
+    assert {lost("grpo", epochs) for epochs in (1, 2, 4, 8)} == {"none"}
 
 
 def test_what_the_shares_of_cuts_show_is_what_their_runs_hold():

@@ -459,7 +459,7 @@ def test_reuse_can_be_read():
     figure = figures.reuse_figure(reuse())
     assert_readable(figure)
     assert "(DiceSum, 80,000 tokens, five seeds)" in figure.axes[0].get_title()
-    assert figure.get_suptitle() == "Without a clip, four epochs end at 75%; with SAPO's, at 75%"
+    assert figure.get_suptitle() == "Used eight times, SAPO ends at 25%; with a clip of 0.2, at 25%"
 
 
 def test_reuse_shows_three_measures_against_the_epochs():
