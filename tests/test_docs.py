@@ -1048,7 +1048,7 @@ def test_what_reuse_shows_is_what_its_runs_hold():
     assert f"{at_two[0]} are right over those tokens at two epochs with the token's ratio" in page
     assert f"{at_two[1]} with the segment's and {at_two[2]} with the whole response's" in page
     assert "at four {}, {} and {}, and on every seed in this order".format(*at_four) in page
-    for epochs in (2, 4):
+    for epochs in (1, 2, 4):
         of_kinds = (of(kind, epochs) for kind in (narrow_token, narrow, response))
         for of_seed in zip(*of_kinds, strict=True):
             early = [on_the_way([run], 40_000) for run in of_seed]
@@ -1058,6 +1058,13 @@ def test_what_reuse_shows_is_what_its_runs_hold():
         for epochs in (2, 4, 8):
             _, low, high = chance_of(of(one, epochs), of(other, epochs))
             assert low < 0.5 < high
+    at_one = chance_of(of(narrow, 1), of(narrow_token, 1))
+    assert f"at one epoch and 0.04 the segment's ends above in {with_interval(at_one)}" in page
+    assert at_one[1] > 0.5
+    assert (
+        chance_of(of(bound, 4), of(narrow, 4))[2] < 0.5 < chance_of(of(bound, 8), of(narrow, 8))[1]
+    )
+    assert chance_of(of(response, 8), of(narrow, 8))[1] > 0.5
     said = f"at eight epochs {way(response, 8)} of the answers are right over those tokens, and it "
     assert f"{said}ends at {end(response, 8)}, nowhere below {lowest(response, 8):.3f}" in page
     assert f"(above the segment's in {above((response, 8), (narrow, 8))} of the pairs)" in page
