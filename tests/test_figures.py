@@ -489,6 +489,15 @@ def test_reuse_shows_three_measures_against_the_epochs():
     assert of_sapo == pytest.approx([75, (12 + 4 * 2) / 5, 0.25])
 
 
+def test_the_title_of_reuse_tells_the_narrow_clip_from_the_wide_one():
+    results = reuse()
+    for run in results["runs"]:
+        if run["label"] == "segment ratio, clip 0.2, 8 epochs":
+            run["accuracy"] = 0.125
+    title = figures.reuse_figure(results).get_suptitle()
+    assert title == "Used eight times, SAPO ends at 25%; with a clip of 0.2, at 12%"
+
+
 def test_reuse_shows_what_is_there_of_a_sweep_that_is_under_way():
     results = reuse(seeds=1)
     results["runs"] = results["runs"][: len(REUSED) + 1]  # all kinds once, one at two epochs, too

@@ -52,6 +52,7 @@ def test_labels_say_what_a_run_is():
         elif kind != "no clip":
             assert kind.split(" ")[0] == config.ratio
         assert (config.clip_high == 0.2) == (kind in wide)
+        assert (config.target_kl == math.inf) == (kind != "segment ratio and KL bound")
 
 
 def test_ppo_is_compared_at_its_own_lambda_and_at_sapos(tmp_path):
