@@ -418,7 +418,9 @@ def reuse_figure(results):
     text = "How often can a rollout be used?"
     if all(at_eight):
         (narrow, *_), (wide, *_) = at_eight
-        text = f"Used eight times, SAPO ends at {narrow:.0%}; with a clip of 0.2, at {wide:.0%}"
+        text = (
+            f"Used eight times: the segment's ratio ends at {narrow:.0%}, at a wide clip {wide:.0%}"
+        )
     headline(figure, text)
     for axes in (accuracy, *below):
         axes.minorticks_off()

@@ -56,9 +56,9 @@ TOP_K_PERCENT = (5, 10, 20, 30, 50, 100)
 # How often can a rollout be used? The ratio and its clip are there for that, so the bound on the KL
 # divergence, a guard of ours, is off in every variant but the last.
 UNBOUNDED = ["--target_kl", "inf"]
-# A token's ratio, and a product of them, scatter more than a mean over a segment or a response, so
-# those two have the wider clip that PPO has; the segment's ratio and the token's are there with
-# either clip.
+# Where no clip is named: a token's ratio, and a product of them, scatter more than a mean over a
+# segment or a response, so those two have the wider clip that PPO has, and the others train.py's.
+# The segment's ratio and the token's are there with either.
 WIDE = ["--clip_low", "0.2", "--clip_high", "0.2"]
 REUSED = {
     "segment ratio": UNBOUNDED,

@@ -459,7 +459,10 @@ def test_reuse_can_be_read():
     figure = figures.reuse_figure(reuse())
     assert_readable(figure)
     assert "(DiceSum, 80,000 tokens, five seeds)" in figure.axes[0].get_title()
-    assert figure.get_suptitle() == "Used eight times, SAPO ends at 25%; with a clip of 0.2, at 25%"
+    assert (
+        figure.get_suptitle()
+        == "Used eight times: the segment's ratio ends at 25%, at a wide clip 25%"
+    )
 
 
 def test_reuse_shows_three_measures_against_the_epochs():
@@ -495,7 +498,7 @@ def test_the_title_of_reuse_tells_the_narrow_clip_from_the_wide_one():
         if run["label"] == "segment ratio, clip 0.2, 8 epochs":
             run["accuracy"] = 0.125
     title = figures.reuse_figure(results).get_suptitle()
-    assert title == "Used eight times, SAPO ends at 25%; with a clip of 0.2, at 12%"
+    assert title == "Used eight times: the segment's ratio ends at 25%, at a wide clip 12%"
 
 
 def test_reuse_shows_what_is_there_of_a_sweep_that_is_under_way():
