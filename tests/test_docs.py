@@ -200,7 +200,8 @@ PACKAGE_OF = {"SAPO/DigitSum-v0": "sklearn", "SAPO/ReasoningGym-v0": "reasoning_
 def test_training_commands_parse(command):
     settings, _ = train.parse(arguments(command, "python train.py"))
     if settings.env in PACKAGE_OF:
-        pytest.importorskip(PACKAGE_OF[settings.env], reason=f"{settings.env} needs a package")
+        package = PACKAGE_OF[settings.env]
+        pytest.importorskip(package, reason=f"{settings.env} needs {package}")
     if "Dataset" not in settings.env:  # its data would be downloaded
         train.make_env(settings)
 
