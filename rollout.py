@@ -230,11 +230,12 @@ def play_side_by_side(run, envs, transcripts, rows, temperature, top_p):
     while True:
         limit = longest - min(in_turn)
         tokens, written, pieces_of = write(run, inputs, temperature, top_p, limit)
+        # of a row's tokens the first `room`: less for one that begins in the middle of a turn
+        room = longest - torch.tensor(in_turn)
+        written &= written.cumsum(1) <= room[:, None].to(written.device)
         observations = {}  # row -> what followed its turn, of the episodes that go on
         for k, row in enumerate(live):
-            room = longest - in_turn[k]  # less for a row that begins in the middle of a turn
-            written[k] &= written[k].cumsum(0) <= room  # of its tokens the first `room`
-            pieces = pieces_of[k][:room]
+            pieces = pieces_of[k][: longest - in_turn[k]]
             transcripts.write(row, tokens[k][written[k]])
             texts[row] += pieces
             observation, reward, terminated, truncated, _ = envs[row].step("".join(pieces))

@@ -856,21 +856,20 @@ def token_texts(vlm: VLM, tokens: Tensor, mask: Tensor, end: str) -> list[list[s
 
 def _texts_of(vlm, ids, end):
     stream = decoders.DecodeStream(skip_special_tokens=False)
-    texts = []
+    texts = []  # None where the stream holds back a character that is unfinished
     for token_id in ids:
         if token_id in vlm.eos_ids:
             texts.append(end)
         else:
-            texts.append(stream.step(vlm.tokenizer.backend_tokenizer, token_id) or "")
+            texts.append(stream.step(vlm.tokenizer.backend_tokenizer, token_id))
 
-    # The stream holds back a character left unfinished at the end. It still shows, as U+FFFD.
     count = len(ids)
     if ids and ids[-1] in vlm.eos_ids:
         count -= 1
-    if count:
-        shown = "".join(texts[:count])
-        texts[count - 1] += vlm.tokenizer.decode(ids[:count])[len(shown) :]
-    return texts
+    if count and texts[count - 1] is None:  # it still shows, as U+FFFD
+        shown = "".join(text or "" for text in texts[:count])
+        texts[count - 1] = vlm.tokenizer.decode(ids[:count])[len(shown) :]
+    return [text or "" for text in texts]
 
 
 # -------------------------------------------------------------------------------------- score
