@@ -137,7 +137,7 @@ EXPERIMENTS = {
     "controls": {
         "sapo": [],
         "sapo, token ratio": ["--ratio", "token", *WIDE],
-        "sapo, the token ratio's clip": WIDE,
+        "sapo, clip 0.2": WIDE,
         "sapo, V at end": ["--value_at", "end"],
         "sapo, token mean": ["--average", "token"],
     },

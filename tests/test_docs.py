@@ -647,7 +647,7 @@ def middles(name):
 def parts_claim():
     """The two ratios with one clip, SAPO, the best and the worst cut, every token a segment."""
     parts, cuts = middles("controls-DiceSum.json"), middles("cuts-DiceSum.json")
-    numbers = [parts[label] for label in ("sapo, token ratio", "sapo, the token ratio's clip")]
+    numbers = [parts[label] for label in ("sapo, token ratio", "sapo, clip 0.2")]
     numbers += [parts["sapo"], max(cuts.values()), min(cuts.values())]
     numbers.append(middles("topk-DiceSum-wide-clip.json")["100%"])
     return [f"{number:.3f}" for number in numbers]
@@ -910,9 +910,7 @@ def on_the_way(runs, tokens):
 def test_what_the_ratio_and_its_clip_show_is_what_their_runs_hold():
     page, runs = section("SAPO taken apart"), runs_of("controls-DiceSum.json")
     middle = middles("controls-DiceSum.json")
-    own, token, clip = (
-        runs[label] for label in ("sapo", "sapo, token ratio", "sapo, the token ratio's clip")
-    )
+    own, token, clip = (runs[label] for label in ("sapo", "sapo, token ratio", "sapo, clip 0.2"))
     ways = [on_the_way(of_label, 40_000) for of_label in (own, clip, token)]
     said = "{:.2f} of SAPO's answers are right in training; with the token's clip {:.2f}, more on"
     assert f"{said} every seed, and with its ratio as well {{:.2f}}.".format(*ways) in page
@@ -920,7 +918,7 @@ def test_what_the_ratio_and_its_clip_show_is_what_their_runs_hold():
     assert all(a > b for a, b in zip(*of_seeds, strict=True)), "more on every seed"
     above, wider, level = chance_of(token, own), chance_of(clip, own), chance_of(token, clip)
     assert f"above SAPO in {with_interval(above)} of the pairs." in page and above[1] > 0.5
-    points = 100 * (middle["sapo, the token ratio's clip"] - middle["sapo"])
+    points = 100 * (middle["sapo, clip 0.2"] - middle["sapo"])
     said = f"clip is {points:.0f} points higher than SAPO, but not told apart from it"
     said += f" ({with_interval(wider)}), nor from the token's ({with_interval(level)})."
     assert said in page

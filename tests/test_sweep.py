@@ -86,7 +86,7 @@ def test_a_subset_of_the_methods_takes_the_users_flags():
             "controls",
             "sapo",
             [
-                *("sapo", "sapo, token ratio", "sapo, the token ratio's clip"),
+                *("sapo", "sapo, token ratio", "sapo, clip 0.2"),
                 *("sapo, V at end", "sapo, token mean"),
             ],
         ),
