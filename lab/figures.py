@@ -446,7 +446,9 @@ def truth_figure(results):
     seen = {name: _first_wrong(row) for name, row in methods.items()}
     if "grpo" in methods and "gspo" in methods:
         grpo, gspo = (methods[name] for name in ("grpo", "gspo"))
-        if seen["grpo"] == seen["gspo"] and grpo["cosine"][0] == gspo["cosine"][0]:
+        if seen["grpo"] == seen["gspo"] and math.isclose(
+            grpo["cosine"][0], gspo["cosine"][0], rel_tol=1e-6
+        ):
             del methods["gspo"]
     methods = dict(sorted(methods.items(), key=lambda item: -seen[item[0]]))
     figure, (steps, slope) = new_figure(1.8 + 0.3 * max(5, len(methods)), 2)

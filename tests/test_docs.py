@@ -660,11 +660,13 @@ def lift_claim():
 
 
 def gradient_claim():
-    """AUROC of SAPO and of PPO at its lambda, and cosine with the reference gradient."""
+    """AUROC of PPO and SAPO at one lambda and of SAPO at a smaller one, which are in the row, too;
+    and cosine with the reference gradient."""
     methods = result("truth-DiceSum.json")["methods"]
-    seen = [methods[name]["auroc"] for name in ("sapo", "ppo, lambda of sapo")]
+    names = ("ppo, lambda of sapo", "sapo", "sapo, lambda 0.7")
+    seen = [methods[name]["auroc"] for name in names]
     cosines = [methods[name]["cosine"][0] for name in ("sapo", "ppo", "grpo")]
-    return [f"{number:.2f}" for number in (*seen, *cosines)]
+    return ["0.9", "0.7", *(f"{number:.2f}" for number in (*seen, *cosines))]
 
 
 # {how a row begins: the function that computes its figures}
@@ -1408,10 +1410,7 @@ def tuned(kind, method, flags):
 
 
 def test_what_the_tuning_shows_is_what_its_trials_hold():
-    page, runs = (
-        section("Nine methods on one task", "Is the credit right, and the gradient?"),
-        result("tune-DiceSum.json")["runs"],
-    )
+    page, runs = section("Nine methods on one task"), result("tune-DiceSum.json")["runs"]
     assert {run["seed"] for run in runs} == {10, 11} and len(runs) == 72
     means = [
         f"{tuned('accuracy', method, f'2e-4 --lam {lam}'):.3f}"
@@ -1435,11 +1434,8 @@ def test_what_the_tuning_shows_is_what_its_trials_hold():
     assert f"the six without a critic gain {without[0]:.2f} to {without[-1]:.2f}, and" in page
     assert f"that have one, which gain {with_critic[0]:.2f} to {with_critic[-1]:.2f}." in page
     of_ppo, of_sapo = (earlier["at_lambda_0.7"][method] for method in ("ppo", "sapo"))
-    for said in (
-        "at 0.7, PPO ended at {:.2f} to {:.2f} and SAPO at {:.2f} to {:.2f} (",
-        "and ended at {:.2f} to {:.2f} when it was trained so",
-    ):
-        assert said.format(*of_ppo, *of_sapo) in page
+    said = "at 0.7, PPO ended at {:.2f} to {:.2f} and SAPO at {:.2f} to {:.2f} ("
+    assert said.format(*of_ppo, *of_sapo) in page
     for kind, rate, said in (
         ("greedy", "5e-5", "{:.2f} to {:.2f} when greedy, and"),
         ("accuracy", "5e-5", "{:.2f} to {:.2f} at temperature 1"),
@@ -1963,46 +1959,55 @@ def test_what_is_said_of_the_made_up_inputs_is_what_was_run():
 def test_the_credit_and_the_gradients_are_what_results_hold():
     found, page = result("truth-DiceSum.json"), section("Is the credit right, and the gradient?")
     methods = found["methods"]
-    firsts = [methods[f"sapo{at}"]["auroc_of_first_wrong_step"] for at in AT_LAMBDAS]
-    between = [
-        methods[f"sapo{at}"]["auroc_of_first_wrong_step"]
-        for at in (", lambda 0.9", "", ", lambda 0.5")
-    ]
-    said = f"at lambda 0.99, in {min(between):.2f} to {max(between):.2f} from 0.9 to 0.5"
-    assert f"{said}, and in {firsts[2]:.2f} at 0" in page
-    of_token, of_segment = methods["ppo, lambda of sapo"], methods["sapo"]
-    said = f"{of_token['auroc']:.2f} of the pairs of all steps against {of_segment['auroc']:.2f}"
-    assert f"PPO's is the better by every column: {said}" in page
-    for better in ("auroc", "auroc_in_wrong_responses", "auroc_of_first_wrong_step"):
-        assert of_token[better] > of_segment[better]
-    for better in ("share_on_first_wrong_step", "cosine"):
-        assert of_token[better][0] > of_segment[better][0]
-    assert of_token["variance"] < of_segment["variance"]
-    assert f"in {firsts[0]:.2f} of the pairs" in page and firsts == sorted(firsts)
-    shares = [methods[f"sapo{at}"]["share_on_first_wrong_step"][0] for at in AT_LAMBDAS]
-    assert f"goes from {shares[0]:.2f} to {shares[2]:.2f}" in page
-    vineppo = methods["vineppo"]["share_on_first_wrong_step"][0]
-    assert f"VinePPO puts {vineppo:.2f} of the blame" in page
-    assert vineppo == max(row["share_on_first_wrong_step"][0] for row in methods.values())
+    firsts = {name: row["auroc_of_first_wrong_step"] for name, row in methods.items()}
+    shares = {name: row["share_on_first_wrong_step"][0] for name, row in methods.items()}
     cosines = {name: row["cosine"][0] for name, row in methods.items()}
+    assert f"{methods['sapo']['wrong_responses']} with a wrong step" in page
+    far = sorted(firsts[name] for name in ("sapo, lambda 0.99", "sapo"))
+    near = sorted(firsts[f"sapo, lambda {lam}"] for lam in (0.7, 0.5, 0.0))
+    said = f"in {far[0]:.2f} to {far[1]:.2f} of the pairs at lambda 0.99 and 0.9"
+    assert f"{said}, in {near[0]:.2f} to {near[-1]:.2f} from 0.7 down" in page
+    assert far[-1] < near[0] - 0.1
+    ends = [shares[f"sapo, lambda {lam}"] for lam in (0.99, 0.0)]
+    assert "goes from {:.2f} to {:.2f}".format(*ends) in page
+    assert f"answer alike: {firsts['grpo']:.2f} for the first" in page
+    of_sapo = sorted(cosine for name, cosine in cosines.items() if name.startswith("sapo"))
+    assert f"At every lambda the cosine is {of_sapo[0]:.2f} to {of_sapo[-1]:.2f}" in page
+    of_token, of_segment = methods["ppo, lambda of sapo"], methods["sapo"]
+    pairs = [(of_token[kind], of_segment[kind]) for kind in ("auroc", "auroc_of_first_wrong_step")]
+    pairs.append((shares["ppo, lambda of sapo"], shares["sapo"]))
+    assert all(of_tokens > of_segments for of_tokens, of_segments in pairs)
+    said = "PPO's credit sees better: {:.2f} of the pairs of all steps against {:.2f}, {:.2f} of the "
+    said += "first wrong step against {:.2f}, {:.2f} of the blame against {:.2f}"
+    assert said.format(*itertools.chain(*pairs)) in page
+    near, units = methods["sapo, lambda 0.7"], found["values"]
+    tokens = units["token critic"]["states"] / units["segment critic"]["states"]
+    assert f"has {tokens:.1f} tokens, and $0.9^{{{tokens:.1f}}} = {0.9**tokens:.2f}$" in page
+    said = f"SAPO's sees better: {near['auroc']:.2f} of the pairs of all steps, "
+    assert f"{said}{near['auroc_of_first_wrong_step']:.2f} of the first wrong step" in page
+    assert near["auroc_interval"][0] > of_token["auroc_interval"][1]
+    blame, of_tokens = near["share_on_first_wrong_step"], of_token["share_on_first_wrong_step"]
+    assert f"the blame there is as much ({blame[0]:.2f})" in page
+    assert of_tokens[1] < blame[0] < of_tokens[2]
+    assert f"VinePPO puts {shares['vineppo']:.2f} of the blame" in page
+    assert shares["vineppo"] == max(shares.values())
     critics = [cosines[name] for name in cosines if name.startswith(("sapo", "ppo", "vc-ppo"))]
-    assert f"the better gradient:** {min(critics):.2f} to {max(critics):.2f}" in page
+    assert f"gradient, by little:** {min(critics):.2f} to {max(critics):.2f}" in page
     others = {name: cosine for name, cosine in cosines.items() if cosine not in critics}
     assert max(others.values()) < min(critics) and max(others, key=others.get) in ("grpo", "gspo")
     assert f"has a cosine of {cosines['vineppo']:.2f}" in page
     assert f"{cosines['spo-chain']:.2f} and {cosines['spo-tree']:.2f}" in page
     assert f"reaches {cosines['grpo']:.2f}" in page
-    of_sapo = {name: cosine for name, cosine in cosines.items() if name.startswith("sapo")}
-    assert (
-        max(of_sapo, key=of_sapo.get) == "sapo" and f"SAPO's best is {cosines['sapo']:.2f}" in page
-    )
-    assert max(cosines, key=cosines.get) == "ppo, lambda of sapo"
+    assert f"lowest cosine, {cosines['srpo']:.2f}" in page
+    assert cosines["srpo"] == min(cosines.values())
     assert f"between its halves is {found['reference']['cosine_of_its_halves']:.3f}" in page
-    for name, unit in (("segment critic", "segments"), ("token critic", "tokens")):
-        assert f"{found['values'][name]['rmse']:.2f} ({unit})" in page
-
-
-AT_LAMBDAS = (", lambda 0.99", "", ", lambda 0.0")
+    critics = [found["values"][f"{unit} critic"] for unit in ("segment", "token")]
+    for measure, said in (
+        ("rmse", "off by {:.2f} (segments) and {:.2f} (tokens)"),
+        ("spread_of_truth", "which spread by {:.2f} and {:.2f}"),
+        ("correlation", "they correlate with them at {:.2f} and {:.2f}"),
+    ):
+        assert said.format(*(critic[measure] for critic in critics)) in page
 
 
 def test_the_waits_for_a_card_are_what_results_hold():
