@@ -967,11 +967,17 @@ def test_what_lift_shows_is_what_results_hold():
     early, interval_of_early = said("early", "Monte Carlo").split(" ", 1)
     assert f"{early} times as many {interval_of_early} come with a jump" in page
     assert f"{lifts['early']['critic']['lift']['0.1'][0]:.2f} by the critic" in page
-    assert f"By sampled values Lift is {said('late', 'Monte Carlo')}" in page
-    assert f"The critic says {said('late', 'critic')}, too wide" in page
-    assert (
-        f"the largest tenth are {lifts['late']['Monte Carlo']['large']:.0%} of the tokens" in page
+    (trained,) = (
+        run["accuracy"]
+        for run in result("main-DiceSum.json")["runs"]
+        if (run["label"], run["seed"]) == ("sapo", 0)
     )
+    assert f"{trained:.3f} at temperature 1" in page
+    late = f"By sampled values Lift is {said('late', 'Monte Carlo')}"
+    assert f"{late}, by the critic {said('late', 'critic')}." in page
+    fifth, low, high = lifts["late"]["Monte Carlo"]["lift"]["0.2"]
+    assert f"no longer tell it from 1 ({fifth:.2f}, {low:.2f} to {high:.2f})" in page
+    assert low < 1 < high and lifts["late"]["Monte Carlo"]["lift"]["0.1"][1] > 1
     cut = {
         (when, kind): f"{lifts[when]['steps'][kind]['cut']:.0%}"
         for when in ("early", "late")
@@ -979,6 +985,14 @@ def test_what_lift_shows_is_what_results_hold():
     }
     assert f"in {cut['early', 'hard']} of the hard steps and in {cut['early', 'easy']}" in page
     assert f"in {cut['late', 'hard']} and {cut['late', 'easy']} after it" in page
+    highest = {
+        when: "{:.2f} nats in hard steps and {:.2f}".format(
+            *(lifts[when]["steps"][kind]["entropy"] for kind in ("hard", "easy"))
+        )
+        for when in ("early", "late")
+    }
+    late = highest["late"].replace(" nats in hard steps", "")
+    assert f"{highest['early']} in easy ones before, {late} after" in page
 
 
 def test_what_seeing_pays_is_what_its_runs_hold():
@@ -1977,8 +1991,8 @@ def test_the_credit_and_the_gradients_are_what_results_hold():
     pairs = [(of_token[kind], of_segment[kind]) for kind in ("auroc", "auroc_of_first_wrong_step")]
     pairs.append((shares["ppo, lambda of sapo"], shares["sapo"]))
     assert all(of_tokens > of_segments for of_tokens, of_segments in pairs)
-    said = "PPO's credit sees better: {:.2f} of the pairs of all steps against {:.2f}, {:.2f} of the "
-    said += "first wrong step against {:.2f}, {:.2f} of the blame against {:.2f}"
+    said = "PPO's credit sees better: {:.2f} of the pairs of all steps against {:.2f}, {:.2f} of "
+    said += "the first wrong step against {:.2f}, {:.2f} of the blame against {:.2f}"
     assert said.format(*itertools.chain(*pairs)) in page
     near, units = methods["sapo, lambda 0.7"], found["values"]
     tokens = units["token critic"]["states"] / units["segment critic"]["states"]
