@@ -99,10 +99,12 @@ EXPERIMENTS = {
     },
     "cuts": {cut: ["--cut", cut] for cut in CUTS},
     "topk": {f"{percent}%": ["--top_k", str(percent / 100)] for percent in TOP_K_PERCENT},
-    # Does it pay that credit lands on the wrong step? Critics that see less and less; then values
-    # by sampling, which see what a critic cannot; then no values at all.
+    # Does it pay that credit lands on the wrong step? Critics that hear and that do not, at the
+    # tuned lambda and at the paper's; then values by sampling, which see what a critic cannot; then
+    # no values at all.
     "seeing": {
         "sapo": [],
+        "sapo, lambda 0.99": ["--lam", "0.99"],
         "sapo, hears nothing": ["--critic_hears", "nothing"],
         "sapo, hears nothing, lambda 0.99": ["--critic_hears", "nothing", "--lam", "0.99"],
         **{method: ["--method", method] for method in ("ppo", "vineppo", "spo-tree", "grpo")},

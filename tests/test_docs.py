@@ -997,9 +997,10 @@ def test_what_lift_shows_is_what_results_hold():
 
 def test_what_seeing_pays_is_what_its_runs_hold():
     middle, page = middles("seeing-DiceSum.json"), section("Does it pay to see?")
-    deaf, distant = middle["sapo, hears nothing"], middle["sapo, hears nothing, lambda 0.99"]
-    assert f"hears nothing ends at {deaf:.3f}, at lambda 0.99 at {distant:.3f}" in page
-    assert f"do not tell these from {middle['sapo']:.3f}" in page
+    deaf = [f"sapo, hears nothing{at}" for at in ("", ", lambda 0.99")]
+    ends = (middle[deaf[0]], middle["sapo, lambda 0.99"], middle[deaf[1]], middle["sapo"])
+    said = "hears nothing ends at {:.3f}; at lambda 0.99 {:.3f} with hearing and {:.3f} without"
+    assert f"{said}: the five seeds do not tell these from {{:.3f}}.".format(*ends) in page
     runs = runs_of("seeing-DiceSum.json")
     counts = [[run["iterations"] for run in runs[name]] for name in ("vineppo", "spo-tree")]
     assert counts == [[11] * 5, [37] * 5]  # of 16 answers, of two questions
@@ -1011,7 +1012,7 @@ def test_what_seeing_pays_is_what_its_runs_hold():
     of_ppo = chance_of(runs["ppo"], runs["sapo"])
     assert f"PPO ends above SAPO in {with_interval(of_ppo)} of the pairs here" in page
     assert of_ppo[1] > 0.5
-    for label in ("sapo, hears nothing", "sapo, hears nothing, lambda 0.99"):
+    for label in (*deaf, "sapo, lambda 0.99"):
         _, low, high = chance_of(runs["sapo"], runs[label])
         assert low < 0.5 < high
 
@@ -1596,9 +1597,20 @@ def test_the_default_of_before_is_what_the_page_says():
 
 
 def test_small_batches_are_what_the_page_says():
-    page, small = section("Does it pay to see?"), middles("seeing-DiceSum-small-batches.json")
-    said = "{:.3f} with a critic that hears, {:.3f} without, {:.3f} at lambda 0.99; the intervals"
-    assert said.format(*small.values()) in page
+    page, runs = section("Does it pay to see?"), runs_of("seeing-DiceSum-small-batches.json")
+    middle = middles("seeing-DiceSum-small-batches.json")
+    best = "sapo, hears nothing, lambda 0.99"
+    assert max(middle, key=middle.get) == best
+    lowest = min(run["accuracy"] for run in runs[best])
+    assert f"highest, at {middle[best]:.3f}, and none of its runs below {lowest:.3f}" in page
+    for label, said in (
+        ("sapo, lambda 0.99", "hears at the same lambda in {} of the pairs"),
+        ("sapo, hears nothing", "the deaf one at 0.95 in as many ({})"),
+        ("sapo", f"as tuned, {middle['sapo']:.3f}, five seeds do not decide ({{}})"),
+    ):
+        chance = chance_of(runs[best], runs[label])
+        assert said.format(with_interval(chance)) in page
+        assert (chance[1] > 0.5) == (label != "sapo")
 
 
 def middles_of(runs, key="accuracy"):
