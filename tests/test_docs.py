@@ -630,7 +630,7 @@ def of_the_comparison():
 
 def comparison_claim():
     """The interquartile means of SAPO, PPO, VC-PPO and GRPO, and those on nine dice."""
-    on_four, on_nine = middles("main-DiceSum.json"), middles("main-DiceSum-n=9-long.json")
+    on_four, on_nine = middles("main-DiceSum.json"), middles("main-DiceSum-n=9-earlier.json")
     said = [on_four[method] for method in ("sapo", "ppo", "vc-ppo", "grpo")]
     said += [on_nine[method] for method in ("sapo", "ppo", "grpo")]
     return [f"{middle:.3f}" for middle in said]
@@ -1224,8 +1224,8 @@ def test_the_comparison_when_greedy_and_its_seconds_are_what_its_runs_hold():
 
 
 def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
-    page = section("Three methods on nine dice")
-    nine = result("main-DiceSum-n=9-long.json")["runs"]
+    page = section("Three methods on nine dice, before")
+    nine = result("main-DiceSum-n=9-earlier.json")["runs"]
 
     def on_the_way(runs, method, tokens):
         """Each seed's mean training accuracy over its first so many tokens."""
@@ -1250,7 +1250,7 @@ def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
         bounds += [f"{round(min(half), -3):,}", f"{round(max(half), -3):,}"]
     said = "after {} to {} tokens, PPO after {} to {}".format(*bounds)
     assert f"right half the time {said}" in page
-    far = result("horizon-DiceSum-n=9-long.json")["runs"]
+    far = result("horizon-DiceSum-n=9-earlier.json")["runs"]
     of_ppo, of_sapo = (
         interval(on_the_way(far, f"{method}, lambda 0.99", 110_000))[0]
         for method in ("ppo", "sapo")
@@ -1273,7 +1273,7 @@ def test_what_nine_dice_show_of_three_methods_is_what_their_runs_hold():
     assert all(of_sapo < of_ppo for of_sapo, of_ppo in zip(*of_seeds, strict=True))
     ends = sorted(run["accuracy"] for run in nine if run["label"] == "grpo")
     assert f"ends at {ends[1]:.3f} and {ends[0]:.3f} on the other two" in page and ends[2] > 0.74
-    tuning = result("tune-DiceSum-n=9-long.json")["runs"]
+    tuning = result("tune-DiceSum-n=9-earlier.json")["runs"]
     assert sweep.chosen_trial(tuning, "sapo") == sweep.chosen_trial(tuning, "ppo")
     for method, said in (
         ("sapo", "for SAPO ({:.3f} to {:.3f})"),
@@ -1810,7 +1810,7 @@ def test_the_figures_of_results_are_drawn_from_results(tmp_path):
     ("name", "alt", "count"),
     [
         ("main-DiceSum", "Nine methods on DiceSum", 9),
-        ("main-DiceSum-n=9-long", "Three methods on nine dice", 3),
+        ("main-DiceSum-n=9-earlier", "Three methods on nine dice", 3),
         ("main-ArrowPath-length=10-grid=4-long", "Three methods on ten arrows, PPO at two", 4),
         ("games-Treasure-picture=false-sight=2-walls=0-text", "Four players of Treasure at two", 8),
     ],
