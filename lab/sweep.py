@@ -100,8 +100,8 @@ EXPERIMENTS = {
     "cuts": {cut: ["--cut", cut] for cut in CUTS},
     "topk": {f"{percent}%": ["--top_k", str(percent / 100)] for percent in TOP_K_PERCENT},
     # Does it pay that credit lands on the wrong step? Critics that hear and that do not, at the
-    # tuned lambda and at the paper's; then values by sampling, which see what a critic cannot; then
-    # no values at all.
+    # tuned lambda and at the paper's; then values by sampling, which need no critic; then no
+    # values at all.
     "seeing": {
         "sapo": [],
         "sapo, lambda 0.99": ["--lam", "0.99"],

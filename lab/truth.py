@@ -234,7 +234,7 @@ def gradient(run, batch, learned, advantages):
 
 
 def gradients(run, count, tokens, first=1):
-    """`count` gradients, each the mean of as many batches as `tokens` generated tokens buy.
+    """`count` gradients, each the mean of batches until `tokens` generated tokens are passed.
 
     The batches are those of the training iterations from `first` on. -> (count, parameters).
     """
@@ -398,7 +398,8 @@ def truth(
 ):
     """All of the ground truth. Yields what is measured so far, for results/truth-<task>.json.
 
-    count: gradients of each method; budget: generated tokens that each of them takes
+    count: gradients of each method; budget: generated tokens that each of them takes at least, as
+        it is of whole batches
     rollouts: batches that teach a critic
     continuations: of each state, for its exact value
     large: batches of the reference gradient

@@ -664,9 +664,10 @@ def gradient_claim():
     and cosine with the reference gradient."""
     methods = result("truth-DiceSum.json")["methods"]
     names = ("ppo, lambda of sapo", "sapo", "sapo, lambda 0.7")
-    seen = [methods[name]["auroc"] for name in names]
-    cosines = [methods[name]["cosine"][0] for name in ("sapo", "ppo", "grpo")]
-    return ["0.9", "0.7", *(f"{number:.2f}" for number in (*seen, *cosines))]
+    numbers = [methods[name]["auroc"] for name in names]
+    for name in ("sapo", "ppo, lambda of sapo", "grpo"):
+        numbers += [methods[name]["cosine"][0], methods[name]["variance"]]
+    return ["0.9", "0.7", "0.9", *(f"{number:.2f}" for number in numbers)]
 
 
 # {how a row begins: the function that computes its figures}
@@ -973,18 +974,32 @@ def test_what_lift_shows_is_what_results_hold():
         if (run["label"], run["seed"]) == ("sapo", 0)
     )
     assert f"{trained:.3f} at temperature 1" in page
-    late = f"By sampled values Lift is {said('late', 'Monte Carlo')}"
-    assert f"{late}, by the critic {said('late', 'critic')}." in page
-    fifth, low, high = lifts["late"]["Monte Carlo"]["lift"]["0.2"]
-    assert f"no longer tell it from 1 ({fifth:.2f}, {low:.2f} to {high:.2f})" in page
-    assert low < 1 < high and lifts["late"]["Monte Carlo"]["lift"]["0.1"][1] > 1
+    assert f"Lift is {said('late', 'Monte Carlo')}" in page
+    assert f"The critic's, {said('late', 'critic')}, is not told from what it was" in page
+    tenths = [lifts[when]["critic"]["lift"]["0.1"] for when in ("early", "late")]
+    assert tenths[0][1] < tenths[1][2] and lifts["late"]["Monte Carlo"]["lift"]["0.1"][1] > 1
+    wide = {
+        values: [lifts["late"][values]["lift"][q] for q in ("0.2", "0.3")]
+        for values in ("Monte Carlo", "critic")
+    }
+    numbers = [lift for values in wide.values() for lift, _, _ in values]
+    said_of = "do not tell it from 1 ({:.2f} and {:.2f}); the critic does ({:.2f} and {:.2f})"
+    assert said_of.format(*numbers) in page
+    assert all(low < 1 for _, low, _ in wide["Monte Carlo"])
+    assert all(low > 1 for _, low, _ in wide["critic"])
     cut = {
         (when, kind): f"{lifts[when]['steps'][kind]['cut']:.0%}"
         for when in ("early", "late")
         for kind in ("hard", "easy")
     }
     assert f"in {cut['early', 'hard']} of the hard steps and in {cut['early', 'easy']}" in page
-    assert f"in {cut['late', 'hard']} and {cut['late', 'easy']} after it" in page
+    blind = [
+        f"{lifts[when]['steps'][kind]['cut_by_chance']:.0%}"
+        for when in ("early", "late")
+        for kind in ("hard", "easy")
+    ]
+    late = f"in {cut['late', 'hard']} and {cut['late', 'easy']} after it (as many cuts drawn"
+    assert f"{late} blindly, in {{}} and {{}}, and {{}} and {{}})".format(*blind) in page
     highest = {
         when: "{:.2f} nats in hard steps and {:.2f}".format(
             *(lifts[when]["steps"][kind]["entropy"] for kind in ("hard", "easy"))
@@ -1008,7 +1023,12 @@ def test_what_seeing_pays_is_what_its_runs_hold():
     assert said in page
     assert chance_of(runs["ppo"], runs["grpo"])[0] == 1 and "in its place, in all pairs" in page
     of_grpo = with_interval(chance_of(runs["sapo"], runs["grpo"]))
-    assert f"holds back](#sapo-taken-apart), in {of_grpo}. PPO" in page
+    assert f"SAPO as tuned is not told from GRPO ({of_grpo}). PPO" in page
+    (far,) = {chance_of(runs[at], runs["grpo"]) for at in ("sapo, lambda 0.99", deaf[1])}
+    assert f"SAPO at lambda 0.99, hearing or not, in {with_interval(far)}." in page
+    labels = ("sapo", "sapo, lambda 0.99", *deaf)
+    ways = sorted(on_the_way(runs[label], 40_000) for label in labels)
+    assert f"{ways[0]:.2f} to {ways[-1]:.2f} of the answers are right in all four" in page
     of_ppo = chance_of(runs["ppo"], runs["sapo"])
     assert f"PPO ends above SAPO in {with_interval(of_ppo)} of the pairs here" in page
     assert of_ppo[1] > 0.5
@@ -1995,10 +2015,20 @@ def test_the_credit_and_the_gradients_are_what_results_hold():
     assert f"{said}, in {near[0]:.2f} to {near[-1]:.2f} from 0.7 down" in page
     assert far[-1] < near[0] - 0.1
     ends = [shares[f"sapo, lambda {lam}"] for lam in (0.99, 0.0)]
-    assert "goes from {:.2f} to {:.2f}".format(*ends) in page
+    assert "goes from {:.2f} to {:.2f}, at 0".format(*ends) in page
+    of_all_steps = {name: row["auroc"] for name, row in methods.items()}
+    assert max(of_all_steps, key=of_all_steps.get) == "sapo, lambda 0.7"
     assert f"answer alike: {firsts['grpo']:.2f} for the first" in page
-    of_sapo = sorted(cosine for name, cosine in cosines.items() if name.startswith("sapo"))
-    assert f"At every lambda the cosine is {of_sapo[0]:.2f} to {of_sapo[-1]:.2f}" in page
+    large = [methods[name] for name in ("sapo, lambda 0.99", "sapo")]
+    small = [methods[f"sapo, lambda {lam}"] for lam in (0.7, 0.5, 0.0)]
+    said = "The cosine is {:.2f} to {:.2f} at lambda 0.99 and 0.9, and 0.97 at 0.7 and below"
+    assert said.format(*(row["cosine"][0] for row in large)) in page
+    assert {f"{row['cosine'][0]:.2f}" for row in small} == {"0.97"}
+    spread = [sorted(row["variance"] for row in rows) for rows in (small, large)]
+    said = "a variance of {:.2f} to {:.2f} in place of {:.2f} to {:.2f}; only from 0.99 do the"
+    assert said.format(*spread[0][:: len(small) - 1], *spread[1]) in page
+    lowest = min(row["cosine"][1] for row in small)
+    assert large[0]["cosine"][2] < lowest < large[1]["cosine"][2]
     of_token, of_segment = methods["ppo, lambda of sapo"], methods["sapo"]
     pairs = [(of_token[kind], of_segment[kind]) for kind in ("auroc", "auroc_of_first_wrong_step")]
     pairs.append((shares["ppo, lambda of sapo"], shares["sapo"]))
@@ -2015,8 +2045,13 @@ def test_the_credit_and_the_gradients_are_what_results_hold():
     blame, of_tokens = near["share_on_first_wrong_step"], of_token["share_on_first_wrong_step"]
     assert f"the blame there is as much ({blame[0]:.2f})" in page
     assert of_tokens[1] < blame[0] < of_tokens[2]
-    assert f"VinePPO puts {shares['vineppo']:.2f} of the blame" in page
-    assert shares["vineppo"] == max(shares.values())
+    assert f"VinePPO, with 9 continuations, puts {shares['vineppo']:.2f} of the blame" in page
+    assert train.parse([])[0].continuations == 9 and sweep.BATCHES["vineppo"][-1] == "4"
+    _, low, high = methods["sapo, lambda 0.0"]["share_on_first_wrong_step"]
+    assert low < shares["vineppo"] < high
+    of_batch = 256 * units["token critic"]["states"] / units["token critic"]["responses"]
+    spent = math.ceil(16_000 / of_batch) * of_batch
+    assert round(spent, -2) == 22_700 and "some 22,700 where a batch is 256 answers" in page
     critics = [cosines[name] for name in cosines if name.startswith(("sapo", "ppo", "vc-ppo"))]
     assert f"gradient, by little:** {min(critics):.2f} to {max(critics):.2f}" in page
     others = {name: cosine for name, cosine in cosines.items() if cosine not in critics}
@@ -2024,7 +2059,9 @@ def test_the_credit_and_the_gradients_are_what_results_hold():
     assert f"has a cosine of {cosines['vineppo']:.2f}" in page
     assert f"{cosines['spo-chain']:.2f} and {cosines['spo-tree']:.2f}" in page
     assert f"reaches {cosines['grpo']:.2f}" in page
-    assert f"lowest cosine, {cosines['srpo']:.2f}" in page
+    noise = [methods[name]["variance"] for name in ("srpo", "vineppo")]
+    said = f"lowest cosine, {cosines['srpo']:.2f}, and by its variance ({noise[0]:.2f}) that is"
+    assert said in page and f"not noise, as VinePPO's ({noise[1]:.2f}) is" in page
     assert cosines["srpo"] == min(cosines.values())
     assert f"between its halves is {found['reference']['cosine_of_its_halves']:.3f}" in page
     critics = [found["values"][f"{unit} critic"] for unit in ("segment", "token")]
