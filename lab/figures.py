@@ -544,7 +544,7 @@ SEEN_BY = {
 POLICIES = {
     "dice": "warm start, four dice",
     "arrows": "warm start, ten arrows",
-    "later": "four dice, ten rollouts later",
+    "later": "four dice, six rollouts later",
     "nine": "nine dice, trained",
 }
 
