@@ -1362,12 +1362,13 @@ def test_what_nine_dice_show_from_todays_start_is_what_their_runs_hold():
     greedy = probability_of_improvement(
         *([run["greedy"] for run in runs[label]] for label in ("sapo", "ppo"))
     )
-    assert f"above it in {of_ppo} of the pairs, greedy in {with_interval(greedy)}" in page
+    assert f"(SAPO above in {of_ppo} of the pairs, greedy in {with_interval(greedy)})" in page
     of_grpo = with_interval(chance_of(runs["sapo"], runs["grpo"]))
     said = f"at {grpo[0]:.3f} to {grpo[-1]:.3f}, below SAPO in {of_grpo} of the pairs"
     assert said in page
     claim = section("Claim by claim")
-    assert f"above GRPO in {of_grpo} of the pairs, and above PPO in {of_ppo} (" in claim
+    assert f"above GRPO in {of_grpo} of the pairs, and not told from PPO ({of_ppo}) (" in claim
+    assert chance_of(runs["sapo"], runs["grpo"])[1] > 0.5 > chance_of(runs["sapo"], runs["ppo"])[1]
 
 
 def test_what_ten_arrows_show_of_three_methods_is_what_their_runs_hold():
