@@ -1341,6 +1341,8 @@ def test_what_nine_dice_show_from_todays_start_is_what_their_runs_hold():
     chosen = [" ".join(sweep.chosen_trial(tuning, name)) for name in ("sapo", "ppo", "grpo")]
     assert chosen == ["--actor_lr 2e-4 --lam 0.9", "--actor_lr 2e-4 --lam 0.95", "--actor_lr 4e-4"]
     ends = {label: sorted(run["accuracy"] for run in of) for label, of in runs.items()}
+    start = np.mean([run["warm_start_accuracy"] for run in runs["sapo"]])
+    assert f"at first {start:.3f} of the answers are right" in page
     low, own, grpo = (ends[label] for label in ("ppo, lambda of sapo", "sapo", "grpo"))
     said = (
         f"At 0.9 PPO ends at {low[0]:.3f} to {low[-1]:.3f}, SAPO at {own[0]:.3f} to {own[-1]:.3f}"
